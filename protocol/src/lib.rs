@@ -1,1 +1,41 @@
-//! Stub.
+//! The agent's API: the generated ttrpc code of `proto/agent.proto` and the few constants that both ends need.
+//!
+//! The host (`runtime`) is the client, the guest's PID 1 (`agent`) the server. Nothing else belongs here.
+
+#[allow(missing_docs)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::{agent, agent_ttrpc};
+
+/// Version of this API. The two ends refuse each other when it differs.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Vsock port on the host (CID 2) that the agent dials once it is ready to serve.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// Vsock port on which the agent accepts the connections that carry standard streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// Longest encoded `StreamHeader`, in bytes.
+pub const MAX_STREAM_HEADER: u32 = 1024;
+
+/// Tag of the virtio-fs share.
+pub const SHARE_TAG: &str = "bulkhead";
+
+/// Where the guest mounts the share.
+pub const GUEST_SHARE: &str = "/run/bulkhead/share";
+
+/// I/O port of the machine's power button: a one-byte write of any value ends the VM in order. A machine without
+/// ACPI has no other way to tell power-off from reset.
+pub const POWER_OFF_PORT: u16 = 0x600;
+
+/// I/O port for boot marks: a one-byte write is put on the VMM's boot timeline with the time of its arrival.
+pub const BOOT_MARK_PORT: u16 = 0x601;
+
+/// Boot mark: the first instructions of PID 1.
+pub const BOOT_MARK_INIT: u8 = 1;
+
+/// Boot mark: the agent is about to dial the host.
+pub const BOOT_MARK_READY: u8 = 2;
