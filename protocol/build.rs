@@ -21,7 +21,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // `include!` takes no inner attributes, and the generated module list opens with some.
     let module_list = Path::new(&out_dir).join("mod.rs");
     let lines = std::fs::read_to_string(&module_list)?;
-    let lines: Vec<_> = lines.lines().filter(|line| !line.starts_with("#![")).collect();
+    let lines: Vec<_> = lines
+        .lines()
+        .filter(|line| !line.starts_with("#!["))
+        .collect();
     std::fs::write(&module_list, lines.join("\n"))?;
     println!("cargo::rerun-if-changed=proto/agent.proto");
     Ok(())

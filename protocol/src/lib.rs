@@ -2,7 +2,7 @@
 //!
 //! The host (`runtime`) is the client, the guest's PID 1 (`agent`) the server. Nothing else belongs here.
 
-#[allow(missing_docs)]
+#[allow(missing_docs, clippy::all, clippy::unwrap_used)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }

@@ -1,1 +1,4 @@
-//! Stub.
+//! Bulkhead's virtual machine monitor: one KVM guest per process.
+
+pub mod control;
+pub mod virtio;
