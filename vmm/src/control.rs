@@ -118,6 +118,8 @@ pub enum Event {
         exit_code: i32,
         /// One line: what ended it and where.
         reason: String,
+        /// Boot steps reached, in order: the last chance to read them.
+        timeline: Vec<TimelineEntry>,
     },
 }
 
