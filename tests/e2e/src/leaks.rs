@@ -1,0 +1,102 @@
+//! The leak checker: everything a sandbox could leave on the host, compared before and after a test.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+/// What is on the host at one moment, each thing as one line.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Host(BTreeSet<String>);
+
+impl Host {
+    /// Looks at processes of ours, mounts, cgroups, network devices, unix sockets, and the files below the run-time folders.
+    pub fn now() -> Self {
+        let mut things = BTreeSet::new();
+        processes(&mut things);
+        lines("/proc/self/mountinfo", "mount", &mut things, |line| {
+            // The first two fields are ids that change with every mount; what matters is what is mounted where.
+            line.splitn(5, ' ').last().map(str::to_owned)
+        });
+        lines("/proc/net/dev", "network device", &mut things, |line| {
+            line.split_once(':').map(|(name, _)| name.trim().to_owned())
+        });
+        lines("/proc/net/unix", "unix socket", &mut things, |line| {
+            line.split_whitespace().nth(7).map(str::to_owned)
+        });
+        folders(Path::new("/sys/fs/cgroup"), "cgroup", &mut things);
+        for root in ["/run/bulkhead", "/var/run/bulkhead", "/var/lib/bulkhead"] {
+            files(Path::new(root), &mut things);
+        }
+        Self(things)
+    }
+
+    /// Checks that nothing has come since.
+    ///
+    /// # Panics
+    /// When something has, naming it.
+    #[track_caller]
+    pub fn assert_nothing_new(&self) {
+        let now = Self::now();
+        let new: Vec<_> = now.0.difference(&self.0).collect();
+        assert!(new.is_empty(), "left on the host: {new:#?}");
+    }
+}
+
+fn processes(things: &mut BTreeSet<String>) {
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(pid) = name
+            .to_str()
+            .filter(|name| name.bytes().all(|b| b.is_ascii_digit()))
+        else {
+            continue;
+        };
+        // A process that ends while we look is no leak. Kernel threads have no executable.
+        let Ok(comm) = fs::read_to_string(entry.path().join("comm")) else {
+            continue;
+        };
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let zombie = stat
+            .rsplit_once(") ")
+            .is_some_and(|(_, rest)| rest.starts_with('Z'));
+        if zombie || fs::read_link(entry.path().join("exe")).is_ok() {
+            things.insert(format!(
+                "process {pid} {}{}",
+                comm.trim(),
+                if zombie { " (zombie)" } else { "" }
+            ));
+        }
+    }
+}
+
+fn lines(
+    path: &str,
+    kind: &str,
+    things: &mut BTreeSet<String>,
+    pick: impl Fn(&str) -> Option<String>,
+) {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    things.extend(
+        text.lines()
+            .filter_map(pick)
+            .map(|what| format!("{kind} {what}")),
+    );
+}
+
+fn folders(path: &Path, kind: &str, things: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            things.insert(format!("{kind} {}", entry.path().display()));
+            folders(&entry.path(), kind, things);
+        }
+    }
+}
+
+fn files(path: &Path, things: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        things.insert(format!("file {}", entry.path().display()));
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            files(&entry.path(), things);
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! What a container sees and what comes back from it; where runc defines it, runc runs the same bundle.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::process::{Child, Command, Stdio};
+
+use bulkhead_e2e::bundle::Bundle;
+use bulkhead_e2e::command::{
+    bulkhead, finish, run, run_command, run_with_input, runtime, start, wait,
+};
+use bulkhead_e2e::leaks::Host;
+use bulkhead_e2e::processes;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+
+/// Runs the bundle under runc and under Bulkhead; stdout and exit code must be the same.
+#[track_caller]
+fn assert_same_as_runc(bundle: &Bundle) {
+    let theirs = finish(run_command(runtime("runc"), bundle).stdin(Stdio::null()));
+    let host = Host::now();
+    let ours = run(bundle);
+    assert_eq!(
+        (ours.code, ours.stdout.as_str()),
+        (theirs.code, theirs.stdout.as_str()),
+        "bulkhead (left) and runc (right) differ; stderr of bulkhead: {}, of runc: {}",
+        ours.stderr,
+        theirs.stderr
+    );
+    host.assert_nothing_new();
+}
+
+#[track_caller]
+fn signal(child: &Child, signal: Signal) {
+    kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
+}
+
+/// Starts a bundle and returns once the container has printed its first line, `ready`.
+fn start_until_ready(bundle: &Bundle) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut child = start(run_command(bulkhead(), bundle).stdin(Stdio::null()));
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    if line != "ready\n" {
+        let mut stderr = String::new();
+        child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut stderr)
+            .unwrap();
+        panic!("the container said {line:?} and not \"ready\"; stderr: {stderr}");
+    }
+    (child, stdout)
+}
+
+#[test]
+fn output_and_exit_code_come_back() {
+    let host = Host::now();
+    let ended = run(&Bundle::shell("echo to stdout; echo to stderr >&2; exit 7")).expect_code(7);
+    assert_eq!(ended.stdout, "to stdout\n");
+    assert_eq!(ended.stderr, "to stderr\n");
+    host.assert_nothing_new();
+}
+
+#[test]
+fn the_process_is_pid_1_on_a_kernel_of_its_own() {
+    let ended = run(&Bundle::shell(
+        "echo $$; uname -r; hostname; cat /proc/self/cgroup",
+    ))
+    .expect_code(0);
+    let lines: Vec<_> = ended.stdout.lines().collect();
+    let host_release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert_eq!(lines[0], "1");
+    assert_ne!(
+        lines[1],
+        host_release.trim(),
+        "the container runs on the host's kernel"
+    );
+    assert_eq!(lines[2], "bulkhead");
+    assert_eq!(
+        lines[3], "0::/",
+        "the cgroup namespace hides the guest's own tree"
+    );
+}
+
+#[test]
+fn standard_input_arrives_and_its_end_is_seen() {
+    let host = Host::now();
+    let ended = run_with_input(&Bundle::shell("cat; echo done"), b"one\ntwo\n").expect_code(0);
+    assert_eq!(ended.stdout, "one\ntwo\ndone\n");
+    host.assert_nothing_new();
+}
+
+#[test]
+fn thirty_two_mebibytes_pass_both_ways_whole_and_in_order() {
+    let block: Vec<u8> = (0..1 << 20)
+        .map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    let bundle = Bundle::busybox(&["cat"]);
+    let mut child = start(run_command(bulkhead(), &bundle).stdin(Stdio::piped()));
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..32 {
+                stdin.write_all(&block).unwrap();
+            }
+            drop(stdin);
+        });
+        let mut echoed = vec![0; block.len()];
+        for round in 0..32 {
+            stdout.read_exact(&mut echoed).unwrap();
+            assert!(echoed == block, "block {round} differs");
+        }
+        assert_eq!(
+            stdout.read(&mut echoed).unwrap(),
+            0,
+            "more came back than went in"
+        );
+    });
+    wait(child).expect_code(0);
+}
+
+#[test]
+fn output_that_nobody_reads_any_more_ends_the_writer() {
+    let bundle = Bundle::busybox(&["yes"]);
+    let host = Host::now();
+    let mut child = start(run_command(bulkhead(), &bundle).stdin(Stdio::null()));
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    assert_eq!(line, "y\n");
+    drop(stdout);
+    // SIGPIPE of the writer, as under runc.
+    wait(child).expect_code(128 + 13);
+    host.assert_nothing_new();
+}
+
+#[test]
+fn death_by_signal_n_is_exit_code_128_plus_n() {
+    // PID 1 of a pid namespace can't kill itself, so its child does and the shell passes the status on.
+    assert_same_as_runc(&Bundle::shell("sh -c 'kill -9 $$'; echo $?"));
+}
+
+#[test]
+fn sigterm_and_sigint_reach_the_process() {
+    let host = Host::now();
+    for (sent, name) in [(Signal::SIGTERM, "TERM"), (Signal::SIGINT, "INT")] {
+        let script =
+            format!("trap 'echo got {name}; exit 3' {name}; echo ready; while :; do sleep 1; done");
+        let (child, mut stdout) = start_until_ready(&Bundle::shell(&script));
+        signal(&child, sent);
+        let mut rest = String::new();
+        stdout.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, format!("got {name}\n"));
+        wait(child).expect_code(3);
+    }
+    host.assert_nothing_new();
+}
+
+#[test]
+fn a_killed_client_leaves_nothing_behind() {
+    let host = Host::now();
+    let bundle = Bundle::shell("echo ready; exec sleep 1000");
+    let (mut child, _stdout) = start_until_ready(&bundle);
+    let sandbox = processes::of_the_build_under_test();
+    assert!(
+        sandbox.len() >= 3,
+        "client, server and VMM run: {sandbox:?}"
+    );
+    signal(&child, Signal::SIGKILL);
+    child.wait().unwrap();
+    processes::wait_for_end(&sandbox);
+    host.assert_nothing_new();
+}
+
+#[test]
+fn a_killed_vmm_ends_the_run_with_one_sentence() {
+    let host = Host::now();
+    let bundle = Bundle::shell("echo ready; exec sleep 1000");
+    let (child, _stdout) = start_until_ready(&bundle);
+    let vmm = processes::named("bulkhead-vmm");
+    assert_eq!(vmm.len(), 1);
+    kill(Pid::from_raw(vmm[0].cast_signed()), Signal::SIGKILL).unwrap();
+    let ended = wait(child);
+    assert_ne!(ended.code, 0);
+    assert_eq!(
+        ended.stderr.trim().lines().count(),
+        1,
+        "stderr: {}",
+        ended.stderr
+    );
+    host.assert_nothing_new();
+}
+
+#[test]
+fn two_containers_run_side_by_side() {
+    let host = Host::now();
+    let first = Bundle::shell("echo ready; read line < /go 2>/dev/null; exec sleep 1000");
+    let (child, _stdout) = start_until_ready(&first);
+    let second = run(&Bundle::shell("echo second; exit 5")).expect_code(5);
+    assert_eq!(second.stdout, "second\n");
+    signal(&child, Signal::SIGKILL);
+    let left = processes::of_the_build_under_test();
+    wait(child);
+    processes::wait_for_end(&left);
+    host.assert_nothing_new();
+}
+
+#[test]
+fn files_of_the_bundle_are_read_and_written_back() {
+    let bundle = Bundle::shell(
+        "cat /given && echo from the guest > /made && mkdir /folder && ln -s made /folder/link && chmod 640 /made",
+    );
+    fs::write(bundle.in_root("given"), "from the host\n").unwrap();
+    let ended = run(&bundle).expect_code(0);
+    assert_eq!(ended.stdout, "from the host\n");
+    assert_eq!(
+        fs::read_to_string(bundle.in_root("made")).unwrap(),
+        "from the guest\n"
+    );
+    assert_eq!(
+        fs::metadata(bundle.in_root("made")).unwrap().mode() & 0o7777,
+        0o640
+    );
+    assert_eq!(
+        fs::read_link(bundle.in_root("folder/link"))
+            .unwrap()
+            .to_str(),
+        Some("made")
+    );
+}
+
+#[test]
+fn user_groups_umask_and_working_directory_are_those_of_the_config() {
+    let mut bundle = Bundle::shell(
+        "id -u; id -g; grep Groups /proc/self/status; umask; pwd; touch /tmp/mine; stat -c '%u %g %a' /tmp/mine",
+    );
+    bundle.config["process"]["user"] =
+        json!({"uid": 1000, "gid": 1000, "additionalGids": [7, 8], "umask": 0o027});
+    bundle.config["process"]["cwd"] = json!("/tmp");
+    assert_same_as_runc(&bundle);
+    let made = fs::metadata(bundle.in_root("tmp/mine")).unwrap();
+    assert_eq!(
+        (made.uid(), made.gid()),
+        (1000, 1000),
+        "the host sees the container's owner"
+    );
+}
+
+#[test]
+fn a_missing_working_directory_is_made() {
+    let mut bundle = Bundle::shell("pwd");
+    bundle.config["process"]["cwd"] = json!("/not/there/yet");
+    assert_same_as_runc(&bundle);
+}
+
+#[test]
+fn the_environment_is_exactly_that_of_the_config() {
+    let mut bundle = Bundle::busybox(&["env"]);
+    bundle.config["process"]["env"] =
+        json!(["PATH=/bin", "EMPTY=", "SPACED=a b", "HOME=/elsewhere"]);
+    assert_same_as_runc(&bundle);
+}
+
+#[test]
+fn home_comes_from_the_images_passwd_when_the_config_has_none() {
+    let mut bundle = Bundle::shell("echo $HOME");
+    bundle.config["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    assert_same_as_runc(&bundle);
+}
+
+#[test]
+fn capabilities_limits_and_no_new_privs_are_those_of_the_config() {
+    for (uid, no_new_privs) in [(0, true), (1000, false)] {
+        let mut bundle =
+            Bundle::shell("grep -E '^(Cap|NoNewPrivs)' /proc/self/status; cat /proc/self/limits");
+        let process = &mut bundle.config["process"];
+        process["user"] = json!({"uid": uid, "gid": 0});
+        process["noNewPrivileges"] = json!(no_new_privs);
+        process["capabilities"] = json!({
+            "bounding": ["CAP_KILL", "CAP_CHOWN", "CAP_SYS_CHROOT"],
+            "effective": ["CAP_KILL", "CAP_CHOWN"],
+            "permitted": ["CAP_KILL", "CAP_CHOWN"],
+            "inheritable": ["CAP_KILL"],
+            "ambient": ["CAP_KILL"],
+        });
+        process["rlimits"] = json!([
+            {"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200},
+            {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
+            {"type": "RLIMIT_NPROC", "soft": 50, "hard": 60},
+        ]);
+        bundle.config["process"]["args"][2] = json!(
+            "grep -E '^(Cap|NoNewPrivs)' /proc/self/status; grep -E 'open files|core|Max processes' /proc/self/limits"
+        );
+        assert_same_as_runc(&bundle);
+    }
+}
+
+#[test]
+fn mounts_of_the_config_are_there() {
+    let volume = tempfile::tempdir().unwrap();
+    fs::write(volume.path().join("shared"), "volume\n").unwrap();
+    let mut bundle = Bundle::shell(
+        "cat /volume/shared /one-file; echo written > /volume/new; echo no > /fixed/new; echo $?; \
+         stat -f -c %T /scratch; stat -c %a /scratch; grep -c ' /scratch ' /proc/mounts",
+    );
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    mounts.push(
+        json!({"destination": "/volume", "source": volume.path(), "options": ["rbind", "rw"]}),
+    );
+    mounts.push(
+        json!({"destination": "/fixed", "source": volume.path(), "options": ["rbind", "ro"]}),
+    );
+    mounts.push(json!({"destination": "/one-file", "source": volume.path().join("shared"), "options": ["bind", "ro"]}));
+    mounts.push(json!({"destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1750", "size=1m"]}));
+    assert_same_as_runc(&bundle);
+    assert_eq!(
+        fs::read_to_string(volume.path().join("new")).unwrap(),
+        "written\n"
+    );
+}
+
+#[test]
+fn a_read_only_root_refuses_writes() {
+    let mut bundle = Bundle::shell("touch /x; echo $?; touch /dev/shm/x; echo $?");
+    bundle.config["root"]["readonly"] = json!(true);
+    assert_same_as_runc(&bundle);
+}
+
+#[test]
+fn masked_and_read_only_paths_hold() {
+    let mut bundle = Bundle::shell(
+        "ls /masked-dir; wc -c < /masked-file; touch /fixed-dir/x; echo $?; echo 1 > /proc/sys/kernel/domainname; echo $?",
+    );
+    for (path, content) in [
+        ("masked-file", Some("secret")),
+        ("masked-dir/secret", Some("")),
+        ("fixed-dir", None),
+    ] {
+        let path = bundle.in_root(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        match content {
+            Some(content) => fs::write(path, content).unwrap(),
+            None => fs::create_dir(path).unwrap(),
+        }
+    }
+    bundle.config["linux"]["maskedPaths"] =
+        json!(["/masked-file", "/masked-dir", "/proc/kcore", "/not/there"]);
+    bundle.config["linux"]["readonlyPaths"] = json!(["/fixed-dir", "/proc/sys"]);
+    assert_same_as_runc(&bundle);
+}
+
+#[test]
+fn devices_are_the_standard_ones() {
+    assert_same_as_runc(&Bundle::shell(
+        "for d in null zero full random urandom tty; do stat -c '%n %t %T %a %F' /dev/$d; done; \
+         for l in fd stdin stdout stderr ptmx; do echo $l $(readlink /dev/$l); done; \
+         echo x > /dev/null; head -c 4 /dev/zero | wc -c; ls /dev",
+    ));
+}
+
+#[test]
+fn dev_stdout_can_be_opened() {
+    assert_same_as_runc(&Bundle::shell(
+        "echo out > /dev/stdout; cat /dev/stdin < /etc/group",
+    ));
+}
+
+#[test]
+fn orphans_are_reaped() {
+    let mut bundle = Bundle::shell(
+        "for i in 1 2 3 4 5; do (sleep 0 &) ; done; exec sh -c 'sleep 0; ps -o stat= | grep -c Z; exit 0'",
+    );
+    bundle.config["hostname"] = json!("reaper");
+    run(&bundle).expect_code(0);
+}
+
+#[test]
+fn check_finds_this_machine_able() {
+    let host = Host::now();
+    let ended = finish(bulkhead().arg("check")).expect_code(0);
+    assert!(!ended.stdout.contains("FAIL"), "{}", ended.stdout);
+    assert!(ended.stdout.contains("/dev/kvm"), "{}", ended.stdout);
+    host.assert_nothing_new();
+}
+
+#[test]
+fn the_leak_checker_sees_a_process_and_a_mount() {
+    let host = Host::now();
+    let mut sleeper = Command::new("sleep").arg("1000").spawn().unwrap();
+    assert!(std::panic::catch_unwind(|| host.assert_nothing_new()).is_err());
+    sleeper.kill().unwrap();
+    sleeper.wait().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    nix::mount::mount(
+        Some("t"),
+        folder.path(),
+        Some("tmpfs"),
+        nix::mount::MsFlags::empty(),
+        None::<&str>,
+    )
+    .unwrap();
+    assert!(std::panic::catch_unwind(|| host.assert_nothing_new()).is_err());
+    nix::mount::umount(folder.path()).unwrap();
+    host.assert_nothing_new();
+}
