@@ -1,0 +1,175 @@
+//! From the start of a command to its end, for a container that does nothing: Bulkhead, runc, crun, and QEMU's microvm
+//! booting the same kernel.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use bulkhead_e2e::bundle::Bundle;
+use bulkhead_e2e::command::{bulkhead, run_command, runtime};
+use bulkhead_e2e::{dist, initramfs};
+use serde_json::Value;
+
+use crate::table::{median, print};
+
+/// Runs every program once a round and prints the medians, their ratios and Bulkhead's boot timeline.
+pub fn measure(rounds: usize, qemu: Option<&Path>, probe: &Path) -> anyhow::Result<()> {
+    let bundle = Bundle::busybox(&["true"]);
+    let folder = tempfile_folder()?;
+    let initrd = folder.join("initramfs.cpio");
+    fs::write(
+        &initrd,
+        initramfs::with_init(&fs::read(probe).context("cannot read the guest's probe")?),
+    )?;
+    let timeline = folder.join("timeline.json");
+
+    let mut seconds: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    let mut steps: Vec<(String, Vec<f64>)> = Vec::new();
+    // The round before the first warms the page cache and is not counted.
+    for round in 0..=rounds {
+        let mut measure = |name: &'static str, command: &mut Command| -> anyhow::Result<()> {
+            let began = Instant::now();
+            let output = command
+                .stdin(Stdio::null())
+                .output()
+                .with_context(|| format!("cannot start {name}"))?;
+            let took = began.elapsed().as_secs_f64();
+            if !output.status.success() {
+                bail!(
+                    "{name} ended with {}: {}",
+                    output.status,
+                    String::from_utf8_lossy(&output.stderr)
+                );
+            }
+            if round > 0 {
+                seconds.entry(name).or_default().push(took);
+            }
+            Ok(())
+        };
+        for name in ["runc", "crun"] {
+            measure(name, &mut run_command(runtime(name), &bundle))?;
+        }
+        let mut ours = run_command(bulkhead(), &bundle);
+        measure("bulkhead", ours.env("BULKHEAD_TIMELINE", &timeline))?;
+        if let Some(qemu) = qemu {
+            measure("qemu", &mut microvm(qemu, &initrd))?;
+        }
+        if round > 0 {
+            read_timeline(&timeline, &mut steps)?;
+        }
+    }
+
+    let bulkhead = median(&seconds["bulkhead"]);
+    let describe = [
+        ("bulkhead", "`bulkhead run`, busybox `true`"),
+        ("runc", "`runc run`, the same bundle"),
+        ("crun", "`crun run`, the same bundle"),
+        (
+            "qemu",
+            "QEMU microvm, the same kernel to PID 1 and power-off",
+        ),
+    ];
+    let rows: Vec<_> = describe
+        .iter()
+        .filter_map(|(name, what)| {
+            let theirs = median(seconds.get(name)?);
+            Some(vec![
+                what.to_string(),
+                format!("{theirs:.2} s"),
+                format!("{:.2}", bulkhead / theirs),
+            ])
+        })
+        .collect();
+    print(
+        &format!("Start to end of the command, median of {rounds}"),
+        &["what", "time", "bulkhead is times this"],
+        &rows,
+    );
+
+    let mut previous = 0.0;
+    let rows: Vec<_> = steps
+        .iter()
+        .map(|(name, at)| {
+            let at = median(at);
+            let row = vec![
+                name.clone(),
+                format!("{at:.0} ms"),
+                format!("{:.0} ms", at - previous),
+            ];
+            previous = at;
+            row
+        })
+        .collect();
+    print(
+        "Bulkhead's boot timeline, medians",
+        &["step", "since the command's start", "since the step before"],
+        &rows,
+    );
+    fs::remove_dir_all(folder)?;
+    Ok(())
+}
+
+/// QEMU's smallest machine with Bulkhead's kernel; PID 1 resets, which `-no-reboot` makes the end.
+fn microvm(qemu: &Path, initrd: &Path) -> Command {
+    let mut command = Command::new(qemu);
+    command
+        .args([
+            "-M",
+            "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=off",
+            "-accel",
+            "kvm",
+            "-cpu",
+            "host",
+        ])
+        .args([
+            "-m",
+            "256",
+            "-smp",
+            "1",
+            "-nodefaults",
+            "-no-user-config",
+            "-nographic",
+            "-no-reboot",
+        ])
+        .args([
+            "-append",
+            "reboot=t panic=-1 quiet tsc=reliable no_timer_check random.trust_cpu=on probe=reset",
+        ])
+        .arg("-kernel")
+        .arg(dist().join("lib/bulkhead/vmlinux"))
+        .arg("-initrd")
+        .arg(initrd);
+    command
+}
+
+/// Adds one run's steps, in milliseconds since its first, to those of the runs before.
+fn read_timeline(path: &Path, steps: &mut Vec<(String, Vec<f64>)>) -> anyhow::Result<()> {
+    let entries: Vec<Value> =
+        serde_json::from_slice(&fs::read(path).context("no timeline was written")?)?;
+    let at = |entry: &Value| {
+        entry["at_ns"]
+            .as_f64()
+            .context("a timeline entry without a time")
+    };
+    let began = at(entries.first().context("the timeline is empty")?)?;
+    for entry in &entries {
+        let name = entry["name"]
+            .as_str()
+            .context("a timeline entry without a name")?;
+        let since = (at(entry)? - began) / 1e6;
+        match steps.iter_mut().find(|(known, _)| known == name) {
+            Some((_, all)) => all.push(since),
+            None => steps.push((name.to_owned(), vec![since])),
+        }
+    }
+    Ok(())
+}
+
+fn tempfile_folder() -> anyhow::Result<std::path::PathBuf> {
+    let folder = std::env::temp_dir().join(format!("bulkhead-bench-{}", std::process::id()));
+    fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
