@@ -1,2 +1,2 @@
-//! Stub.
+//! `bulkhead`: stub.
 fn main() {}

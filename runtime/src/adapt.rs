@@ -1,0 +1,211 @@
+//! From the bundle's spec to the guest's: what the host binds into the share, and the spec with the guest's paths.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bulkhead_protocol::GUEST_SHARE;
+use oci_spec::runtime::{Mount, Spec};
+
+use crate::id::ContainerId;
+use crate::spec::{Bundle, SpecError};
+
+/// Name of the root filesystem in a container's part of the share.
+const ROOTFS: &str = "rootfs";
+
+/// Name of the directory of bind mounts' sources in a container's part of the share.
+pub const MOUNTS: &str = "mounts";
+
+/// How much of a bind is read-only on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadOnly {
+    /// Nothing.
+    No,
+    /// The top mount.
+    Top,
+    /// Every mount below it too (`rro`).
+    Recursive,
+}
+
+/// One thing that the host binds into a container's part of the share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostBind {
+    /// What is bound.
+    pub source: PathBuf,
+    /// Where, relative to the container's part of the share.
+    pub name: PathBuf,
+    /// Whether `source` is a directory; otherwise a regular file.
+    pub directory: bool,
+    /// Whether mounts below `source` come along.
+    pub recursive: bool,
+    /// What is read-only on the host, whatever the guest does.
+    pub read_only: ReadOnly,
+}
+
+/// A bundle made ready for a guest.
+#[derive(Debug)]
+pub struct Adapted {
+    /// The spec as the guest is to apply it.
+    pub spec: Spec,
+    /// What the host binds.
+    pub binds: Vec<HostBind>,
+}
+
+/// Adapts `bundle` for the container `id`. Nothing is mounted yet; what is missing on the host is an error now.
+pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
+    let mut spec = bundle.spec.clone();
+    let guest_dir = Path::new(GUEST_SHARE).join(id);
+    // The guest applies `root.readonly` itself, after it has made the mount points.
+    let mut binds = vec![HostBind {
+        source: bundle.rootfs.clone(),
+        name: ROOTFS.into(),
+        directory: true,
+        recursive: true,
+        read_only: ReadOnly::No,
+    }];
+    if let Some(root) = spec.root_mut() {
+        root.set_path(guest_dir.join(ROOTFS));
+    }
+    for (n, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
+        if is_bind(mount) {
+            let bind = host_bind(mount, n, &bundle.dir)?;
+            mount.set_source(Some(guest_dir.join(&bind.name)));
+            binds.push(bind);
+        }
+    }
+    if let Some(linux) = spec.linux_mut() {
+        // The host's cgroup is the host's matter; the guest has its own tree.
+        linux.set_cgroups_path(None);
+    }
+    spec.set_hooks(None);
+    spec.set_annotations(None);
+    Ok(Adapted { spec, binds })
+}
+
+/// runc's rule: the type, or an option, says bind.
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || options(mount).any(|option| option == "bind" || option == "rbind")
+}
+
+fn options(mount: &Mount) -> impl DoubleEndedIterator<Item = &str> {
+    mount.options().iter().flatten().map(String::as_str)
+}
+
+fn host_bind(mount: &Mount, n: usize, bundle: &Path) -> Result<HostBind, SpecError> {
+    let field = format!("mounts[{n}].source");
+    let source = match mount.source() {
+        Some(source) if !source.as_os_str().is_empty() => bundle.join(source),
+        _ => return Err(SpecError::field(field, "is empty: say what to bind")),
+    };
+    let metadata = fs::metadata(&source).map_err(|error| {
+        SpecError::field(&field, format!("names {}: {error}", source.display()))
+    })?;
+    if !metadata.is_dir() && !metadata.is_file() {
+        // The VMM opens no special file of the host for its guest.
+        return Err(SpecError::field(
+            &field,
+            format!(
+                "names {}, which is neither a directory nor a regular file: a guest can't share it",
+                source.display()
+            ),
+        ));
+    }
+    // The last of contradicting options counts, as in mount(8).
+    let read_only = options(mount)
+        .rev()
+        .find_map(|option| match option {
+            "ro" => Some(ReadOnly::Top),
+            "rro" => Some(ReadOnly::Recursive),
+            "rw" | "rrw" => Some(ReadOnly::No),
+            _ => None,
+        })
+        .unwrap_or(ReadOnly::No);
+    Ok(HostBind {
+        source,
+        name: Path::new(MOUNTS).join(n.to_string()),
+        directory: metadata.is_dir(),
+        recursive: options(mount).any(|option| option == "rbind"),
+        read_only,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::tests::{bundle, good};
+    use serde_json::{Value, json};
+
+    fn adapted(mounts: Value) -> Result<(PathBuf, Adapted), String> {
+        let mut config = good();
+        config["mounts"] = mounts;
+        config["linux"]["cgroupsPath"] = json!("/pod/x");
+        config["annotations"] = json!({"a": "b"});
+        let dir = bundle(&config.to_string());
+        fs::write(dir.path().join("file"), "x").unwrap();
+        let loaded = Bundle::load(dir.path()).map_err(|e| e.to_string())?;
+        let id = ContainerId::new("c1").unwrap();
+        let adapted = adapt(&loaded, &id).map_err(|e| e.to_string())?;
+        Ok((loaded.dir, adapted))
+    }
+
+    #[test]
+    fn the_guest_gets_paths_of_the_share_and_nothing_of_the_hosts() {
+        let (dir, adapted) = adapted(json!([
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/data", "type": "bind", "source": "rootfs", "options": ["rbind", "ro"]},
+            {"destination": "/f", "type": "none", "source": "file", "options": ["bind", "ro", "rw"]},
+            {"destination": "/g", "source": "file", "options": ["bind", "rro"]},
+        ]))
+        .unwrap();
+        let spec = serde_json::to_value(&adapted.spec).unwrap();
+        let share = "/run/bulkhead/share/c1";
+        assert_eq!(spec["root"]["path"], format!("{share}/rootfs"));
+        assert_eq!(spec["mounts"][0]["source"], "proc");
+        assert_eq!(spec["mounts"][1]["source"], format!("{share}/mounts/1"));
+        assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro"]));
+        assert_eq!(spec["mounts"][3]["source"], format!("{share}/mounts/3"));
+        assert!(spec.get("annotations").is_none());
+        assert!(spec["linux"].get("cgroupsPath").is_none());
+        assert!(!spec.to_string().contains(dir.to_str().unwrap()));
+
+        let bind = |source: PathBuf, name: &str, directory, recursive, read_only| HostBind {
+            source,
+            name: name.into(),
+            directory,
+            recursive,
+            read_only,
+        };
+        assert_eq!(
+            adapted.binds,
+            [
+                bind(dir.join("rootfs"), "rootfs", true, true, ReadOnly::No),
+                bind(dir.join("rootfs"), "mounts/1", true, true, ReadOnly::Top),
+                bind(dir.join("file"), "mounts/2", false, false, ReadOnly::No),
+                bind(
+                    dir.join("file"),
+                    "mounts/3",
+                    false,
+                    false,
+                    ReadOnly::Recursive
+                ),
+            ]
+        );
+    }
+
+    #[test]
+    fn sources_that_cannot_be_shared_are_refused_by_the_name_of_their_field() {
+        for (source, expected) in [
+            (json!(""), "`mounts[0].source` is empty"),
+            (Value::Null, "`mounts[0].source` is empty"),
+            (
+                json!("/nonexistent"),
+                "`mounts[0].source` names /nonexistent: No such file",
+            ),
+            (json!("/dev/null"), "neither a directory nor a regular file"),
+        ] {
+            let mount = json!([{"destination": "/d", "type": "bind", "source": source}]);
+            let message = adapted(mount).unwrap_err();
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The guest's agent, as its client sees it: one ttrpc connection that the agent has opened.
+//!
+//! Answers are a guest's and therefore not to be trusted: they carry numbers and a message for the user, nothing that the
+//! host acts on.
+
+use std::time::{Duration, SystemTime};
+
+use bulkhead_protocol::PROTOCOL_VERSION;
+use bulkhead_protocol::agent::{
+    CreateContainerRequest, DeleteContainerRequest, HelloRequest, HelloResponse, ShutdownRequest,
+    SignalProcessRequest, StartContainerRequest, Stdio, WaitProcessRequest, WaitProcessResponse,
+};
+use bulkhead_protocol::agent_ttrpc::AgentClient;
+use thiserror::Error;
+use tokio::net::UnixStream;
+use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::{Context, with_duration};
+
+/// How long an answer may take that has nothing to wait for. Generous: emulated machines are 20 times slower.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Longest message of a guest that is shown.
+const MAX_MESSAGE: usize = 1024;
+
+/// What went wrong between server and agent.
+#[derive(Debug, Clone, Error)]
+pub enum AgentError {
+    /// The two ends speak different versions.
+    #[error(
+        "the guest's agent {agent} speaks protocol version {theirs} and this runtime version {PROTOCOL_VERSION}: \
+         install an initramfs of the same release"
+    )]
+    Version {
+        /// The agent's own version.
+        agent: String,
+        /// The protocol's version there.
+        theirs: u32,
+    },
+    /// The agent refused, for a reason that is the user's to know.
+    #[error("{message}")]
+    Refused {
+        /// What kind of refusal.
+        kind: Refusal,
+        /// One sentence.
+        message: String,
+    },
+    /// No answer within the time.
+    #[error("the guest's agent did not answer in {} s", ANSWER_TIMEOUT.as_secs())]
+    Timeout,
+    /// The connection is gone.
+    #[error("the connection to the guest's agent is lost: {0}")]
+    Lost(String),
+}
+
+/// Kinds of refusals that callers tell apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// The request or the spec is wrong.
+    Invalid,
+    /// No such container, process, program or path.
+    NotFound,
+    /// The id is taken.
+    Exists,
+    /// Not in this state, or a mismatch of versions.
+    Precondition,
+    /// Not permitted, or not executable.
+    Permission,
+    /// Anything else.
+    Other,
+}
+
+impl From<ttrpc::Error> for AgentError {
+    fn from(error: ttrpc::Error) -> Self {
+        let ttrpc::Error::RpcStatus(status) = error else {
+            return Self::Lost(error.to_string());
+        };
+        let kind = match status.code() {
+            ttrpc::Code::INVALID_ARGUMENT => Refusal::Invalid,
+            ttrpc::Code::NOT_FOUND => Refusal::NotFound,
+            ttrpc::Code::ALREADY_EXISTS => Refusal::Exists,
+            ttrpc::Code::FAILED_PRECONDITION => Refusal::Precondition,
+            ttrpc::Code::PERMISSION_DENIED => Refusal::Permission,
+            ttrpc::Code::DEADLINE_EXCEEDED => return Self::Timeout,
+            _ => Refusal::Other,
+        };
+        Self::Refused {
+            kind,
+            message: printable(status.message()),
+        }
+    }
+}
+
+/// A guest's message made fit for a terminal and a log.
+fn printable(message: &str) -> String {
+    let clean = |c: char| if c.is_control() { ' ' } else { c };
+    message.chars().take(MAX_MESSAGE).map(clean).collect()
+}
+
+/// The agent of one guest.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+}
+
+impl Agent {
+    /// Greets the agent at the other end of `stream`, which has dialled the host.
+    pub async fn greet(stream: UnixStream) -> Result<(Self, HelloResponse), AgentError> {
+        let agent = Self {
+            client: AgentClient::new(Client::new(Socket::from(stream))),
+        };
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        let request = HelloRequest {
+            protocol_version: PROTOCOL_VERSION,
+            host_version: env!("CARGO_PKG_VERSION").to_owned(),
+            wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+            ..Default::default()
+        };
+        let hello = agent.client.hello(limited(), &request).await?;
+        if hello.protocol_version != PROTOCOL_VERSION {
+            return Err(AgentError::Version {
+                agent: printable(&hello.agent_version),
+                theirs: hello.protocol_version,
+            });
+        }
+        Ok((agent, hello))
+    }
+
+    /// Makes a container; returns its init's pid in the guest.
+    pub async fn create(
+        &self,
+        id: &str,
+        spec_json: Vec<u8>,
+        stdio: Stdio,
+    ) -> Result<u32, AgentError> {
+        let request = CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec_json,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        Ok(self.client.create_container(limited(), &request).await?.pid)
+    }
+
+    /// Executes a created container's program.
+    pub async fn start(&self, id: &str) -> Result<(), AgentError> {
+        let request = StartContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.client.start_container(limited(), &request).await?;
+        Ok(())
+    }
+
+    /// Signals a process, or every process of the container.
+    pub async fn signal(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), AgentError> {
+        let request = SignalProcessRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.client.signal_process(limited(), &request).await?;
+        Ok(())
+    }
+
+    /// Waits for a process's end, however long it takes.
+    pub async fn wait(&self, id: &str, exec_id: &str) -> Result<WaitProcessResponse, AgentError> {
+        let request = WaitProcessRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        };
+        Ok(self
+            .client
+            .wait_process(Context::default(), &request)
+            .await?)
+    }
+
+    /// Kills what is left of a container and forgets it.
+    pub async fn delete(&self, id: &str) -> Result<(), AgentError> {
+        let request = DeleteContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.client.delete_container(limited(), &request).await?;
+        Ok(())
+    }
+
+    /// Has the guest write back what is dirty and power itself off. The end of the connection is as good as an answer.
+    pub async fn shutdown(&self) -> Result<(), AgentError> {
+        let request = ShutdownRequest::default();
+        match self.client.shutdown(limited(), &request).await {
+            Ok(_) => Ok(()),
+            Err(error) => match error.into() {
+                AgentError::Lost(_) => Ok(()),
+                error => Err(error),
+            },
+        }
+    }
+}
+
+fn limited() -> Context {
+    with_duration(ANSWER_TIMEOUT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_message_is_one_line_of_bounded_length() {
+        let status = ttrpc::get_status(
+            ttrpc::Code::NOT_FOUND,
+            format!("exec: \"foo\"\n\x1b[31m{}", "x".repeat(5000)),
+        );
+        let error = AgentError::from(ttrpc::Error::RpcStatus(status));
+        let AgentError::Refused { kind, message } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(*kind, Refusal::NotFound);
+        assert_eq!(message.len(), MAX_MESSAGE);
+        assert!(message.starts_with("exec: \"foo\"  [31m"), "{message}");
+    }
+}

@@ -1,0 +1,273 @@
+//! Configuration: where the programs and the guest's files are, and the few defaults of a sandbox.
+//!
+//! Everything has a default; `/etc/bulkhead/config.toml` overrides, another file is named by the flag `--config` or the
+//! variable `BULKHEAD_CONFIG`. Unknown keys are errors.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::sizing;
+
+/// The configuration file that is read when it exists.
+pub const DEFAULT_FILE: &str = "/etc/bulkhead/config.toml";
+
+/// Environment variable that names another configuration file.
+pub const FILE_VARIABLE: &str = "BULKHEAD_CONFIG";
+
+/// Where the guest's files are when the programs are not installed under a prefix of their own.
+const SYSTEM_LIB_DIR: &str = "/usr/lib/bulkhead";
+
+/// File name of the VMM.
+const VMM_PROGRAM: &str = "bulkhead-vmm";
+
+/// File name of the sandbox server.
+const SERVER_PROGRAM: &str = "containerd-shim-bulkhead-v2";
+
+/// The configuration in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The guest's kernel, an ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// The guest's initramfs.
+    pub initramfs: PathBuf,
+    /// The VMM.
+    pub vmm: PathBuf,
+    /// The sandbox server.
+    pub server: PathBuf,
+    /// Directory of the sandboxes' state, unless `--root` names another.
+    pub runtime_root: PathBuf,
+    /// vCPUs of a guest.
+    pub vcpus: u8,
+    /// Memory of a guest whose spec sets no limit, in MiB.
+    pub memory_mib: u64,
+    /// How long a guest may take to boot and make its container.
+    pub boot_timeout: Duration,
+    /// Whether servers and VMMs log at debug level, and guests write to a serial console.
+    pub debug: bool,
+    /// Where debug logs and guest consoles go, as files named by the container's id; stderr when not set.
+    pub debug_directory: Option<PathBuf>,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration file {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("configuration file {path}: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        message: String,
+    },
+    /// A key's value is out of its range.
+    #[error("configuration file {path}: `{key}` {problem}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is wrong with it and what is right.
+        problem: String,
+    },
+    /// The running program's own path is unknown, so its siblings are too.
+    #[error("cannot tell where this program is installed: {0}")]
+    Executable(io::Error),
+}
+
+/// The file, as written.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    kernel: Option<PathBuf>,
+    initramfs: Option<PathBuf>,
+    vmm: Option<PathBuf>,
+    server: Option<PathBuf>,
+    runtime_root: Option<PathBuf>,
+    vcpus: Option<u8>,
+    memory_mib: Option<u64>,
+    boot_timeout_s: Option<u64>,
+    debug: Option<bool>,
+    debug_directory: Option<PathBuf>,
+}
+
+impl Config {
+    /// Reads `file`, which must then exist, or [`DEFAULT_FILE`] if there is one.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let from_environment = std::env::var_os(FILE_VARIABLE).map(PathBuf::from);
+        let named = file.map(Path::to_path_buf).or(from_environment);
+        let path = named.as_deref().unwrap_or(Path::new(DEFAULT_FILE));
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound && named.is_none() => String::new(),
+            Err(source) => {
+                return Err(ConfigError::Read {
+                    path: path.to_path_buf(),
+                    source,
+                });
+            }
+        };
+        let executable = std::env::current_exe().map_err(ConfigError::Executable)?;
+        Self::parse(&text, path, &executable)
+    }
+
+    /// The configuration that `text` makes of the defaults for a program at `executable`.
+    fn parse(text: &str, path: &Path, executable: &Path) -> Result<Self, ConfigError> {
+        let file: File = if text.is_empty() {
+            File::default()
+        } else {
+            toml::from_str(text).map_err(|e| ConfigError::Parse {
+                path: path.to_path_buf(),
+                message: one_line(&e, text),
+            })?
+        };
+        let value_error = |key, problem: String| ConfigError::Value {
+            path: path.to_path_buf(),
+            key,
+            problem,
+        };
+        for (key, value) in [
+            ("kernel", &file.kernel),
+            ("initramfs", &file.initramfs),
+            ("vmm", &file.vmm),
+            ("server", &file.server),
+            ("runtime_root", &file.runtime_root),
+            ("debug_directory", &file.debug_directory),
+        ] {
+            if let Some(value) = value.as_deref().filter(|value| !value.is_absolute()) {
+                return Err(value_error(
+                    key,
+                    format!("is {value:?}: give an absolute path"),
+                ));
+            }
+        }
+        let vcpus = file.vcpus.unwrap_or(sizing::DEFAULT_VCPUS);
+        if !(1..=sizing::MAX_VCPUS).contains(&vcpus) {
+            return Err(value_error(
+                "vcpus",
+                format!("is {vcpus}: give 1 to {}", sizing::MAX_VCPUS),
+            ));
+        }
+        let memory_mib = file.memory_mib.unwrap_or(sizing::DEFAULT_MEMORY_MIB);
+        if memory_mib < sizing::MIN_MEMORY_MIB {
+            return Err(value_error(
+                "memory_mib",
+                format!("is {memory_mib}: give at least {}", sizing::MIN_MEMORY_MIB),
+            ));
+        }
+        let programs = executable.parent().unwrap_or(Path::new("/"));
+        let lib = lib_dir(programs);
+        Ok(Self {
+            kernel: file.kernel.unwrap_or_else(|| lib.join("vmlinux")),
+            initramfs: file.initramfs.unwrap_or_else(|| lib.join("initramfs.cpio")),
+            vmm: file.vmm.unwrap_or_else(|| programs.join(VMM_PROGRAM)),
+            server: file.server.unwrap_or_else(|| programs.join(SERVER_PROGRAM)),
+            runtime_root: file
+                .runtime_root
+                .unwrap_or_else(|| PathBuf::from("/run/bulkhead")),
+            vcpus,
+            memory_mib,
+            boot_timeout: Duration::from_secs(file.boot_timeout_s.unwrap_or(60)),
+            debug: file.debug.unwrap_or(false),
+            debug_directory: file.debug_directory,
+        })
+    }
+}
+
+/// `../lib/bulkhead` of the programs' directory when it exists, so that a build tree or a prefix such as
+/// `/usr/local` works as it is; the system's otherwise.
+fn lib_dir(programs: &Path) -> PathBuf {
+    let own = programs.parent().map(|prefix| prefix.join("lib/bulkhead"));
+    own.filter(|dir| dir.is_dir())
+        .unwrap_or_else(|| PathBuf::from(SYSTEM_LIB_DIR))
+}
+
+/// A TOML error without its multi-line excerpt.
+fn one_line(error: &toml::de::Error, text: &str) -> String {
+    let message = error.message().replace('\n', " ");
+    match error.span() {
+        Some(span) => {
+            let before = text.get(..span.start).unwrap_or_default();
+            format!("line {}: {message}", before.matches('\n').count() + 1)
+        }
+        None => message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(
+            text,
+            Path::new("/c.toml"),
+            Path::new("/opt/bh/bin/bulkhead"),
+        )
+        .map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn an_empty_file_gives_the_defaults() {
+        let config = parse("").unwrap();
+        assert_eq!(config.vmm, Path::new("/opt/bh/bin/bulkhead-vmm"));
+        assert_eq!(config.kernel, Path::new("/usr/lib/bulkhead/vmlinux"));
+        assert_eq!(config.boot_timeout, Duration::from_secs(60));
+        assert!(!config.debug);
+    }
+
+    #[test]
+    fn guest_files_of_the_same_prefix_come_before_the_systems() {
+        let prefix = tempfile::tempdir().unwrap();
+        fs::create_dir_all(prefix.path().join("lib/bulkhead")).unwrap();
+        let config =
+            Config::parse("", Path::new("c"), &prefix.path().join("bin/bulkhead")).unwrap();
+        assert_eq!(config.kernel, prefix.path().join("lib/bulkhead/vmlinux"));
+    }
+
+    #[test]
+    fn keys_override_the_defaults() {
+        let config = parse("kernel = \"/k\"\nboot_timeout_s = 5\ndebug = true\n").unwrap();
+        assert_eq!(config.kernel, Path::new("/k"));
+        assert_eq!(config.boot_timeout, Duration::from_secs(5));
+        assert!(config.debug);
+    }
+
+    #[test]
+    fn broken_files_are_refused_in_one_line_that_names_file_and_key() {
+        for (text, expected) in [
+            ("\nkernal = \"/k\"", "line 2: unknown field `kernal`"),
+            ("kernel = 1", "line 1: invalid type"),
+            ("kernel = \"k\"", "`kernel` is \"k\": give an absolute path"),
+            ("vcpus = 0", "`vcpus` is 0: give 1 to 32"),
+            ("memory_mib = 1", "`memory_mib` is 1: give at least 64"),
+            ("kernel", "line 1: "),
+        ] {
+            let message = parse(text).unwrap_err();
+            assert!(
+                message.starts_with("configuration file /c.toml: "),
+                "{message}"
+            );
+            assert!(message.contains(expected), "{message}");
+            assert!(!message.contains('\n'), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_named_file_must_exist() {
+        let error = Config::load(Some(Path::new("/nonexistent/c.toml"))).unwrap_err();
+        assert!(matches!(error, ConfigError::Read { .. }));
+    }
+}

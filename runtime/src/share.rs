@@ -1,0 +1,340 @@
+//! The sandbox's mount namespace, and the directory tree in it that the guest sees over virtio-fs.
+//!
+//! The server lives in a mount namespace of its own, which its VMM inherits: when both are gone, so are all mounts, whatever
+//! ended them. The share's own skeleton (`<id>/rootfs`, `<id>/mounts/<n>`) is a tmpfs that the VMM sees read-only, so a
+//! guest can't put a symbolic link where the host is about to mount; the server makes the skeleton's entries through a
+//! descriptor of the writable mount underneath. The read-only mount is shared, so that later mounts reach a VMM with a
+//! mount namespace of its own.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::fcntl::{OFlag, openat};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, mkdirat};
+use thiserror::Error;
+
+use crate::adapt::{HostBind, MOUNTS, ReadOnly};
+use crate::id::ContainerId;
+
+/// What went wrong with the share.
+#[derive(Debug, Error)]
+#[error("cannot {what} {}: {source}", path.display())]
+pub struct ShareError {
+    what: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl ShareError {
+    fn new(what: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
+        Self {
+            what,
+            path: path.to_path_buf(),
+            source: source.into(),
+        }
+    }
+}
+
+/// Gives the calling thread, and the processes it starts, a mount namespace that sees the host's mounts come and go but
+/// shows the host none of its own. Call it before there are other threads.
+pub fn private_mount_namespace() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_SLAVE,
+        None::<&str>,
+    )?;
+    Ok(())
+}
+
+/// The shared directory tree of one sandbox.
+#[derive(Debug)]
+pub struct Share {
+    root: PathBuf,
+    /// The writable mount under the one that the guest sees.
+    skeleton: OwnedFd,
+    unmounted: AtomicBool,
+}
+
+impl Share {
+    /// Makes the share at `root`, an existing directory. Needs [`private_mount_namespace`] first.
+    pub fn new(root: &Path) -> Result<Self, ShareError> {
+        let fail = |what| move |e: nix::Error| ShareError::new(what, root, e);
+        mount(
+            Some("bulkhead"),
+            root,
+            Some("tmpfs"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+            Some("mode=0755,size=4m"),
+        )
+        .map_err(fail("mount a tmpfs on"))?;
+        let skeleton = open_dir(None, root).map_err(fail("open"))?;
+        mount(
+            Some(root),
+            root,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        )
+        .map_err(fail("bind the share on"))?;
+        set_attributes(root, libc::MOUNT_ATTR_RDONLY, false)
+            .map_err(|e| ShareError::new("make read-only", root, e))?;
+        mount(
+            None::<&str>,
+            root,
+            None::<&str>,
+            MsFlags::MS_SHARED,
+            None::<&str>,
+        )
+        .map_err(fail("make shared"))?;
+        Ok(Self {
+            root: root.to_path_buf(),
+            skeleton,
+            unmounted: AtomicBool::new(false),
+        })
+    }
+
+    /// The directory that the VMM shares.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Makes a container's part of the share and binds into it what the guest is to see.
+    pub fn add_container(&self, id: &ContainerId, binds: &[HostBind]) -> Result<(), ShareError> {
+        let own = self.root.join(id);
+        let fail = |what, path: &Path| {
+            let path = path.to_path_buf();
+            move |e: nix::Error| ShareError::new(what, &path, e)
+        };
+        let mode = Mode::from_bits_truncate(0o755);
+        mkdirat(&self.skeleton, Path::new(id.as_str()), mode)
+            .map_err(fail("make the directory", &own))?;
+        let dir =
+            open_dir(Some(&self.skeleton), Path::new(id.as_str())).map_err(fail("open", &own))?;
+        if binds.iter().any(|bind| bind.name.starts_with(MOUNTS)) {
+            mkdirat(&dir, MOUNTS, mode).map_err(fail("make the directory", &own.join(MOUNTS)))?;
+        }
+        for bind in binds {
+            let target = own.join(&bind.name);
+            if bind.directory {
+                mkdirat(&dir, &bind.name, mode).map_err(fail("make the directory", &target))?;
+            } else {
+                let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+                openat(&dir, &bind.name, flags, Mode::from_bits_truncate(0o644))
+                    .map_err(fail("make the file", &target))?;
+            }
+            let recursive = if bind.recursive {
+                MsFlags::MS_REC
+            } else {
+                MsFlags::empty()
+            };
+            mount(
+                Some(&bind.source),
+                &target,
+                None::<&str>,
+                MsFlags::MS_BIND | recursive,
+                None::<&str>,
+            )
+            .map_err(fail("bind for the guest", &bind.source))?;
+            // Device nodes belong to the guest's kernel; on the host, no one is to open them through the share.
+            set_attributes(
+                &target,
+                libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID,
+                bind.recursive,
+            )
+            .and_then(|()| match bind.read_only {
+                ReadOnly::No => Ok(()),
+                ReadOnly::Top => set_attributes(&target, libc::MOUNT_ATTR_RDONLY, false),
+                ReadOnly::Recursive => set_attributes(&target, libc::MOUNT_ATTR_RDONLY, true),
+            })
+            .map_err(|e| ShareError::new("restrict the bind of", &bind.source, e))?;
+        }
+        Ok(())
+    }
+
+    /// Takes a container's part out of the share.
+    pub fn remove_container(&self, id: &ContainerId, binds: &[HostBind]) -> Result<(), ShareError> {
+        let own = self.root.join(id);
+        for bind in binds.iter().rev() {
+            let target = own.join(&bind.name);
+            detach(&target).map_err(|e| ShareError::new("unmount", &target, e))?;
+        }
+        let path = PathBuf::from(format!("/proc/self/fd/{}", self.skeleton.as_raw_fd())).join(id);
+        fs::remove_dir_all(path).map_err(|e| ShareError::new("remove", &own, e))
+    }
+
+    /// Unmounts everything, so that the directory can be removed.
+    pub fn unmount(&self) -> Result<(), ShareError> {
+        if self.unmounted.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        // The read-only bind with the containers' mounts, then the tmpfs.
+        for _ in 0..2 {
+            detach(&self.root).map_err(|e| ShareError::new("unmount", &self.root, e))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if let Err(error) = self.unmount() {
+            tracing::warn!(%error, "the share stays mounted until this process ends");
+        }
+    }
+}
+
+fn open_dir(at: Option<&OwnedFd>, path: &Path) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    match at {
+        Some(dir) => openat(dir, path, flags, Mode::empty()),
+        None => nix::fcntl::open(path, flags, Mode::empty()),
+    }
+}
+
+fn detach(target: &Path) -> nix::Result<()> {
+    umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
+}
+
+/// Sets attributes of a mount, or of all mounts of its tree, and keeps the others (`mount_setattr(2)`, Linux 5.12).
+fn set_attributes(target: &Path, attributes: u64, recursive: bool) -> io::Result<()> {
+    let target = std::ffi::CString::new(target.as_os_str().as_encoded_bytes())?;
+    let attr = libc::mount_attr {
+        attr_set: attributes,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    let flags = libc::AT_SYMLINK_NOFOLLOW | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: `target` is a NUL-terminated string and `attr` a structure of the given size; both outlive the call, which
+    // writes to neither.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            target.as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// Runs `test` in a mount namespace of its own; without root, says so and skips.
+    fn in_namespace(test: impl FnOnce() + Send) {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: mounting needs root");
+            return;
+        }
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                private_mount_namespace().unwrap();
+                test();
+            });
+            if let Err(panic) = thread.join() {
+                std::panic::resume_unwind(panic);
+            }
+        });
+    }
+
+    fn bind(source: &Path, name: &str, directory: bool, read_only: ReadOnly) -> HostBind {
+        HostBind {
+            source: source.to_path_buf(),
+            name: name.into(),
+            directory,
+            recursive: false,
+            read_only,
+        }
+    }
+
+    #[test]
+    fn a_container_shows_its_binds_and_leaves_nothing() {
+        in_namespace(|| {
+            let state = tempfile::tempdir().unwrap();
+            let rootfs = tempfile::tempdir().unwrap();
+            fs::write(rootfs.path().join("file"), "hello").unwrap();
+            let id = ContainerId::new("c").unwrap();
+            let share = Share::new(state.path()).unwrap();
+            let binds = [
+                bind(rootfs.path(), "rootfs", true, ReadOnly::No),
+                bind(rootfs.path(), "mounts/0", true, ReadOnly::Top),
+                bind(
+                    &rootfs.path().join("file"),
+                    "mounts/1",
+                    false,
+                    ReadOnly::Recursive,
+                ),
+            ];
+            share.add_container(&id, &binds).unwrap();
+            let own = state.path().join("c");
+            assert_eq!(
+                fs::read_to_string(own.join("rootfs/file")).unwrap(),
+                "hello"
+            );
+            assert_eq!(fs::read_to_string(own.join("mounts/1")).unwrap(), "hello");
+            fs::write(own.join("rootfs/new"), "").unwrap();
+            for read_only in ["mounts/0/x", "mounts/1"] {
+                let error = fs::write(own.join(read_only), "").unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
+            }
+            share.remove_container(&id, &binds).unwrap();
+            assert!(!own.exists());
+            share.unmount().unwrap();
+            assert_eq!(fs::read_dir(state.path()).unwrap().count(), 0);
+            assert!(rootfs.path().join("new").exists());
+        });
+    }
+
+    #[test]
+    fn the_guest_cannot_plant_a_link_where_the_host_mounts_next() {
+        in_namespace(|| {
+            let state = tempfile::tempdir().unwrap();
+            let share = Share::new(state.path()).unwrap();
+            let error = symlink("/etc", state.path().join("next")).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
+            let error = fs::create_dir(state.path().join("next")).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
+            share.unmount().unwrap();
+        });
+    }
+
+    #[test]
+    fn device_nodes_cannot_be_opened_through_the_share() {
+        in_namespace(|| {
+            let state = tempfile::tempdir().unwrap();
+            let rootfs = tempfile::tempdir().unwrap();
+            let null = rootfs.path().join("null");
+            nix::sys::stat::mknod(
+                &null,
+                nix::sys::stat::SFlag::S_IFCHR,
+                Mode::from_bits_truncate(0o666),
+                nix::sys::stat::makedev(1, 3),
+            )
+            .unwrap();
+            let share = Share::new(state.path()).unwrap();
+            let id = ContainerId::new("c").unwrap();
+            let binds = [bind(rootfs.path(), "rootfs", true, ReadOnly::No)];
+            share.add_container(&id, &binds).unwrap();
+            let error = fs::File::open(state.path().join("c/rootfs/null")).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+            share.unmount().unwrap();
+        });
+    }
+}

@@ -1,0 +1,54 @@
+//! Unix sockets in a directory whose path may be longer than a socket's address can hold.
+//!
+//! A socket address has room for 107 bytes of path, and clients choose roots and ids that together exceed that; so
+//! sockets are bound and reached through a descriptor of their directory.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// Binds a listener at `path`.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    let (_dir, short) = short(path)?;
+    UnixListener::bind(short)
+}
+
+/// Connects to the listener at `path`.
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
+    let (_dir, short) = short(path)?;
+    UnixStream::connect(short)
+}
+
+/// A short name of `path`, good while the returned descriptor of its directory is open.
+fn short(path: &Path) -> io::Result<(File, PathBuf)> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let dir = File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(parent)?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name);
+    Ok((dir, short))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_longer_than_a_socket_address_work() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("d".repeat(200));
+        std::fs::create_dir(&dir).unwrap();
+        let path = dir.join("s");
+        let listener = bind(&path).unwrap();
+        connect(&path).unwrap();
+        listener.accept().unwrap();
+    }
+}

@@ -1,0 +1,636 @@
+//! Loading a bundle: `config.json` and root filesystem, and the refusal of everything that a guest can't honour.
+//!
+//! All of this happens before anything is started. The agent checks the parts that only it can know.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Capability, Hooks, Linux, LinuxNamespaceType, Process, Spec};
+use serde_json::Value;
+use thiserror::Error;
+
+/// File name of a bundle's configuration (runtime-spec, bundle.md).
+pub const CONFIG_FILE: &str = "config.json";
+
+/// A bundle whose spec this version can run.
+#[derive(Debug)]
+pub struct Bundle {
+    /// The bundle's directory, absolute.
+    pub dir: PathBuf,
+    /// Its spec.
+    pub spec: Spec,
+    /// The root filesystem on the host, absolute.
+    pub rootfs: PathBuf,
+}
+
+/// Why a bundle is refused. Messages name the file or field, the problem and the next step.
+#[derive(Debug, Error)]
+pub enum SpecError {
+    /// No bundle, or no `config.json` in it.
+    #[error(
+        "{} not found: a bundle is a directory with a config.json and a root filesystem; name it with --bundle",
+        .0.display()
+    )]
+    Missing(PathBuf),
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// The file is not a spec.
+    #[error("{} is not a valid runtime spec: {message}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Which field, and what is wrong with it.
+        message: String,
+    },
+    /// A field's value is wrong.
+    #[error("config.json: `{field}` {problem}")]
+    Field {
+        /// The field, as a path from the root.
+        field: String,
+        /// What is wrong with it and what is right.
+        problem: String,
+    },
+    /// A field asks for what this runtime can't do.
+    #[error("config.json: `{field}` is not supported: {reason}")]
+    Unsupported {
+        /// The field, as a path from the root.
+        field: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+impl SpecError {
+    pub(crate) fn field(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Field {
+            field: field.into(),
+            problem: problem.into(),
+        }
+    }
+
+    fn unsupported(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Unsupported {
+            field: field.into(),
+            reason: reason.into(),
+        }
+    }
+}
+
+impl Bundle {
+    /// Loads the bundle in `dir` and checks it.
+    pub fn load(dir: &Path) -> Result<Self, SpecError> {
+        let dir = fs::canonicalize(dir).map_err(|source| missing_or(dir, source))?;
+        let path = dir.join(CONFIG_FILE);
+        let text = fs::read(&path).map_err(|source| missing_or(&path, source))?;
+        let spec = parse(&text).map_err(|message| SpecError::Parse {
+            path: path.clone(),
+            message,
+        })?;
+        validate(&spec)?;
+        let rootfs = rootfs(&dir, &spec)?;
+        Ok(Self { dir, spec, rootfs })
+    }
+}
+
+fn missing_or(path: &Path, source: io::Error) -> SpecError {
+    let path = path.to_path_buf();
+    match source.kind() {
+        io::ErrorKind::NotFound => SpecError::Missing(path),
+        _ => SpecError::Read { path, source },
+    }
+}
+
+/// Parses a spec; the error names the field by its path. Capabilities that nobody knows are dropped, as the spec asks
+/// (config.md, "Linux Process": "Runtimes SHOULD NOT fail").
+fn parse(text: &[u8]) -> Result<Spec, String> {
+    if let Ok(spec) = serde_json::from_slice(text) {
+        return Ok(spec);
+    }
+    // The slow way, for what is broken only: it can say where.
+    let mut value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    drop_unknown_capabilities(&mut value);
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let field = error.path().to_string();
+        // serde quotes the offending value, and arguments and environment are nobody's business.
+        if field.starts_with("process.args") || field.starts_with("process.env") {
+            return format!("`{field}` must hold strings");
+        }
+        match field.as_str() {
+            "." | "" => error.inner().to_string(),
+            _ => format!("`{field}`: {}", error.inner()),
+        }
+    })
+}
+
+fn drop_unknown_capabilities(spec: &mut Value) {
+    let sets = spec.pointer_mut("/process/capabilities");
+    let sets = sets.and_then(Value::as_object_mut).into_iter();
+    for names in sets
+        .flat_map(|sets| sets.values_mut())
+        .filter_map(Value::as_array_mut)
+    {
+        names.retain(|name| {
+            let known = serde_json::from_value::<Capability>(name.clone()).is_ok();
+            if !known {
+                tracing::warn!(%name, "process.capabilities: an unknown capability is ignored");
+            }
+            known
+        });
+    }
+}
+
+/// Refuses a spec that is wrong or asks for what can't be done.
+fn validate(spec: &Spec) -> Result<(), SpecError> {
+    version(spec.version())?;
+    let Some(process) = spec.process() else {
+        return Err(SpecError::field(
+            "process",
+            "is missing: say which program to run",
+        ));
+    };
+    validate_process(process)?;
+    if let Some(hooks) = spec.hooks() {
+        no_hooks(hooks)?;
+    }
+    if spec.vm().is_some() {
+        return Err(SpecError::unsupported(
+            "vm",
+            "hypervisor, kernel and image are the runtime's own",
+        ));
+    }
+    let Some(linux) = spec.linux() else {
+        return Err(SpecError::field(
+            "linux",
+            "is missing: it has to list the container's namespaces",
+        ));
+    };
+    validate_namespaces(linux, spec.hostname().is_some())?;
+    validate_linux(linux)?;
+    for (n, mount) in spec.mounts().iter().flatten().enumerate() {
+        let mapped = mount.uid_mappings().iter().flatten().count()
+            + mount.gid_mappings().iter().flatten().count();
+        if mapped > 0 {
+            return Err(SpecError::unsupported(
+                format!("mounts[{n}].uidMappings"),
+                "id-mapped mounts can't be carried into the guest",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Spec versions are SemVer; every 1.x is compatible (runtime-spec, config.md, "Specification version").
+fn version(version: &str) -> Result<(), SpecError> {
+    let major = version.split('.').next().unwrap_or_default();
+    if version.split('.').count() >= 3 && major == "1" {
+        return Ok(());
+    }
+    Err(SpecError::field(
+        "ociVersion",
+        format!("is {version:?}: this runtime implements 1.x.y"),
+    ))
+}
+
+fn validate_process(process: &Process) -> Result<(), SpecError> {
+    let args = process.args().as_deref().unwrap_or_default();
+    if args.is_empty() {
+        return Err(SpecError::field(
+            "process.args",
+            "must not be empty: say which program to run",
+        ));
+    }
+    let env = process.env().as_deref().unwrap_or_default();
+    for (field, values) in [("process.args", args), ("process.env", env)] {
+        if let Some(n) = values.iter().position(|value| value.contains('\0')) {
+            return Err(SpecError::field(
+                format!("{field}[{n}]"),
+                "holds a NUL byte, which no program can be given",
+            ));
+        }
+    }
+    if !process.cwd().is_absolute() {
+        return Err(SpecError::field(
+            "process.cwd",
+            format!("is {:?}: give an absolute path", process.cwd()),
+        ));
+    }
+    if process.terminal() == Some(true) {
+        return Err(SpecError::unsupported(
+            "process.terminal",
+            "terminals are not there yet; set it to false",
+        ));
+    }
+    let present = |value: &Option<String>| value.as_deref().is_some_and(|v| !v.is_empty());
+    if present(process.apparmor_profile())
+        && process.apparmor_profile().as_deref() != Some("unconfined")
+    {
+        return Err(SpecError::unsupported(
+            "process.apparmorProfile",
+            "the guest's kernel has no AppArmor; remove it",
+        ));
+    }
+    if present(process.selinux_label()) {
+        return Err(SpecError::unsupported(
+            "process.selinuxLabel",
+            "the guest's kernel has no SELinux; remove it",
+        ));
+    }
+    for (field, there) in [
+        ("process.scheduler", process.scheduler().is_some()),
+        (
+            "process.execCPUAffinity",
+            process.exec_cpu_affinity().is_some(),
+        ),
+    ] {
+        if there {
+            return Err(not_yet(field));
+        }
+    }
+    Ok(())
+}
+
+fn no_hooks(hooks: &Hooks) -> Result<(), SpecError> {
+    #[allow(deprecated)]
+    let prestart = hooks.prestart();
+    for (field, hooks) in [
+        ("hooks.prestart", prestart),
+        ("hooks.createRuntime", hooks.create_runtime()),
+        ("hooks.createContainer", hooks.create_container()),
+        ("hooks.startContainer", hooks.start_container()),
+        ("hooks.poststart", hooks.poststart()),
+        ("hooks.poststop", hooks.poststop()),
+    ] {
+        if hooks.as_ref().is_some_and(|hooks| !hooks.is_empty()) {
+            return Err(not_yet(field));
+        }
+    }
+    Ok(())
+}
+
+/// A container that names no namespace of a kind would share the host's, which a guest can't.
+fn validate_namespaces(linux: &Linux, has_hostname: bool) -> Result<(), SpecError> {
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    let mut seen: Vec<LinuxNamespaceType> = Vec::new();
+    for (n, namespace) in namespaces.iter().enumerate() {
+        let field = format!("linux.namespaces[{n}]");
+        if seen.contains(&namespace.typ()) {
+            return Err(SpecError::field(
+                field,
+                format!(
+                    "is a second {:?} namespace: list each once",
+                    name(namespace.typ())
+                ),
+            ));
+        }
+        seen.push(namespace.typ());
+        let path = namespace.path().as_deref();
+        if path.is_some_and(|path| !path.as_os_str().is_empty()) {
+            return Err(SpecError::unsupported(
+                format!("{field}.path"),
+                format!(
+                    "a container in a VM cannot join a {:?} namespace of the host; remove the path",
+                    name(namespace.typ())
+                ),
+            ));
+        }
+        if matches!(
+            namespace.typ(),
+            LinuxNamespaceType::User | LinuxNamespaceType::Time
+        ) {
+            return Err(not_yet(&format!("{field}.type")));
+        }
+    }
+    for required in [
+        LinuxNamespaceType::Mount,
+        LinuxNamespaceType::Pid,
+        LinuxNamespaceType::Network,
+        LinuxNamespaceType::Ipc,
+    ] {
+        if !seen.contains(&required) {
+            let name = name(required);
+            return Err(SpecError::unsupported(
+                "linux.namespaces",
+                format!(
+                    "without a {name:?} entry the container would share the host's, which a VM cannot; \
+                     add {{\"type\": {name:?}}}"
+                ),
+            ));
+        }
+    }
+    if has_hostname && !seen.contains(&LinuxNamespaceType::Uts) {
+        return Err(SpecError::field(
+            "hostname",
+            "needs a \"uts\" entry in linux.namespaces",
+        ));
+    }
+    Ok(())
+}
+
+/// The namespace's name in a spec.
+fn name(typ: LinuxNamespaceType) -> &'static str {
+    match typ {
+        LinuxNamespaceType::Mount => "mount",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "network",
+        LinuxNamespaceType::Time => "time",
+    }
+}
+
+fn validate_linux(linux: &Linux) -> Result<(), SpecError> {
+    fn some<T>(values: &Option<Vec<T>>) -> bool {
+        values.as_ref().is_some_and(|values| !values.is_empty())
+    }
+    let net_devices = linux.net_devices().as_ref().is_some_and(|m| !m.is_empty());
+    let time_offsets = linux.time_offsets().as_ref().is_some_and(|m| !m.is_empty());
+    for (field, there) in [
+        ("linux.uidMappings", some(linux.uid_mappings())),
+        ("linux.gidMappings", some(linux.gid_mappings())),
+        ("linux.seccomp", linux.seccomp().is_some()),
+        ("linux.netDevices", net_devices),
+        ("linux.timeOffsets", time_offsets),
+    ] {
+        if there {
+            return Err(not_yet(field));
+        }
+    }
+    for (field, there) in [
+        ("linux.intelRdt", linux.intel_rdt().is_some()),
+        ("linux.memoryPolicy", linux.memory_policy().is_some()),
+    ] {
+        if there {
+            return Err(SpecError::unsupported(
+                field,
+                "it is about the host's processors and memory, which a guest does not see",
+            ));
+        }
+    }
+    if linux
+        .mount_label()
+        .as_deref()
+        .is_some_and(|l| !l.is_empty())
+    {
+        return Err(SpecError::unsupported(
+            "linux.mountLabel",
+            "the guest's kernel has no SELinux; remove it",
+        ));
+    }
+    Ok(())
+}
+
+fn not_yet(field: &str) -> SpecError {
+    SpecError::unsupported(field, "this version does not implement it yet; remove it")
+}
+
+/// The root filesystem: `root.path`, relative to the bundle (runtime-spec, config.md, "Root").
+fn rootfs(dir: &Path, spec: &Spec) -> Result<PathBuf, SpecError> {
+    let path = match spec.root() {
+        Some(root) if !root.path().as_os_str().is_empty() => dir.join(root.path()),
+        _ => {
+            return Err(SpecError::field(
+                "root.path",
+                "is missing: say where the root filesystem is",
+            ));
+        }
+    };
+    let problem = match fs::metadata(&path) {
+        Ok(metadata) if metadata.is_dir() => return Ok(path),
+        Ok(_) => "not a directory".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Err(SpecError::field(
+        "root.path",
+        format!(
+            "names an invalid rootfs: {}: {problem}; put the container's root filesystem there",
+            path.display()
+        ),
+    ))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// A spec that is fine.
+    pub(crate) fn good() -> Value {
+        json!({
+            "ociVersion": "1.0.2",
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["true"], "env": ["A=b"], "cwd": "/"},
+            "root": {"path": "rootfs"},
+            "hostname": "h",
+            "linux": {"namespaces": [
+                {"type": "mount"}, {"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}
+            ]}
+        })
+    }
+
+    /// A bundle of `config` and an empty rootfs.
+    pub(crate) fn bundle(config: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("rootfs")).unwrap();
+        fs::write(dir.path().join(CONFIG_FILE), config).unwrap();
+        dir
+    }
+
+    #[test]
+    fn a_plain_bundle_loads() {
+        let dir = bundle(&good().to_string());
+        let loaded = Bundle::load(dir.path()).unwrap();
+        assert_eq!(loaded.rootfs, loaded.dir.join("rootfs"));
+    }
+
+    #[test]
+    fn a_bundle_without_config_json_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let message = Bundle::load(dir.path()).unwrap_err().to_string();
+        assert!(message.contains("config.json not found"), "{message}");
+        let message = Bundle::load(Path::new("/nonexistent/bundle"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.starts_with("/nonexistent/bundle not found"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn unknown_capabilities_are_ignored() {
+        let mut config = good();
+        config["process"]["capabilities"] = json!({"bounding": ["CAP_KILL", "CAP_BOGUS"]});
+        let loaded = Bundle::load(bundle(&config.to_string()).path()).unwrap();
+        let spec = serde_json::to_value(&loaded.spec).unwrap();
+        assert_eq!(
+            spec["process"]["capabilities"]["bounding"],
+            json!(["CAP_KILL"])
+        );
+    }
+
+    #[test]
+    fn text_that_is_no_spec_is_refused() {
+        for (text, expected) in [
+            ("", "EOF while parsing"),
+            ("{", "EOF while parsing"),
+            ("[]", "invalid"),
+            ("nonsense", "expected"),
+            ("{}x", "trailing characters"),
+        ] {
+            let dir = bundle(text);
+            let message = Bundle::load(dir.path()).unwrap_err().to_string();
+            assert!(
+                message.contains("config.json is not a valid runtime spec"),
+                "{message}"
+            );
+            assert!(message.contains(expected), "{text:?}: {message}");
+        }
+    }
+
+    /// Sets the value at a JSON pointer, making objects on the way.
+    fn set(config: &mut Value, pointer: &str, value: Value) {
+        let mut at = config;
+        for key in pointer.split('/').skip(1) {
+            at = match key.parse::<usize>() {
+                Ok(n) => &mut at[n],
+                Err(_) => &mut at[key],
+            };
+        }
+        *at = value;
+    }
+
+    #[test]
+    fn what_is_wrong_or_not_supported_is_refused_by_the_name_of_its_field() {
+        let hook = json!([{"path": "/bin/true"}]);
+        let map = json!([{"containerID": 0, "hostID": 0, "size": 1}]);
+        for (pointer, value, expected) in [
+            ("/ociVersion", json!(""), "`ociVersion` is \"\""),
+            ("/ociVersion", json!("2.0.0"), "`ociVersion` is \"2.0.0\""),
+            ("/ociVersion", json!("1.0"), "`ociVersion`"),
+            ("/process", Value::Null, "`process` is missing"),
+            (
+                "/process/args",
+                json!([]),
+                "`process.args` must not be empty",
+            ),
+            (
+                "/process/args",
+                Value::Null,
+                "`process.args` must not be empty",
+            ),
+            (
+                "/process/args",
+                json!("secret"),
+                "`process.args` must hold strings",
+            ),
+            (
+                "/process/args",
+                json!(["a", "b\u{0}"]),
+                "`process.args[1]` holds a NUL",
+            ),
+            (
+                "/process/env",
+                json!([5]),
+                "`process.env[0]` must hold strings",
+            ),
+            ("/process/cwd", json!("tmp"), "`process.cwd` is \"tmp\""),
+            (
+                "/process/user/uid",
+                json!(-1),
+                "`process.user.uid`: invalid value",
+            ),
+            (
+                "/process/user/uid",
+                json!("root"),
+                "`process.user.uid`: invalid type",
+            ),
+            (
+                "/process/terminal",
+                json!(true),
+                "`process.terminal` is not supported",
+            ),
+            (
+                "/process/apparmorProfile",
+                json!("x"),
+                "`process.apparmorProfile`",
+            ),
+            (
+                "/process/selinuxLabel",
+                json!("x"),
+                "`process.selinuxLabel`",
+            ),
+            ("/root", Value::Null, "`root.path` is missing"),
+            ("/root/path", json!(""), "`root.path` is missing"),
+            (
+                "/root/path",
+                json!("nope"),
+                "`root.path` names an invalid rootfs",
+            ),
+            ("/root/path", json!("config.json"), "not a directory"),
+            ("/hooks", json!({"prestart": hook}), "`hooks.prestart`"),
+            ("/hooks", json!({"poststop": hook}), "`hooks.poststop`"),
+            ("/vm", json!({"kernel": {"path": "/k"}}), "`vm`"),
+            ("/linux", Value::Null, "`linux` is missing"),
+            ("/linux/namespaces", json!([]), "\"mount\" entry"),
+            (
+                "/linux/namespaces/2",
+                json!({"type": "cgroup"}),
+                "\"network\" entry",
+            ),
+            (
+                "/linux/namespaces/4",
+                json!({"type": "cgroup"}),
+                "`hostname` needs",
+            ),
+            (
+                "/linux/namespaces/1",
+                json!({"type": "mount"}),
+                "`linux.namespaces[1]` is a second",
+            ),
+            (
+                "/linux/namespaces/1",
+                json!({"type": "bogus"}),
+                "`linux.namespaces[1].type`",
+            ),
+            (
+                "/linux/namespaces/4",
+                json!({"type": "user"}),
+                "`linux.namespaces[4].type`",
+            ),
+            (
+                "/linux/namespaces/2/path",
+                json!("/proc/1/ns/net"),
+                "`linux.namespaces[2].path` is not supported",
+            ),
+            ("/linux/uidMappings", map.clone(), "`linux.uidMappings`"),
+            (
+                "/linux/seccomp",
+                json!({"defaultAction": "SCMP_ACT_ALLOW"}),
+                "`linux.seccomp`",
+            ),
+            ("/linux/intelRdt", json!({}), "`linux.intelRdt`"),
+            ("/linux/mountLabel", json!("x"), "`linux.mountLabel`"),
+            (
+                "/mounts",
+                json!([{"destination": "/a", "uidMappings": map}]),
+                "`mounts[0].uidMappings`",
+            ),
+        ] {
+            let mut config = good();
+            set(&mut config, pointer, value);
+            let dir = bundle(&config.to_string());
+            let message = Bundle::load(dir.path()).unwrap_err().to_string();
+            assert!(message.contains(expected), "{pointer}: {message}");
+            assert!(message.contains("config.json"), "{pointer}: {message}");
+            assert!(!message.contains("secret"), "{message}");
+        }
+    }
+}

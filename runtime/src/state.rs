@@ -1,0 +1,225 @@
+//! The state directory of a sandbox: `<root>/<id>`, mode 0700.
+//!
+//! | entry | what |
+//! | --- | --- |
+//! | `task.sock` | the server's socket (Task API over ttrpc) |
+//! | `vsock`, `vsock_<port>` | the VMM's hybrid vsock |
+//! | `share/` | where the server mounts the shared tree, in its own mount namespace |
+//! | `state.json` | what outlives a crash of the server: see [`Record`] |
+//!
+//! Directories are made and removed under a lock on the root, so a directory that is there has its socket, and one whose
+//! socket nobody listens on is what a killed server left and may be taken over.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::id::ContainerId;
+use crate::sock;
+
+/// What went wrong with the state directory.
+#[derive(Debug, Error)]
+pub enum StateError {
+    /// The id is taken.
+    #[error("container with id {0} already exists: choose another id or delete that container")]
+    Exists(ContainerId),
+    /// A file operation failed.
+    #[error("cannot {what} {}: {source}", path.display())]
+    Io {
+        /// The operation.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+}
+
+/// Content of `state.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The container's id.
+    pub id: String,
+    /// The bundle's directory.
+    pub bundle: PathBuf,
+    /// Process id of the VMM.
+    pub pid: u32,
+    /// Why the sandbox ended, if not by its container's exit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
+}
+
+/// A sandbox's state directory.
+#[derive(Debug, Clone)]
+pub struct StateDir {
+    root: PathBuf,
+    path: PathBuf,
+}
+
+impl StateDir {
+    /// The directory of `id`, which need not exist.
+    pub fn of(root: &Path, id: &ContainerId) -> Self {
+        Self {
+            root: root.to_path_buf(),
+            path: root.join(id),
+        }
+    }
+
+    /// Makes the directory and binds the server's socket in it. At most one caller gets it.
+    pub fn claim(root: &Path, id: &ContainerId) -> Result<(Self, UnixListener), StateError> {
+        let this = Self::of(root, id);
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(root)
+            .map_err(|source| this.error("make the directory", root, source))?;
+        let lock = this.lock()?;
+        if this.path.symlink_metadata().is_ok() {
+            if sock::connect(&this.task_socket()).is_ok() {
+                return Err(StateError::Exists(id.clone()));
+            }
+            this.remove_locked(&lock)?;
+        }
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&this.path)
+            .map_err(|source| this.error("make the directory", &this.path, source))?;
+        let listener = match sock::bind(&this.task_socket()) {
+            Ok(listener) => listener,
+            Err(source) => {
+                let error = this.error("bind the socket", &this.task_socket(), source);
+                let _ = this.remove_locked(&lock);
+                return Err(error);
+            }
+        };
+        Ok((this, listener))
+    }
+
+    /// Removes the directory with everything in it; it is no error when there is none.
+    pub fn remove(&self) -> Result<(), StateError> {
+        if self.path.symlink_metadata().is_err() {
+            return Ok(());
+        }
+        let lock = self.lock()?;
+        self.remove_locked(&lock)
+    }
+
+    fn remove_locked(&self, _lock: &Flock<File>) -> Result<(), StateError> {
+        match fs::remove_dir_all(&self.path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(self.error("remove", &self.path, source))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The lock under which directories come and go. It is held for a few file operations only.
+    fn lock(&self) -> Result<Flock<File>, StateError> {
+        let dir =
+            File::open(&self.root).map_err(|source| self.error("open", &self.root, source))?;
+        Flock::lock(dir, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| self.error("lock", &self.root, errno.into()))
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The server's socket.
+    pub fn task_socket(&self) -> PathBuf {
+        self.path.join("task.sock")
+    }
+
+    /// The VMM's hybrid vsock.
+    pub fn vsock(&self) -> PathBuf {
+        self.path.join("vsock")
+    }
+
+    /// Where connections of the guest to the host's `port` arrive.
+    pub fn vsock_port(&self, port: u32) -> PathBuf {
+        self.path.join(format!("vsock_{port}"))
+    }
+
+    /// Where the share is mounted.
+    pub fn share(&self) -> PathBuf {
+        self.path.join("share")
+    }
+
+    /// Writes `state.json`, whole or not at all.
+    pub fn save(&self, record: &Record) -> Result<(), StateError> {
+        let path = self.path.join("state.json");
+        let new = self.path.join("state.json.new");
+        let fail = |source: io::Error| self.error("write", &path, source);
+        let text = serde_json::to_vec(record).map_err(|e| fail(e.into()))?;
+        fs::write(&new, text).map_err(fail)?;
+        fs::rename(&new, &path).map_err(fail)
+    }
+
+    /// Reads `state.json`.
+    pub fn load(&self) -> Result<Record, StateError> {
+        let path = self.path.join("state.json");
+        let text = fs::read(&path).map_err(|source| self.error("read", &path, source))?;
+        serde_json::from_slice(&text).map_err(|e| self.error("read", &path, e.into()))
+    }
+
+    fn error(&self, what: &'static str, path: &Path, source: io::Error) -> StateError {
+        StateError::Io {
+            what,
+            path: path.to_path_buf(),
+            source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id() -> ContainerId {
+        ContainerId::new("c1").unwrap()
+    }
+
+    #[test]
+    fn an_id_is_claimed_once_until_it_is_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path().join("run");
+        let (state, _listener) = StateDir::claim(&root, &id()).unwrap();
+        let error = StateDir::claim(&root, &id()).unwrap_err();
+        assert!(matches!(error, StateError::Exists(_)), "{error}");
+        state.remove().unwrap();
+        state.remove().unwrap();
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+        StateDir::claim(&root, &id()).unwrap();
+    }
+
+    #[test]
+    fn what_a_killed_server_left_is_taken_over() {
+        let root = tempfile::tempdir().unwrap();
+        let (state, listener) = StateDir::claim(root.path(), &id()).unwrap();
+        fs::create_dir(state.share()).unwrap();
+        drop(listener);
+        let (state, _listener) = StateDir::claim(root.path(), &id()).unwrap();
+        assert!(!state.share().exists());
+    }
+
+    #[test]
+    fn the_record_comes_back_as_it_was_saved() {
+        let root = tempfile::tempdir().unwrap();
+        let (state, _listener) = StateDir::claim(root.path(), &id()).unwrap();
+        let record = Record {
+            id: "c1".into(),
+            bundle: "/b".into(),
+            pid: 7,
+            failure: Some("the VM crashed".into()),
+        };
+        state.save(&record).unwrap();
+        assert_eq!(state.load().unwrap(), record);
+    }
+}

@@ -1,0 +1,112 @@
+//! Who attaches a process's standard streams, as the Task API's `stdin`, `stdout` and `stderr` fields say it.
+//!
+//! | field | meaning |
+//! | --- | --- |
+//! | empty | nobody: the process gets `/dev/null` |
+//! | `vsock:` | the client of the Task API, which connects to the guest itself ([`crate::streams`]) |
+//!
+//! containerd's own forms (paths of FIFOs, `fifo://`, `binary://`, `file://`) are for the server to attach.
+
+use bulkhead_protocol::agent;
+use thiserror::Error;
+
+/// The field's value for [`Attach::Client`].
+pub const CLIENT: &str = "vsock:";
+
+/// Who attaches a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attach {
+    /// Nobody.
+    Nobody,
+    /// The client.
+    Client,
+}
+
+/// A form that this version does not attach.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("{field} is {value:?}: only {CLIENT:?} and the empty string are supported")]
+pub struct StdioError {
+    field: &'static str,
+    value: String,
+}
+
+/// The three streams of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stdio {
+    /// Standard input.
+    pub stdin: Attach,
+    /// Standard output.
+    pub stdout: Attach,
+    /// Standard error.
+    pub stderr: Attach,
+}
+
+impl Attach {
+    /// The Task API's field.
+    pub fn as_field(self) -> &'static str {
+        match self {
+            Self::Nobody => "",
+            Self::Client => CLIENT,
+        }
+    }
+
+    fn parse(field: &'static str, value: &str) -> Result<Self, StdioError> {
+        match value {
+            "" => Ok(Self::Nobody),
+            CLIENT => Ok(Self::Client),
+            other => Err(StdioError {
+                field,
+                value: other.to_owned(),
+            }),
+        }
+    }
+}
+
+impl Stdio {
+    /// Reads the Task API's fields.
+    pub fn parse(stdin: &str, stdout: &str, stderr: &str) -> Result<Self, StdioError> {
+        Ok(Self {
+            stdin: Attach::parse("stdin", stdin)?,
+            stdout: Attach::parse("stdout", stdout)?,
+            stderr: Attach::parse("stderr", stderr)?,
+        })
+    }
+
+    /// What the agent is told.
+    pub fn for_agent(self) -> agent::Stdio {
+        agent::Stdio {
+            stdin: self.stdin == Attach::Client,
+            stdout: self.stdout == Attach::Client,
+            stderr: self.stderr == Attach::Client,
+            ..Default::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_two_forms_come_back_as_they_were_written() {
+        let stdio = Stdio {
+            stdin: Attach::Nobody,
+            stdout: Attach::Client,
+            stderr: Attach::Client,
+        };
+        let parsed = Stdio::parse(
+            stdio.stdin.as_field(),
+            stdio.stdout.as_field(),
+            stdio.stderr.as_field(),
+        );
+        assert_eq!(parsed, Ok(stdio));
+        let told = stdio.for_agent();
+        assert!(!told.stdin && told.stdout && told.stderr && !told.terminal);
+    }
+
+    #[test]
+    fn other_forms_are_refused_by_the_name_of_their_field() {
+        let error = Stdio::parse("", "/run/fifo", "").unwrap_err();
+        assert!(error.to_string().starts_with("stdout is \"/run/fifo\""));
+    }
+}
