@@ -14,6 +14,8 @@ pub const BOOT: &[&str] = &[
 
 /// What container engines and network plugins expect to find. The rest is loaded on demand by modprobe.
 pub const EXTRA: &[&str] = &[
+    // No line of modules.dep says so, but libcrc32c (connection tracking) asks the crypto layer for it when loaded.
+    "crc32c_generic",
     "veth",
     "bridge",
     "br_netfilter",

@@ -5,8 +5,7 @@ use nix::kmod::{ModuleInitFlags, finit_module};
 use std::fs::{self, File};
 use std::path::Path;
 
-/// Loads all of them. One that doesn't fit the machine is reported on the console and skipped: what is
-/// indispensable shows by what follows.
+/// Loads all of them; a host that lacks one is no host to trust results of.
 pub fn load_all(folder: &Path) -> Result<()> {
     let mut files: Vec<_> = fs::read_dir(folder)
         .map_err(step("modules"))?
@@ -17,10 +16,8 @@ pub fn load_all(folder: &Path) -> Result<()> {
     timed("modules", || {
         for path in &files {
             let file = File::open(path).map_err(step("module"))?;
-            if let Err(errno) = finit_module(&file, c"", ModuleInitFlags::empty()) {
-                eprintln!("testhost: module {}: {errno}", path.display());
-            }
-            drop(file);
+            let what = || format!("loading {}", path.display());
+            finit_module(&file, c"", ModuleInitFlags::empty()).map_err(step(what()))?;
             // The initramfs is memory.
             let _ = fs::remove_file(path);
         }
