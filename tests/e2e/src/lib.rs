@@ -11,6 +11,7 @@ pub mod bundle;
 pub mod command;
 pub mod initramfs;
 pub mod leaks;
+pub mod machine;
 pub mod processes;
 
 use std::path::PathBuf;

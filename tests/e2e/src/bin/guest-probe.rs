@@ -26,10 +26,20 @@ const DEAF_PORT: u32 = 7003;
 fn main() {
     write_port(BOOT_MARK_PORT, BOOT_MARK_INIT);
     for (what, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
-        mount(Some(what), target, Some(what), MsFlags::empty(), None::<&str>).unwrap();
+        mount(
+            Some(what),
+            target,
+            Some(what),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .unwrap();
     }
     let cmdline = fs::read_to_string("/proc/cmdline").unwrap();
-    let mode = cmdline.split_whitespace().find_map(|word| word.strip_prefix("probe=")).unwrap_or("");
+    let mode = cmdline
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("probe="))
+        .unwrap_or("");
     write_port(BOOT_MARK_PORT, BOOT_MARK_READY);
     match mode {
         "power-off" => {}
@@ -48,29 +58,62 @@ fn main() {
 
 /// Prints what the guest sees of its machine, one `key=value` a line.
 fn report() {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let read = |path: &str| {
+        fs::read_to_string(path)
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
+    };
     let cpuinfo = read("/proc/cpuinfo");
     let field = |name: &str| {
-        let line = cpuinfo.lines().find(|line| line.starts_with(name)).unwrap_or_default();
-        line.split_once(": ").map_or("", |(_, value)| value).to_owned()
+        let line = cpuinfo
+            .lines()
+            .find(|line| line.starts_with(name))
+            .unwrap_or_default();
+        line.split_once(": ")
+            .map_or("", |(_, value)| value)
+            .to_owned()
     };
     println!("probe: cpus={}", read("/sys/devices/system/cpu/online"));
     println!("probe: cores={}", field("cpu cores"));
     println!("probe: siblings={}", field("siblings"));
     let flags = field("flags");
     for flag in ["x2apic", "hypervisor", "tsc_deadline_timer"] {
-        println!("probe: {flag}={}", flags.split(' ').any(|have| have == flag));
+        println!(
+            "probe: {flag}={}",
+            flags.split(' ').any(|have| have == flag)
+        );
     }
-    println!("probe: clocksource={}", read("/sys/devices/system/clocksource/clocksource0/current_clocksource"));
-    println!("probe: cpuidle={}", read("/sys/devices/system/cpu/cpuidle/current_driver"));
-    println!("probe: rng={}", read("/sys/class/misc/hw_random/rng_current"));
+    println!(
+        "probe: clocksource={}",
+        read("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+    );
+    println!(
+        "probe: cpuidle={}",
+        read("/sys/devices/system/cpu/cpuidle/current_driver")
+    );
+    println!(
+        "probe: rng={}",
+        read("/sys/class/misc/hw_random/rng_current")
+    );
     let mut random = [0; 512];
-    fs::File::open("/dev/hwrng").unwrap().read_exact(&mut random).unwrap();
-    println!("probe: random={}", random.iter().any(|byte| *byte != random[0]));
+    fs::File::open("/dev/hwrng")
+        .unwrap()
+        .read_exact(&mut random)
+        .unwrap();
+    println!(
+        "probe: random={}",
+        random.iter().any(|byte| *byte != random[0])
+    );
     let memory = read("/proc/meminfo");
-    println!("probe: memory_kib={}", memory.split_whitespace().nth(1).unwrap_or_default());
+    println!(
+        "probe: memory_kib={}",
+        memory.split_whitespace().nth(1).unwrap_or_default()
+    );
     if let Ok(mut console) = fs::OpenOptions::new().write(true).open("/dev/hvc0") {
-        console.write_all(b"hello from the virtio console\n").unwrap();
+        console
+            .write_all(b"hello from the virtio console\n")
+            .unwrap();
     }
 }
 
@@ -89,7 +132,9 @@ fn vsock() {
         match command[0] {
             // A hundred connections open at once, each sending its number and half-closed, each answered.
             b'd' => {
-                let mut streams: Vec<_> = (0..100u32).map(|number| (number, dial(DIAL_PORT).unwrap())).collect();
+                let mut streams: Vec<_> = (0..100u32)
+                    .map(|number| (number, dial(DIAL_PORT).unwrap()))
+                    .collect();
                 for (number, stream) in &mut streams {
                     stream.write_all(&number.to_be_bytes()).unwrap();
                     stream.shutdown(Shutdown::Write).unwrap();
@@ -134,7 +179,10 @@ fn echo(mut stream: VsockStream) {
 
 /// Hundreds of these live at once in a small guest.
 fn small_thread(work: impl FnOnce() + Send + 'static) {
-    std::thread::Builder::new().stack_size(64 * 1024).spawn(work).unwrap();
+    std::thread::Builder::new()
+        .stack_size(64 * 1024)
+        .spawn(work)
+        .unwrap();
 }
 
 /// Writes one byte to an I/O port.
