@@ -332,18 +332,13 @@ fn a_device_that_arrives_in_a_spare_slot_is_bound_by_the_agent() {
         spare_slots: 2,
         ..config()
     };
-    let (mut machine, listener) =
-        Machine::boot_agent(config, |machine| machine.listen(CONTROL_PORT));
-    let stream = listener.accept().unwrap().0;
+    let (mut machine, stream) = boot_agent(config);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
     runtime.block_on(async {
-        let stream = tokio::net::UnixStream::from_std(stream).unwrap();
-        let agent = AgentClient::new(ttrpc::asynchronous::Client::new(
-            ttrpc::asynchronous::transport::Socket::from(stream),
-        ));
+        let agent = agent_client(stream);
         let context = ttrpc::context::with_duration(std::time::Duration::from_secs(60));
         let hello = HelloRequest {
             protocol_version: PROTOCOL_VERSION,
@@ -377,18 +372,13 @@ fn a_device_that_arrives_in_a_spare_slot_is_bound_by_the_agent() {
 
 #[test]
 fn a_version_mismatch_is_refused_clearly() {
-    let (mut machine, listener) =
-        Machine::boot_agent(config(), |machine| machine.listen(CONTROL_PORT));
-    let stream = listener.accept().unwrap().0;
+    let (mut machine, stream) = boot_agent(config());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
     runtime.block_on(async {
-        let stream = tokio::net::UnixStream::from_std(stream).unwrap();
-        let agent = AgentClient::new(ttrpc::asynchronous::Client::new(
-            ttrpc::asynchronous::transport::Socket::from(stream),
-        ));
+        let agent = agent_client(stream);
         let context = ttrpc::context::with_duration(std::time::Duration::from_secs(60));
         let hello = HelloRequest {
             protocol_version: PROTOCOL_VERSION + 1,
