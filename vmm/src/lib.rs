@@ -1,4 +1,21 @@
 //! Bulkhead's virtual machine monitor: one KVM guest per process.
 
+pub mod boot;
+pub mod bus;
+pub mod client;
+pub mod cmdline;
 pub mod control;
+pub mod cpuid;
+pub mod end;
+pub mod layout;
+pub mod loader;
+pub mod machine;
+pub mod memory;
+pub mod mptable;
+pub mod serial;
+pub mod server;
+pub mod socket;
+pub mod sync;
+pub mod timeline;
+pub mod vcpu;
 pub mod virtio;

@@ -4,6 +4,15 @@
 //! freezes the queue configuration at DRIVER_OK (virtio 1.2, 2.1 and 3.1.1) and only then hands the queues over, so
 //! a device never sees one change below it.
 
+pub mod console;
+mod driver_queue;
+pub mod event;
+pub mod mmio;
+#[cfg(test)]
+mod mock_driver;
+pub mod rng;
+pub mod vsock;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -18,6 +27,7 @@ pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 #[derive(Debug)]
 pub struct Interrupt {
     status: AtomicU32,
+    config_generation: AtomicU32,
     irqfd: EventFd,
 }
 
@@ -26,6 +36,7 @@ impl Interrupt {
     pub fn new(irqfd: EventFd) -> Self {
         Self {
             status: AtomicU32::new(0),
+            config_generation: AtomicU32::new(0),
             irqfd,
         }
     }
@@ -37,7 +48,13 @@ impl Interrupt {
 
     /// Tells the driver that the configuration space has changed (InterruptStatus bit 1).
     pub fn signal_config_change(&self) {
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
         self.signal(virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    /// The ConfigGeneration register (4.2.2.1): changes with each change of the configuration space.
+    pub fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::Acquire)
     }
 
     /// The InterruptStatus register.

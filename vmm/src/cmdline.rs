@@ -1,0 +1,81 @@
+//! The kernel's command line.
+
+use std::ffi::CString;
+
+use linux_loader::cmdline::{Cmdline, Error as InsertError};
+
+use crate::layout;
+
+/// Parameters of every guest. `guest-kernel-config/README.md` gives the reason of each.
+const ALWAYS: &str = "reboot=k panic=-1 tsc=reliable no_timer_check cryptomgr.notests \
+                      rcupdate.rcu_expedited=1 random.trust_cpu=on net.ifnames=0";
+/// Console on virtio; no probing of serial ports.
+const QUIET: &str = "console=hvc0 quiet 8250.nr_uarts=0";
+/// Console on the serial port, with every message.
+const SERIAL: &str = "console=ttyS0 8250.nr_uarts=1";
+
+/// Why a command line could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CmdlineError {
+    /// Too long, or a byte that is not printable ASCII.
+    #[error("the kernel command line does not fit {max} bytes or has a bad character", max = layout::CMDLINE_MAX)]
+    Insert(#[source] InsertError),
+    /// A NUL inside.
+    #[error("the kernel command line contains a NUL")]
+    Nul(#[source] InsertError),
+}
+
+/// The command line of a guest with `slots` virtio-mmio slots, `extra` at its end.
+///
+/// A kernel without ACPI and device tree learns of virtio-mmio devices by `virtio_mmio.device=<size>@<base>:<irq>` only, so the
+/// spare slots must be named too.
+pub fn build(slots: usize, serial: bool, extra: &str) -> Result<CString, CmdlineError> {
+    let mut line = Cmdline::new(layout::CMDLINE_MAX).map_err(CmdlineError::Insert)?;
+    let mut insert = |words: &str| line.insert_str(words).map_err(CmdlineError::Insert);
+    insert(ALWAYS)?;
+    insert(if serial { SERIAL } else { QUIET })?;
+    for (slot, irq) in layout::VIRTIO_IRQS.iter().take(slots).enumerate() {
+        insert(&format!(
+            "virtio_mmio.device=4K@{:#x}:{irq}",
+            layout::slot_base(slot)
+        ))?;
+    }
+    if !extra.trim().is_empty() {
+        insert(extra.trim())?;
+    }
+    line.as_cstring().map_err(CmdlineError::Nul)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_slot_is_named_with_its_line() {
+        let line = build(2, false, "").unwrap();
+        let line = line.to_str().unwrap();
+        assert!(
+            line.ends_with("virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6")
+        );
+        assert!(line.contains("console=hvc0") && !line.contains("ttyS0"));
+    }
+
+    #[test]
+    fn serial_makes_it_the_console() {
+        let line = build(0, true, "").unwrap();
+        assert!(line.to_str().unwrap().contains("console=ttyS0"));
+    }
+
+    #[test]
+    fn extra_words_come_last() {
+        let line = build(layout::MAX_SLOTS, false, " debug init=/bin/sh ").unwrap();
+        assert!(line.to_str().unwrap().ends_with(" debug init=/bin/sh"));
+    }
+
+    #[test]
+    fn what_does_not_fit_or_is_not_text_is_refused() {
+        for extra in ["a".repeat(2048).as_str(), "a\0b", "a\nb"] {
+            assert!(build(4, false, extra).is_err());
+        }
+    }
+}

@@ -1,0 +1,352 @@
+//! The machine: builds a guest from its configuration and drives its life.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use tracing::info;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryError};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::boot;
+use crate::bus::Bus;
+use crate::cmdline::{self, CmdlineError};
+use crate::control::{AttachConfig, BootConfig};
+use crate::cpuid;
+use crate::end::EndSignal;
+use crate::layout;
+use crate::loader::{self, LoadError};
+use crate::memory::{self, MemoryError};
+use crate::mptable;
+use crate::serial::SerialPort;
+use crate::sync::lock;
+use crate::timeline::Timeline;
+use crate::vcpu::{self, MAX_VCPUS, VcpuError, VcpuSet};
+use crate::virtio::console::Console;
+use crate::virtio::event::{QueueHandler, QueueSubscriber};
+use crate::virtio::mmio::{QUEUE_NOTIFY, Transport};
+use crate::virtio::rng::Rng;
+use crate::virtio::{Memory, VirtioDevice};
+
+/// Most spare slots.
+pub const MAX_SPARE_SLOTS: u8 = 16;
+
+/// Why a machine could not be built or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// A field of the configuration is out of range.
+    #[error("{field} is {value}, and must be between {min} and {max}")]
+    OutOfRange {
+        /// Name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// Least value.
+        min: u64,
+        /// Greatest value.
+        max: u64,
+    },
+    /// A serial port without output, or the other way round.
+    #[error("a descriptor for the serial port's output must be given if and only if serial is set")]
+    SerialOutput,
+    /// A KVM operation failed.
+    #[error("{operation} failed")]
+    Kvm {
+        /// Which one.
+        operation: &'static str,
+        /// Cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// KVM lacks something.
+    #[error("this host's KVM lacks {0}")]
+    Missing(&'static str),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel or initramfs.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Command line.
+    #[error(transparent)]
+    Cmdline(#[from] CmdlineError),
+    /// Writing boot structures.
+    #[error("cannot write to guest memory")]
+    Write(#[from] GuestMemoryError),
+    /// vCPUs.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// An eventfd could not be made.
+    #[error("cannot make a device's eventfd")]
+    Event(#[source] io::Error),
+    /// No empty slot is left.
+    #[error("no spare virtio-mmio slot is left")]
+    NoSlot,
+    /// The device kind can't be attached.
+    #[error("{0} devices are not supported")]
+    Unsupported(&'static str),
+}
+
+/// The open files a machine is built from.
+#[derive(Debug)]
+pub struct BootFiles {
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// The kernel.
+    pub kernel: OwnedFd,
+    /// The initramfs.
+    pub initramfs: OwnedFd,
+    /// Where the serial port's output goes.
+    pub serial: Option<OwnedFd>,
+}
+
+/// A guest.
+pub struct Machine {
+    // Declared in the order of their dependence: threads end before the VM and its memory go.
+    threads: Option<VcpuSet>,
+    vcpus: Vec<VcpuFd>,
+    bus: Arc<Bus>,
+    vm: VmFd,
+    memory: Memory,
+    end: Arc<EndSignal>,
+    timeline: Arc<Timeline>,
+    subscribers: Vec<QueueSubscriber>,
+}
+
+impl Machine {
+    /// Builds a machine whose vCPUs do not run yet.
+    pub fn new(
+        config: &BootConfig,
+        files: BootFiles,
+        timeline: Arc<Timeline>,
+        end: Arc<EndSignal>,
+    ) -> Result<Self, MachineError> {
+        check(config, &files)?;
+        let memory_bytes = config.memory_mib << 20;
+        let kvm = open_kvm(files.kvm);
+        let vm = kvm.create_vm().map_err(kvm_error("creating the VM"))?;
+        vm.set_tss_address(layout::KVM_TSS)
+            .map_err(kvm_error("setting the TSS address"))?;
+        // Before the vCPUs: each gets its local APIC then. There is no PIT: the guest knows its clocks' frequencies.
+        vm.create_irq_chip()
+            .map_err(kvm_error("creating the interrupt controllers"))?;
+        timeline.mark("vm created");
+
+        let guest_memory = memory::create(config.memory_mib)?;
+        memory::register(&vm, &guest_memory)?;
+        timeline.mark("memory mapped");
+
+        let kernel = loader::load_kernel(&File::from(files.kernel), &guest_memory, memory_bytes)?;
+        let initramfs = loader::load_initramfs(
+            &File::from(files.initramfs),
+            &guest_memory,
+            memory_bytes,
+            kernel.end,
+        )?;
+        timeline.mark("kernel loaded");
+
+        let serial = match files.serial {
+            Some(output) => Some(serial_port(&vm, output)?),
+            None => None,
+        };
+        let mut devices: Vec<Device> = Vec::new();
+        let console = Console::new();
+        devices.push(Device::served(console.handler(), console));
+        let rng = Rng::new();
+        devices.push(Device::served(rng.handler(), rng));
+
+        let slots = devices.len() + usize::from(config.spare_slots);
+        let cmdline = cmdline::build(slots, config.serial, &config.cmdline)?;
+        boot::write_boot_params(&guest_memory, memory_bytes, &cmdline, &initramfs)?;
+        boot::write_page_tables(&guest_memory)?;
+        boot::write_gdt(&guest_memory)?;
+        mptable::write(&guest_memory, config.vcpus)?;
+
+        let vcpus = create_vcpus(&kvm, &vm, config.vcpus)?;
+        vcpu::set_entry(&vcpus[0], kernel.entry)?;
+        timeline.mark("vcpus created");
+
+        let mut machine = Self {
+            threads: None,
+            vcpus,
+            bus: Arc::new(Bus::new(slots, serial, Arc::clone(&timeline))),
+            vm,
+            memory: GuestMemoryAtomic::new(guest_memory),
+            end,
+            timeline,
+            subscribers: Vec::new(),
+        };
+        for device in devices {
+            machine.plug(device)?;
+        }
+        machine.timeline.mark("devices ready");
+        Ok(machine)
+    }
+
+    /// Lets the vCPUs run for the first time.
+    pub fn start(&mut self) -> Result<(), MachineError> {
+        self.threads = Some(VcpuSet::start(
+            std::mem::take(&mut self.vcpus),
+            Arc::clone(&self.bus),
+            Arc::clone(&self.end),
+            Arc::clone(&self.timeline),
+        )?);
+        Ok(())
+    }
+
+    /// Stops every vCPU. Returns when all stand still.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        if let Some(threads) = &self.threads {
+            threads.pause()?;
+        }
+        Ok(())
+    }
+
+    /// Lets the vCPUs run again.
+    pub fn resume(&self) {
+        if let Some(threads) = &self.threads {
+            threads.resume();
+        }
+    }
+
+    /// Fills a spare slot. Returns the address of its registers.
+    pub fn attach(&mut self, config: &AttachConfig) -> Result<u64, MachineError> {
+        let device = match config {
+            AttachConfig::Rng => {
+                let rng = Rng::new();
+                Device::served(rng.handler(), rng)
+            }
+            AttachConfig::Fs(_) => return Err(MachineError::Unsupported("file-system")),
+        };
+        self.plug(device)
+    }
+
+    /// Subscribers for the event loop, of the devices added since the last call.
+    pub fn take_subscribers(&mut self) -> Vec<QueueSubscriber> {
+        std::mem::take(&mut self.subscribers)
+    }
+
+    /// Puts a device into the first empty slot.
+    fn plug(&mut self, device: Device) -> Result<u64, MachineError> {
+        let (index, slot) = self
+            .bus
+            .slots()
+            .iter()
+            .enumerate()
+            .find(|(_, slot)| lock(slot).is_none())
+            .ok_or(MachineError::NoSlot)?;
+        let base = layout::slot_base(index);
+        let irqfd = new_event()?;
+        self.vm
+            .register_irqfd(&irqfd, layout::VIRTIO_IRQS[index])
+            .map_err(kvm_error("registering an irqfd"))?;
+        let transport = Transport::new(device.virtio, self.memory.clone(), irqfd)
+            .map_err(MachineError::Event)?;
+        let notify = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
+        for (queue, kick) in transport.kicks().iter().enumerate() {
+            self.vm
+                .register_ioevent(kick, &notify, queue as u32)
+                .map_err(kvm_error("registering an ioeventfd"))?;
+        }
+        if let Some(handler) = device.handler {
+            let kicks = transport
+                .kicks()
+                .iter()
+                .map(EventFd::try_clone)
+                .collect::<Result<_, _>>()
+                .map_err(MachineError::Event)?;
+            self.subscribers.push(QueueSubscriber::new(kicks, handler));
+        }
+        info!("virtio {} at {base:#x}", transport.name());
+        *lock(slot) = Some(transport);
+        Ok(base)
+    }
+}
+
+/// A device on its way into a slot.
+struct Device {
+    virtio: Box<dyn VirtioDevice>,
+    /// Set for a device whose queues the event loop serves.
+    handler: Option<Arc<Mutex<dyn QueueHandler>>>,
+}
+
+impl Device {
+    fn served(handler: Arc<Mutex<dyn QueueHandler>>, device: impl VirtioDevice + 'static) -> Self {
+        Self {
+            virtio: Box::new(device),
+            handler: Some(handler),
+        }
+    }
+}
+
+fn check(config: &BootConfig, files: &BootFiles) -> Result<(), MachineError> {
+    let ranges = [
+        ("vcpus", u64::from(config.vcpus), 1, u64::from(MAX_VCPUS)),
+        (
+            "spare_slots",
+            config.spare_slots.into(),
+            0,
+            MAX_SPARE_SLOTS.into(),
+        ),
+    ];
+    for (field, value, min, max) in ranges {
+        if !(min..=max).contains(&value) {
+            return Err(MachineError::OutOfRange {
+                field,
+                value,
+                min,
+                max,
+            });
+        }
+    }
+    if config.serial != files.serial.is_some() {
+        return Err(MachineError::SerialOutput);
+    }
+    Ok(())
+}
+
+fn open_kvm(fd: OwnedFd) -> Kvm {
+    // SAFETY: the descriptor is owned and given away. If it is not /dev/kvm, every ioctl on it fails.
+    unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
+}
+
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, MachineError> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm_error("reading the supported CPUID"))?;
+    let vcpus = (0..count)
+        .map(|id| vcpu::create(vm, id))
+        .collect::<Result<Vec<_>, _>>()?;
+    let common = cpuid::common(
+        &supported,
+        cpuid::Machine {
+            vcpus: count,
+            // Fails on hosts whose TSC is unstable: then the guest has to measure for itself.
+            tsc_khz: vcpus[0].get_tsc_khz().ok(),
+            tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer),
+        },
+    );
+    for (id, vcpu) in vcpus.iter().enumerate() {
+        vcpu::configure(vcpu, id as u8, &common)?;
+    }
+    Ok(vcpus)
+}
+
+fn serial_port(vm: &VmFd, output: OwnedFd) -> Result<SerialPort, MachineError> {
+    let irqfd = new_event()?;
+    vm.register_irqfd(&irqfd, layout::SERIAL_IRQ)
+        .map_err(kvm_error("registering an irqfd"))?;
+    Ok(SerialPort::new(irqfd, File::from(output)))
+}
+
+fn new_event() -> Result<EventFd, MachineError> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(MachineError::Event)
+}
+
+fn kvm_error(operation: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
+    move |source| MachineError::Kvm { operation, source }
+}

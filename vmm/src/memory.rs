@@ -1,0 +1,125 @@
+//! Guest memory: anonymous, lazily touched, in one piece below the MMIO gap and a second one above 4 GiB.
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
+
+use crate::layout;
+
+/// Smallest guest memory, in MiB: kernel, initramfs and a little work.
+pub const MIN_MIB: u64 = 64;
+/// Largest guest memory, in MiB (4 TiB): keeps every address far below the smallest physical address width of 64-bit hosts.
+pub const MAX_MIB: u64 = 4 << 20;
+
+/// Why guest memory could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Size out of range.
+    #[error("memory_mib is {0}, and must be between {MIN_MIB} and {MAX_MIB}")]
+    Size(u64),
+    /// mmap failed.
+    #[error("cannot map {mib} MiB of guest memory")]
+    Map {
+        /// Size of the piece.
+        mib: u64,
+        /// Cause.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// vm-memory refused the regions.
+    #[error("guest memory regions do not fit together")]
+    Regions(#[source] vm_memory::GuestRegionCollectionError),
+    /// KVM refused a region.
+    #[error("KVM refused the memory slot at {address:#x}")]
+    Slot {
+        /// Guest physical address.
+        address: u64,
+        /// Cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+/// The (address, length) pieces of a memory of `bytes`.
+pub fn pieces(bytes: u64) -> Vec<(u64, u64)> {
+    let low = bytes.min(layout::MMIO_GAP_START);
+    let mut pieces = vec![(0, low)];
+    if bytes > low {
+        pieces.push((layout::MMIO_GAP_END, bytes - low));
+    }
+    pieces
+}
+
+/// Maps the memory of a guest with `mib` MiB.
+pub fn create(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    if !(MIN_MIB..=MAX_MIB).contains(&mib) {
+        return Err(MemoryError::Size(mib));
+    }
+    let mut regions = Vec::new();
+    for (address, length) in pieces(mib << 20) {
+        let map_error = |source| MemoryError::Map {
+            mib: length >> 20,
+            source,
+        };
+        let mapping = MmapRegionBuilder::new(length as usize)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+            .build()
+            .map_err(map_error)?;
+        // Guest memory is the guest's secret and no help in a core dump of the VMM. A kernel without the advice only dumps more.
+        // SAFETY: the range is the mapping made above; the advice changes nothing of its contents.
+        unsafe {
+            libc::madvise(
+                mapping.as_ptr().cast(),
+                length as usize,
+                libc::MADV_DONTDUMP,
+            )
+        };
+        // `new` refuses only a region that wraps around the address space; MAX_MIB rules that out.
+        regions.extend(GuestRegionMmap::new(mapping, GuestAddress(address)));
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)
+}
+
+/// Gives the memory to a VM, one slot a region.
+pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), MemoryError> {
+    for (slot, region) in memory.iter().enumerate() {
+        let address = region.start_addr().raw_value();
+        let slot = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: address,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the region is mapped, and stays so as long as the machine, which owns both the VM and the memory.
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(|source| MemoryError::Slot { address, source })?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_leaves_the_mmio_gap_free() {
+        assert_eq!(pieces(128 << 20), [(0, 128 << 20)]);
+        assert_eq!(pieces(0xd000_0000), [(0, 0xd000_0000)]);
+        assert_eq!(
+            pieces(8 << 30),
+            [(0, 0xd000_0000), (4 << 30, (8 << 30) - 0xd000_0000)]
+        );
+    }
+
+    #[test]
+    fn sizes_out_of_range_are_refused() {
+        assert!(matches!(create(63), Err(MemoryError::Size(63))));
+        assert!(matches!(create(MAX_MIB + 1), Err(MemoryError::Size(_))));
+        assert!(create(64).is_ok());
+    }
+}
