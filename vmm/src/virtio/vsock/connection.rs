@@ -456,9 +456,8 @@ impl Connection {
         match self.phase {
             Phase::Established => {
                 let guest_has_all = self.host_done || self.guest_deaf;
-                let guest_closed = self.guest_done && self.guest_deaf;
                 let told = self.shutdown_flags() & !self.shutdown_told == 0 && !self.respond;
-                if host_has_all && guest_has_all && (guest_closed || told) {
+                if host_has_all && guest_has_all && told {
                     Fate::Reset
                 } else {
                     Fate::Alive
@@ -478,12 +477,13 @@ impl Connection {
         while let Ok(1..) = (&self.stream).read(&mut scratch) {}
     }
 
+    /// The directions that the host program has ended and the guest has not.
     fn shutdown_flags(&self) -> u32 {
         let mut flags = 0;
-        if self.host_deaf {
+        if self.host_deaf && !self.guest_done {
             flags |= SHUTDOWN_RCV;
         }
-        if self.host_done {
+        if self.host_done && !self.guest_deaf {
             flags |= SHUTDOWN_SEND;
         }
         flags

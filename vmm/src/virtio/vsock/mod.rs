@@ -16,6 +16,8 @@ mod connection;
 mod packet;
 mod ring;
 mod table;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::os::unix::net::UnixListener;
@@ -85,12 +87,13 @@ impl VirtioDevice for Vsock {
     /// `struct virtio_vsock_config`: the guest's context identifier (virtio 1.2, 5.10.4).
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.guest_cid.to_le_bytes();
-        for (at, byte) in (offset..).zip(data.iter_mut()) {
-            *byte = usize::try_from(at)
-                .ok()
-                .and_then(|at| config.get(at))
-                .copied()
-                .unwrap_or(0);
+        let present = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| config.get(offset..))
+            .unwrap_or_default();
+        data.fill(0);
+        for (byte, value) in data.iter_mut().zip(present) {
+            *byte = *value;
         }
     }
 
