@@ -1,0 +1,166 @@
+//! From the kernel's first call of /init to a system that can run containers.
+
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use anyhow::Context;
+use bulkhead_protocol::{GUEST_SHARE, SHARE_TAG};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::stat::Mode;
+use nix::unistd::{chdir, chroot, mkdir};
+use tracing::level_filters::LevelFilter;
+
+use crate::cgroup::Hierarchy;
+use crate::timeline::Timeline;
+
+/// Where the unified hierarchy is mounted.
+pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// Descriptors that the agent may have open, and the hard limit of containers whose spec sets none.
+pub const MAX_FILES: u64 = 524_288;
+
+const NO_DATA: Option<&str> = None;
+
+/// Leaves the initramfs for a tmpfs of directories, with /proc, /sys and /dev.
+///
+/// The kernel refuses `pivot_root` in a process whose root is the initramfs itself, and a container that got back
+/// to the old root would find the agent's file there.
+pub fn enter_root(timeline: &mut Timeline) -> anyhow::Result<()> {
+    let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    make_dir("/new")?;
+    mount(
+        Some("tmpfs"),
+        "/new",
+        Some("tmpfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=0755"),
+    )
+    .context("cannot mount a tmpfs")?;
+    chdir("/new").context("cannot enter the new root")?;
+    for dir in ["proc", "sys", "dev", "run", "tmp"] {
+        make_dir(dir)?;
+    }
+    mount(Some("proc"), "proc", Some("proc"), plain, NO_DATA).context("cannot mount /proc")?;
+    mount(Some("sysfs"), "sys", Some("sysfs"), plain, NO_DATA).context("cannot mount /sys")?;
+    mount(
+        Some("dev"),
+        "dev",
+        Some("devtmpfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+        NO_DATA,
+    )
+    .context("cannot mount /dev")?;
+    mount(Some("."), "/", NO_DATA, MsFlags::MS_MOVE, NO_DATA)
+        .context("cannot move the new root")?;
+    chroot(".").context("cannot change the root")?;
+    timeline.mark("root");
+    Ok(())
+}
+
+fn make_dir(path: &str) -> anyhow::Result<()> {
+    match mkdir(path, Mode::from_bits_truncate(0o755)) {
+        Ok(()) | Err(Errno::EEXIST) => Ok(()),
+        Err(errno) => Err(errno).with_context(|| format!("cannot make {path}")),
+    }
+}
+
+/// Puts the console at the standard descriptors, or the null device where there is none. The kernel leaves them
+/// closed if the initramfs has no /dev/console; nothing else may get their numbers.
+pub fn open_console() -> anyhow::Result<()> {
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let console = open("/dev/console", flags, Mode::empty())
+        .or_else(|_| open("/dev/null", flags, Mode::empty()))
+        .context("cannot open /dev/console or /dev/null")?;
+    for number in 0..3 {
+        crate::process::replace_stdio(console.as_fd(), number)
+            .context("cannot replace the standard descriptors")?;
+    }
+    Ok(())
+}
+
+/// Logs to the console, at the level that `bulkhead.log=` on the kernel's command line asks for.
+pub fn start_log() {
+    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    tracing_subscriber::fmt()
+        .with_max_level(log_level(&command_line))
+        .with_timer(tracing_subscriber::fmt::time::uptime())
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+fn log_level(command_line: &str) -> LevelFilter {
+    command_line
+        .split_ascii_whitespace()
+        .filter_map(|word| word.strip_prefix("bulkhead.log="))
+        .find_map(|level| level.parse().ok())
+        .unwrap_or(LevelFilter::INFO)
+}
+
+/// What containers need: cgroups, the loopback interface, the share.
+pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Hierarchy> {
+    let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(
+        Some("cgroup2"),
+        CGROUP_ROOT,
+        Some("cgroup2"),
+        plain,
+        NO_DATA,
+    )
+    .context("cannot mount the cgroups")?;
+    let hierarchy =
+        Hierarchy::set_up(Path::new(CGROUP_ROOT)).context("cannot set up the cgroups")?;
+    timeline.mark("cgroups");
+    if let Err(errno) = crate::sys::loopback_up() {
+        tracing::warn!(%errno, "cannot bring up the loopback interface");
+    }
+    // More descriptors than the kernel's 1024: each stream takes two.
+    if let Err(errno) = setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES) {
+        tracing::warn!(%errno, "cannot raise the limit of open files");
+    }
+    make_dir("/run/bulkhead")?;
+    make_dir(GUEST_SHARE)?;
+    match mount(
+        Some(SHARE_TAG),
+        GUEST_SHARE,
+        Some("virtiofs"),
+        MsFlags::empty(),
+        NO_DATA,
+    ) {
+        Ok(()) => timeline.mark("share"),
+        // A guest without a share can still be asked for its version, and shut down. A container's root.path will
+        // not be found, and the error says so.
+        Err(errno) => tracing::warn!(%errno, "no virtio-fs share {SHARE_TAG:?}"),
+    }
+    Ok(hierarchy)
+}
+
+/// Writes everything back and lets go of the share.
+pub fn release_file_systems() {
+    nix::unistd::sync();
+    match umount2(GUEST_SHARE, MntFlags::MNT_DETACH) {
+        // Not mounted.
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+        Err(errno) => tracing::warn!(%errno, "cannot unmount the share"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_level_comes_from_the_command_line() {
+        assert_eq!(
+            log_level("quiet bulkhead.log=debug panic=-1\n"),
+            LevelFilter::DEBUG
+        );
+        assert_eq!(log_level("bulkhead.log=off"), LevelFilter::OFF);
+        assert_eq!(log_level("quiet"), LevelFilter::INFO);
+        assert_eq!(log_level("bulkhead.log=nonsense"), LevelFilter::INFO);
+    }
+}

@@ -1,0 +1,197 @@
+//! What a container's init and the agent say to each other until the user's program runs.
+//!
+//! One SOCK_SEQPACKET pair, both ends close-on-exec. The init reports `Ready` when all but the exec is done, waits
+//! for the start byte, and then either vanishes into the exec (end of file: success) or reports its error.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
+    recv, recvmsg, send, sendmsg, socketpair,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::error::{Error, Kind};
+
+const READY: u8 = 0;
+const FAILED: u8 = 1;
+const START: u8 = 1;
+
+/// Longest report; the rest of a message is cut off.
+const MAX_REPORT: usize = 4096;
+
+/// What the init reports.
+#[derive(Debug)]
+pub enum Report {
+    /// Set up; with the master of its terminal, if it has one.
+    Ready(Option<OwnedFd>),
+    /// It failed, and has ended or is about to.
+    Failed(Error),
+    /// It is gone, or has become the user's program.
+    End,
+}
+
+/// The two ends: the agent's, and the init's.
+pub fn pair() -> nix::Result<(OwnedFd, OwnedFd)> {
+    socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+}
+
+/// The agent's end.
+#[derive(Debug)]
+pub struct Agent(AsyncFd<OwnedFd>);
+
+impl Agent {
+    /// Takes over the agent's end.
+    pub fn new(socket: OwnedFd) -> std::io::Result<Self> {
+        crate::sys::watch_fd(socket, Interest::READABLE).map(Self)
+    }
+
+    /// The next report.
+    pub async fn report(&self) -> nix::Result<Report> {
+        loop {
+            let mut guard = self.0.readable().await.map_err(|_| Errno::EIO)?;
+            match receive(self.0.get_ref().as_fd()) {
+                Err(Errno::EAGAIN) => guard.clear_ready(),
+                Err(Errno::EINTR) => {}
+                // What a killed peer with unread data leaves.
+                Err(Errno::ECONNRESET) => return Ok(Report::End),
+                other => return other,
+            }
+        }
+    }
+
+    /// Lets the init execute the user's program.
+    pub fn start(&self) -> nix::Result<()> {
+        send(
+            self.0.get_ref().as_raw_fd(),
+            &[START],
+            MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
+        )
+        .map(drop)
+    }
+}
+
+fn receive(socket: BorrowedFd<'_>) -> nix::Result<Report> {
+    let mut buffer = [0u8; MAX_REPORT];
+    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
+    let (length, terminal) = {
+        let mut slices = [IoSliceMut::new(&mut buffer)];
+        let message = recvmsg::<UnixAddr>(
+            socket.as_raw_fd(),
+            &mut slices,
+            Some(&mut space),
+            MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT,
+        )?;
+        let mut terminal = None;
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(fds) = control {
+                for fd in fds {
+                    // SAFETY: the kernel has just made this descriptor for us.
+                    terminal = Some(unsafe { OwnedFd::from_raw_fd(fd) });
+                }
+            }
+        }
+        (message.bytes, terminal)
+    };
+    Ok(match buffer.get(..length).unwrap_or_default() {
+        [] => Report::End,
+        [READY] => Report::Ready(terminal),
+        [FAILED, kind, message @ ..] => Report::Failed(Error::setup(
+            Kind::from_number(*kind),
+            String::from_utf8_lossy(message),
+        )),
+        _ => Report::Failed(Error::setup(
+            Kind::Internal,
+            "the container's init sent nonsense",
+        )),
+    })
+}
+
+/// Init: everything but the exec is done.
+pub fn send_ready(socket: BorrowedFd<'_>, terminal: Option<BorrowedFd<'_>>) -> nix::Result<()> {
+    let fds: Vec<_> = terminal.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let control = if fds.is_empty() { &[][..] } else { &rights[..] };
+    sendmsg::<UnixAddr>(
+        socket.as_raw_fd(),
+        &[IoSlice::new(&[READY])],
+        control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )
+    .map(drop)
+}
+
+/// Init: it failed. Nothing can be done if the agent can't be told.
+pub fn send_failure(socket: BorrowedFd<'_>, error: &Error) {
+    let mut message = vec![FAILED, error.kind() as u8];
+    message.extend_from_slice(error.to_string().as_bytes());
+    message.truncate(MAX_REPORT);
+    let _ = send(socket.as_raw_fd(), &message, MsgFlags::MSG_NOSIGNAL);
+}
+
+/// Init: waits for the agent's word. False if it will never come.
+pub fn wait_for_start(socket: BorrowedFd<'_>) -> bool {
+    let mut byte = [0u8; 1];
+    loop {
+        match recv(socket.as_raw_fd(), &mut byte, MsgFlags::empty()) {
+            Err(Errno::EINTR) => {}
+            result => return result == Ok(1) && byte == [START],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_arrive_as_they_were_sent() {
+        let (agent, init) = pair().unwrap();
+        send_ready(init.as_fd(), None).unwrap();
+        assert!(matches!(receive(agent.as_fd()), Ok(Report::Ready(None))));
+        send_ready(init.as_fd(), Some(init.as_fd())).unwrap();
+        assert!(matches!(receive(agent.as_fd()), Ok(Report::Ready(Some(_)))));
+        let error = Error::setup(
+            Kind::NotFound,
+            "exec: \"x\": executable file not found in $PATH",
+        );
+        send_failure(init.as_fd(), &error);
+        let Report::Failed(received) = receive(agent.as_fd()).unwrap() else {
+            panic!("not a failure")
+        };
+        assert_eq!(received, error);
+        drop(init);
+        assert!(matches!(receive(agent.as_fd()), Ok(Report::End)));
+    }
+
+    #[test]
+    fn a_long_message_is_cut() {
+        let (agent, init) = pair().unwrap();
+        send_failure(
+            init.as_fd(),
+            &Error::setup(Kind::Internal, "x".repeat(100_000)),
+        );
+        let Report::Failed(received) = receive(agent.as_fd()).unwrap() else {
+            panic!("not a failure")
+        };
+        assert_eq!(received.to_string().len(), MAX_REPORT - 2);
+    }
+
+    #[test]
+    fn start_is_one_byte_and_its_absence_is_an_end() {
+        let (agent, init) = pair().unwrap();
+        send(agent.as_raw_fd(), &[START], MsgFlags::empty()).unwrap();
+        assert!(wait_for_start(init.as_fd()));
+        drop(agent);
+        assert!(!wait_for_start(init.as_fd()));
+    }
+}

@@ -1,0 +1,256 @@
+//! The options of a mount in the OCI spec (config.md, "Linux mount options"), told apart: attributes of the mount,
+//! propagation, what is meant for the runtime, and data for the file system.
+
+use crate::error::{Error, Result};
+use crate::sys::attr;
+
+/// A mount's options, parsed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MountOptions {
+    /// `bind` or `rbind`.
+    pub bind: bool,
+    /// `rbind`: with the mounts below the source.
+    pub bind_recursive: bool,
+    /// Attributes to set on the mount itself.
+    pub set: u64,
+    /// Attributes to clear first.
+    pub clear: u64,
+    /// Attributes to set on the mount and everything below it (`rro` and its like).
+    pub set_recursive: u64,
+    /// Attributes to clear first, in the same way.
+    pub clear_recursive: u64,
+    /// Propagation types, in the order given, with whether they hold for everything below too.
+    pub propagation: Vec<(libc::c_ulong, bool)>,
+    /// Parameters of the file system.
+    pub data: Vec<(String, Option<String>)>,
+}
+
+/// Name, attributes to set, attributes to clear first.
+const ATTRIBUTES: &[(&str, u64, u64)] = &[
+    ("ro", attr::RDONLY, 0),
+    ("rw", 0, attr::RDONLY),
+    ("nosuid", attr::NOSUID, 0),
+    ("suid", 0, attr::NOSUID),
+    ("nodev", attr::NODEV, 0),
+    ("dev", 0, attr::NODEV),
+    ("noexec", attr::NOEXEC, 0),
+    ("exec", 0, attr::NOEXEC),
+    ("noatime", attr::NOATIME, attr::ATIME),
+    ("atime", 0, attr::ATIME),
+    ("relatime", 0, attr::ATIME),
+    ("norelatime", 0, attr::ATIME),
+    ("strictatime", attr::STRICTATIME, attr::ATIME),
+    ("nostrictatime", 0, attr::ATIME),
+    ("nodiratime", attr::NODIRATIME, 0),
+    ("diratime", 0, attr::NODIRATIME),
+    ("nosymfollow", attr::NOSYMFOLLOW, 0),
+    ("symfollow", 0, attr::NOSYMFOLLOW),
+];
+
+const PROPAGATION: &[(&str, libc::c_ulong)] = &[
+    ("private", libc::MS_PRIVATE),
+    ("shared", libc::MS_SHARED),
+    ("slave", libc::MS_SLAVE),
+    ("unbindable", libc::MS_UNBINDABLE),
+];
+
+/// Options that mean something to `mount(8)` or to the old mount call, and nothing here: the default, or flags that
+/// no file system of the guest's kernel looks at.
+const WITHOUT_EFFECT: &[&str] = &[
+    "defaults",
+    "acl",
+    "noacl",
+    "iversion",
+    "noiversion",
+    "silent",
+    "loud",
+    "nofail",
+    "_netdev",
+];
+
+impl MountOptions {
+    /// Parses the options of the mount that `field` names.
+    pub fn parse(options: &[String], field: &str) -> Result<Self> {
+        let mut parsed = Self::default();
+        for option in options {
+            parsed.add(option, field)?;
+        }
+        Ok(parsed)
+    }
+
+    fn add(&mut self, option: &str, field: &str) -> Result<()> {
+        if let Some((set, clear)) = attribute(option) {
+            let known = set | clear;
+            self.set = (self.set & !known) | set;
+            self.clear = (self.clear & !known) | clear;
+            return Ok(());
+        }
+        if let Some((set, clear)) = option.strip_prefix('r').and_then(attribute) {
+            let known = set | clear;
+            self.set_recursive = (self.set_recursive & !known) | set;
+            self.clear_recursive = (self.clear_recursive & !known) | clear;
+            return Ok(());
+        }
+        if let Some(kind) = propagation(option) {
+            self.propagation.push((kind, false));
+            return Ok(());
+        }
+        if let Some(kind) = option.strip_prefix('r').and_then(propagation) {
+            self.propagation.push((kind, true));
+            return Ok(());
+        }
+        match option {
+            "bind" => self.bind = true,
+            "rbind" => {
+                self.bind = true;
+                self.bind_recursive = true;
+            }
+            "remount" | "idmap" | "ridmap" | "tmpcopyup" => {
+                return Err(Error::spec(
+                    format!("{field}.options"),
+                    format!("`{option}` is not supported yet; remove it"),
+                ));
+            }
+            _ if WITHOUT_EFFECT.contains(&option) => {}
+            "" => {}
+            _ => self.data.push(match option.split_once('=') {
+                Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+                None => (option.to_owned(), None),
+            }),
+        }
+        Ok(())
+    }
+}
+
+fn attribute(option: &str) -> Option<(u64, u64)> {
+    ATTRIBUTES
+        .iter()
+        .find(|(name, ..)| *name == option)
+        .map(|&(_, set, clear)| (set, clear))
+}
+
+fn propagation(option: &str) -> Option<libc::c_ulong> {
+    PROPAGATION
+        .iter()
+        .find(|(name, _)| *name == option)
+        .map(|&(_, kind)| kind)
+}
+
+/// `linux.rootfsPropagation`: the type, and whether it holds for everything below the root too.
+pub fn rootfs_propagation(value: &str) -> Result<(libc::c_ulong, bool)> {
+    propagation(value)
+        .map(|kind| (kind, false))
+        .or_else(|| value.strip_prefix('r').and_then(propagation).map(|kind| (kind, true)))
+        .ok_or_else(|| {
+            Error::spec(
+                "linux.rootfsPropagation",
+                format!("{value:?} is none of private, shared, slave, unbindable and their recursive forms"),
+            )
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(options: &[&str]) -> MountOptions {
+        let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
+        MountOptions::parse(&options, "mounts[0]").unwrap()
+    }
+
+    #[test]
+    fn the_mounts_that_runc_spec_writes_are_told_apart() {
+        let dev = parse(&["nosuid", "strictatime", "mode=755", "size=65536k"]);
+        assert_eq!(dev.set, attr::NOSUID | attr::STRICTATIME);
+        assert_eq!(
+            dev.data,
+            [
+                ("mode".to_owned(), Some("755".to_owned())),
+                ("size".to_owned(), Some("65536k".to_owned()))
+            ]
+        );
+        let pts = parse(&[
+            "nosuid",
+            "noexec",
+            "newinstance",
+            "ptmxmode=0666",
+            "mode=0620",
+            "gid=5",
+        ]);
+        assert_eq!(pts.data.len(), 4);
+        assert_eq!(pts.data.first(), Some(&("newinstance".to_owned(), None)));
+        let sys = parse(&["nosuid", "noexec", "nodev", "ro"]);
+        assert_eq!(
+            sys.set,
+            attr::NOSUID | attr::NOEXEC | attr::NODEV | attr::RDONLY
+        );
+        assert!(sys.data.is_empty());
+    }
+
+    #[test]
+    fn the_last_of_two_opposite_options_counts() {
+        assert_eq!(parse(&["ro", "rw"]).set, 0);
+        assert_eq!(parse(&["ro", "rw"]).clear, attr::RDONLY);
+        let ro = parse(&["rw", "ro"]);
+        assert_eq!((ro.set, ro.clear), (attr::RDONLY, 0));
+        let atime = parse(&["noatime", "strictatime"]);
+        assert_eq!(
+            (atime.set, atime.clear),
+            (
+                attr::STRICTATIME,
+                attr::ATIME & !attr::STRICTATIME | attr::STRICTATIME
+            )
+        );
+    }
+
+    #[test]
+    fn recursive_options_are_kept_apart_from_plain_ones() {
+        let options = parse(&["rbind", "rro", "nosuid", "rslave", "private"]);
+        assert!(options.bind && options.bind_recursive);
+        assert_eq!(options.set_recursive, attr::RDONLY);
+        assert_eq!(options.set, attr::NOSUID);
+        assert_eq!(
+            options.propagation,
+            [(libc::MS_SLAVE, true), (libc::MS_PRIVATE, false)]
+        );
+    }
+
+    #[test]
+    fn names_that_begin_with_r_are_not_taken_for_recursive_forms() {
+        let options = parse(&["relatime", "rw", "ro"]);
+        assert_eq!((options.set_recursive, options.clear_recursive), (0, 0));
+        assert_eq!(parse(&["rrelatime"]).clear_recursive, attr::ATIME);
+        assert_eq!(parse(&["rrw"]).clear_recursive, attr::RDONLY);
+    }
+
+    #[test]
+    fn unknown_options_are_data_for_the_file_system() {
+        let options = parse(&["lowerdir=/a:/b", "index=off", "sync", "x"]);
+        assert_eq!(options.data.len(), 4);
+    }
+
+    #[test]
+    fn what_is_not_done_is_refused_with_the_field() {
+        for option in ["remount", "idmap", "ridmap", "tmpcopyup"] {
+            let error = MountOptions::parse(&[option.to_owned()], "mounts[3]").unwrap_err();
+            assert!(
+                error.to_string().starts_with("mounts[3].options: "),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn rootfs_propagation_takes_the_types_of_the_spec_only() {
+        assert_eq!(
+            rootfs_propagation("rslave").unwrap(),
+            (libc::MS_SLAVE, true)
+        );
+        assert_eq!(
+            rootfs_propagation("shared").unwrap(),
+            (libc::MS_SHARED, false)
+        );
+        assert!(rootfs_propagation("rro").is_err());
+        assert!(rootfs_propagation("").is_err());
+    }
+}

@@ -1,0 +1,286 @@
+//! The container's file-system tree, made by its init in its new mount namespace.
+//!
+//! Everything happens below a descriptor of the root filesystem and before the pivot: a place is resolved once, in
+//! the root ([`crate::paths`]), and mounts are attached to what was resolved.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, fstat};
+use nix::unistd::{chdir, fchdir, pivot_root};
+
+use crate::error::{Context, Error, Kind, Result, errno_text};
+use crate::mount_options::MountOptions;
+use crate::paths::{self, Make};
+use crate::spec::{Mount, Plan};
+use crate::sys::{self, FsContext, attr};
+
+/// The container's root filesystem, not yet the root.
+#[derive(Debug)]
+pub struct Rootfs {
+    root: OwnedFd,
+}
+
+impl Rootfs {
+    /// Mounts the root filesystem onto itself: `pivot_root` wants a mount.
+    pub fn mount(plan: &Plan) -> Result<Self> {
+        let none: Option<&str> = None;
+        // Nothing of what follows may reach the agent's namespace.
+        mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)
+            .what(|| "cannot detach the mount namespace")?;
+        let field = || format!("root.path ({})", plan.root.display());
+        let path = CString::new(plan.root.as_os_str().as_bytes())
+            .map_err(|_| Error::spec("root.path", "must not hold a null byte"))?;
+        let place = open(
+            path.as_c_str(),
+            OFlag::O_PATH | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        )
+        .what(field)?;
+        if !paths::is_directory(place.as_fd()).what(field)? {
+            return Err(Error::spec(field(), "is not a directory"));
+        }
+        let root = sys::clone_tree_of(place.as_fd(), true).what(field)?;
+        // As a copy it would be a peer of, or below, what it was copied from.
+        sys::set_attributes(root.as_fd(), 0, 0, libc::MS_PRIVATE, true).what(field)?;
+        sys::attach(root.as_fd(), place.as_fd()).what(field)?;
+        Ok(Self { root })
+    }
+
+    /// The root directory.
+    pub fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+
+    /// One of the spec's mounts.
+    pub fn add(&self, mount: &Mount) -> Result<()> {
+        let attached = if mount.options.bind {
+            self.add_bind(mount)?
+        } else if mount.fs.is_empty() || mount.fs == "none" {
+            paths::open(self.root(), mount.destination.as_os_str().as_bytes())
+                .what(|| &mount.field)?
+        } else {
+            self.add_file_system(mount)?
+        };
+        for &(kind, recursive) in &mount.options.propagation {
+            sys::set_attributes(attached.as_fd(), 0, 0, kind, recursive)
+                .what(|| format!("{}: cannot set the propagation", mount.field))?;
+        }
+        Ok(())
+    }
+
+    fn add_bind(&self, mount: &Mount) -> Result<OwnedFd> {
+        let source_path = mount.source.as_deref().unwrap_or(Path::new(""));
+        let source_field = || format!("{}: source {}", mount.field, source_path.display());
+        let source = open(source_path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
+            .what(source_field)?;
+        let make = if paths::is_directory(source.as_fd()).what(source_field)? {
+            Make::Directory
+        } else {
+            Make::File
+        };
+        let tree =
+            sys::clone_tree_of(source.as_fd(), mount.options.bind_recursive).what(source_field)?;
+        set_attributes(tree.as_fd(), &mount.options).what(|| &mount.field)?;
+        self.attach(&tree, mount, make)?;
+        Ok(tree)
+    }
+
+    fn add_file_system(&self, mount: &Mount) -> Result<OwnedFd> {
+        let destination = mount.destination.as_os_str().as_bytes();
+        let fs = if mount.fs == "cgroup" {
+            "cgroup2"
+        } else {
+            &mount.fs
+        };
+        if matches!(fs, "proc" | "sysfs") {
+            self.refuse_link(mount, fs)?;
+        }
+        let context = FsContext::open(fs).map_err(|errno| match errno {
+            Errno::ENODEV => Error::setup(
+                Kind::InvalidArgument,
+                format!(
+                    "{}: the guest's kernel has no file system {fs:?}",
+                    mount.field
+                ),
+            ),
+            errno => Error::system(&mount.field, errno),
+        })?;
+        let failed = |errno: Errno| {
+            let why = context.message().unwrap_or_else(|| errno_text(errno));
+            Error::setup(
+                Kind::of(errno),
+                format!("{}: cannot mount {fs}: {why}", mount.field),
+            )
+        };
+        let source = mount
+            .source
+            .as_deref()
+            .map_or(fs.as_bytes(), |source| source.as_os_str().as_bytes());
+        context.set("source", Some(source)).map_err(failed)?;
+        if fs == "tmpfs" && !mount.options.data.iter().any(|(key, _)| key == "mode") {
+            // A tmpfs takes the mode of the directory that it covers, as with runc.
+            if let Ok(covered) = paths::open(self.root(), destination) {
+                let mode = fstat(&covered).what(|| &mount.field)?.st_mode & 0o7777;
+                context
+                    .set("mode", Some(format!("{mode:o}").as_bytes()))
+                    .map_err(failed)?;
+            }
+        }
+        for (key, value) in &mount.options.data {
+            context
+                .set(key, value.as_ref().map(String::as_bytes))
+                .map_err(failed)?;
+        }
+        // What makes a mount read-only waits for /dev, whose nodes are still to be made.
+        let attributes = if is_dev(&mount.destination) {
+            mount.options.set & !attr::RDONLY
+        } else {
+            mount.options.set | mount.options.set_recursive
+        };
+        let tree = context.mount(attributes).map_err(failed)?;
+        self.attach(&tree, mount, Make::Directory)?;
+        Ok(tree)
+    }
+
+    /// A link at the place of /proc or /sys would put them where the masks don't look for them.
+    fn refuse_link(&self, mount: &Mount, fs: &str) -> Result<()> {
+        let destination = mount.destination.as_os_str().as_bytes();
+        match sys::open_in_root(self.root(), destination, OFlag::O_PATH | OFlag::O_NOFOLLOW) {
+            Err(Errno::ENOENT) => Ok(()),
+            Err(errno) => Err(Error::system(&mount.field, errno)),
+            Ok(place) if paths::is_directory(place.as_fd()).what(|| &mount.field)? => Ok(()),
+            Ok(_) => Err(Error::setup(
+                Kind::InvalidArgument,
+                format!(
+                    "{}: {fs} must be mounted on an ordinary directory",
+                    mount.field
+                ),
+            )),
+        }
+    }
+
+    fn attach(&self, tree: &OwnedFd, mount: &Mount, make: Make) -> Result<()> {
+        let destination = mount.destination.as_os_str().as_bytes();
+        let place = paths::open_or_make(self.root(), destination, make)
+            .what(|| format!("{}: cannot make the destination", mount.field))?;
+        sys::attach(tree.as_fd(), place.as_fd()).what(|| &mount.field)
+    }
+
+    /// Makes /dev read-only if the spec wants it; its nodes exist now.
+    pub fn finish_dev(&self, mounts: &[Mount]) -> Result<()> {
+        for mount in mounts
+            .iter()
+            .filter(|mount| is_dev(&mount.destination) && !mount.options.bind)
+        {
+            let wanted = (mount.options.set | mount.options.set_recursive) & attr::RDONLY;
+            if wanted != 0 {
+                let dev = paths::open(self.root(), b"/dev").what(|| &mount.field)?;
+                sys::set_attributes(dev.as_fd(), wanted, 0, 0, false).what(|| &mount.field)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `linux.readonlyPaths`: each a read-only mount of itself. What does not exist needs none.
+    pub fn make_read_only(&self, path: &Path) -> Result<()> {
+        let field = || format!("linux.readonlyPaths ({})", path.display());
+        let place = match paths::open(self.root(), path.as_os_str().as_bytes()) {
+            Err(Errno::ENOENT) => return Ok(()),
+            place => place.what(field)?,
+        };
+        let tree = sys::clone_tree_of(place.as_fd(), true).what(field)?;
+        sys::set_attributes(tree.as_fd(), attr::RDONLY, 0, 0, true).what(field)?;
+        sys::attach(tree.as_fd(), place.as_fd()).what(field)
+    }
+
+    /// `linux.maskedPaths`: an empty read-only directory over a directory, the null device over the rest. `null` is
+    /// the agent's own: the container's may be anything.
+    pub fn mask(&self, path: &Path, null: BorrowedFd<'_>) -> Result<()> {
+        let field = || format!("linux.maskedPaths ({})", path.display());
+        let place = match paths::open(self.root(), path.as_os_str().as_bytes()) {
+            Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
+            place => place.what(field)?,
+        };
+        let mask = if paths::is_directory(place.as_fd()).what(field)? {
+            let context = FsContext::open("tmpfs").what(field)?;
+            context.set("source", Some(b"tmpfs")).what(field)?;
+            context.mount(attr::RDONLY).what(field)?
+        } else {
+            sys::clone_tree_of(null, false).what(field)?
+        };
+        sys::attach(mask.as_fd(), place.as_fd()).what(field)
+    }
+
+    /// Makes the working directory, as runc does.
+    pub fn make_cwd(&self, cwd: &Path) -> Result<()> {
+        match paths::open_or_make(self.root(), cwd.as_os_str().as_bytes(), Make::Directory) {
+            // A directory that can't be made (say, on a read-only mount) is chdir's to complain of.
+            Ok(_) | Err(Errno::EROFS | Errno::EACCES | Errno::EPERM) => Ok(()),
+            Err(errno) => Err(Error::system(
+                format!("process.cwd ({})", cwd.display()),
+                errno,
+            )),
+        }
+    }
+
+    /// Makes it the root of this process and lets go of everything else.
+    pub fn pivot(self, read_only: bool, propagation: Option<(libc::c_ulong, bool)>) -> Result<()> {
+        let what = || "cannot pivot into the root filesystem";
+        if read_only {
+            sys::set_attributes(self.root(), attr::RDONLY, 0, 0, false).what(|| "root.readonly")?;
+        }
+        let old = open("/", OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).what(what)?;
+        fchdir(&self.root).what(what)?;
+        // With both places the same, the old root ends up on top of the new one; no directory for it is needed.
+        pivot_root(".", ".").what(what)?;
+        fchdir(&old).what(what)?;
+        umount2(".", MntFlags::MNT_DETACH).what(what)?;
+        chdir("/").what(what)?;
+        if let Some((kind, recursive)) = propagation {
+            sys::set_attributes(self.root(), 0, 0, kind, recursive)
+                .what(|| "linux.rootfsPropagation")?;
+        }
+        Ok(())
+    }
+}
+
+fn set_attributes(tree: BorrowedFd<'_>, options: &MountOptions) -> nix::Result<()> {
+    for (set, clear, recursive) in [
+        (options.set_recursive, options.clear_recursive, true),
+        (options.set, options.clear, false),
+    ] {
+        if set | clear != 0 {
+            sys::set_attributes(tree, set, clear, 0, recursive)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a destination is /dev itself, however it is spelled.
+pub fn is_dev(destination: &Path) -> bool {
+    let mut normal = destination
+        .components()
+        .filter(|part| !matches!(part, Component::RootDir | Component::CurDir));
+    normal.next() == Some(Component::Normal("dev".as_ref())) && normal.next().is_none()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dev_is_recognised_however_it_is_spelled() {
+        for path in ["/dev", "/dev/", "dev", "//dev/.", "/./dev"] {
+            assert!(is_dev(Path::new(path)), "{path}");
+        }
+        for path in ["/", "/dev/shm", "/devices", "/x/dev"] {
+            assert!(!is_dev(Path::new(path)), "{path}");
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! The life of PID 1, in order.
+
+use anyhow::Context;
+use bulkhead_protocol::{BOOT_MARK_INIT, BOOT_MARK_READY, CONTROL_PORT, STREAM_PORT};
+use nix::sys::signal::{SigHandler, Signal, signal};
+
+use crate::power::{self, Ports};
+use crate::timeline::Timeline;
+use crate::transport::{Connection, Listener};
+use crate::{boot, serve};
+
+/// Boots, serves, powers off.
+pub fn run() -> ! {
+    if let Err(error) = live() {
+        // The log may not have begun.
+        eprintln!("bulkhead-agent: {error:#}");
+    }
+    boot::release_file_systems();
+    power::off()
+}
+
+fn live() -> anyhow::Result<()> {
+    let ports = Ports::open();
+    if let Some(ports) = &ports {
+        ports.mark(BOOT_MARK_INIT);
+    }
+    let mut timeline = Timeline::default();
+    timeline.mark("init");
+    boot::enter_root(&mut timeline)?;
+    boot::open_console()?;
+    boot::start_log();
+    // SAFETY: ignoring a signal installs no handler.
+    unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) }.context("cannot ignore SIGPIPE")?;
+    let hierarchy = boot::prepare_for_containers(&mut timeline)?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .context("cannot make the runtime")?;
+    runtime.block_on(async {
+        let streams = Listener::bind_vsock(STREAM_PORT).context("cannot listen on vsock")?;
+        timeline.mark("dialling");
+        if let Some(ports) = ports {
+            ports.mark(BOOT_MARK_READY);
+            // Dropped here: children would inherit the permission.
+        }
+        let control = Connection::dial_host(CONTROL_PORT)
+            .await
+            .context("cannot reach the host over vsock")?;
+        serve::serve(control, streams, hierarchy, timeline).await
+    })
+}

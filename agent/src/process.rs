@@ -1,0 +1,370 @@
+//! Becoming the container's process: user, capabilities, limits, working directory, program.
+//!
+//! The order, and the texts of the errors, are runc's (libcontainer's `finalizeNamespace`): clients match on them.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use caps::{CapSet, CapsHashSet};
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::sys::resource::setrlimit;
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{
+    AccessFlags, Gid, Uid, chdir, execve, faccessat, fchown, setgroups, setresgid, setresuid,
+};
+
+use crate::error::{Context, Error, Kind, Result, errno_of, errno_text};
+use crate::spec::{Capabilities, Process};
+
+/// A program found and ready to be executed.
+#[derive(Debug)]
+pub struct Program {
+    path: CString,
+    env: Vec<CString>,
+}
+
+/// Does everything to this process that the spec's `process` says, except the exec. The root is the container's.
+pub fn become_process(process: &Process) -> Result<Program> {
+    for &(resource, soft, hard) in &process.rlimits {
+        setrlimit(resource, soft, hard).what(|| format!("process.rlimits ({resource:?})"))?;
+    }
+    if let Some((class, level)) = process.io_priority {
+        crate::sys::set_io_priority(class, level).what(|| "process.ioPriority")?;
+    }
+    let home = process
+        .env
+        .iter()
+        .any(|(name, value)| name == "HOME" && !value.is_empty());
+    let home = if home {
+        None
+    } else {
+        Some(home_of(process.uid))
+    };
+
+    if process.no_new_privileges {
+        nix::sys::prctl::set_no_new_privs().what(|| "process.noNewPrivileges")?;
+    }
+    // Once as root, which may reach what the user may not, and once more as the user, who may own what root may not
+    // enter (a volume over NFS, say).
+    let entered = match chdir(&process.cwd) {
+        Ok(()) => true,
+        Err(Errno::EACCES | Errno::EPERM) => false,
+        Err(errno) => return Err(cwd_error(&process.cwd, errno)),
+    };
+    drop_bounding(&process.capabilities.bounding)?;
+    nix::sys::prctl::set_keepcaps(true).what(|| "cannot keep capabilities")?;
+    own_stdio(process.uid);
+    let groups: Vec<Gid> = process.groups.iter().copied().map(Gid::from_raw).collect();
+    setgroups(&groups).what(|| "process.user.additionalGids")?;
+    let (uid, gid) = (Uid::from_raw(process.uid), Gid::from_raw(process.gid));
+    setresgid(gid, gid, gid).what(|| "process.user.gid")?;
+    setresuid(uid, uid, uid).what(|| "process.user.uid")?;
+    if !entered {
+        chdir(&process.cwd).map_err(|errno| cwd_error(&process.cwd, errno))?;
+    }
+    nix::sys::prctl::set_keepcaps(false).what(|| "cannot drop capabilities")?;
+    apply_capabilities(&process.capabilities)?;
+    umask(Mode::from_bits_truncate(process.umask));
+
+    let first = process
+        .args
+        .first()
+        .map(CString::as_c_str)
+        .unwrap_or_default();
+    let path = look_up(first, path_variable(process))?;
+    Ok(Program {
+        path,
+        env: environment(process, home),
+    })
+}
+
+fn cwd_error(cwd: &Path, errno: Errno) -> Error {
+    Error::setup(
+        Kind::of(errno),
+        format!(
+            "chdir to cwd ({cwd:?}) set in config.json failed: {}",
+            errno_text(errno)
+        ),
+    )
+}
+
+/// Replaces this process; returns only the error.
+pub fn execute(process: &Process, program: &Program) -> Error {
+    let Err(errno) = execve(&program.path, &process.args, &program.env);
+    Error::setup(
+        Kind::of(errno),
+        format!(
+            "exec {}: {}",
+            program.path.to_string_lossy(),
+            errno_text(errno)
+        ),
+    )
+}
+
+fn environment(process: &Process, home: Option<String>) -> Vec<CString> {
+    let pairs = process
+        .env
+        .iter()
+        .filter(|(name, _)| home.is_none() || name != "HOME")
+        .map(|(name, value)| format!("{name}={value}"));
+    let home = home.as_ref().map(|home| format!("HOME={home}"));
+    // Null bytes were refused with the spec; a home directory can't hold one that came through.
+    pairs
+        .chain(home)
+        .filter_map(|pair| CString::new(pair).ok())
+        .collect()
+}
+
+fn path_variable(process: &Process) -> &str {
+    process
+        .env
+        .iter()
+        .find(|(name, _)| name == "PATH")
+        .map_or("", |(_, value)| value)
+}
+
+/// Lets the user open /dev/stdout and its like, which opens the pipe or terminal anew. Where it is not allowed
+/// (/dev/null on a read-only mount), it is not needed.
+fn own_stdio(uid: u32) {
+    let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+    for fd in [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()] {
+        let Ok(stat) = nix::sys::stat::fstat(fd) else {
+            continue;
+        };
+        let null = stat.st_mode & libc::S_IFMT == libc::S_IFCHR
+            && stat.st_rdev == nix::sys::stat::makedev(1, 3);
+        if stat.st_uid != uid && !null {
+            let _ = fchown(fd, Some(Uid::from_raw(uid)), None);
+        }
+    }
+}
+
+fn drop_bounding(keep: &CapsHashSet) -> Result<()> {
+    for capability in caps::all() {
+        if keep.contains(&capability) {
+            continue;
+        }
+        match caps::drop(None, CapSet::Bounding, capability) {
+            Ok(()) => {}
+            // The kernel has no capability of this number: nothing to drop.
+            Err(_) if caps::has_cap(None, CapSet::Bounding, capability).is_err() => {}
+            Err(error) => {
+                return Err(Error::setup(
+                    Kind::Internal,
+                    format!("process.capabilities.bounding: cannot drop {capability}: {error}"),
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn apply_capabilities(sets: &Capabilities) -> Result<()> {
+    // The inheritable set grows only while the permitted one is whole; the ambient one must be within both.
+    for (name, kind, set) in [
+        ("inheritable", CapSet::Inheritable, &sets.inheritable),
+        ("effective", CapSet::Effective, &sets.effective),
+        ("permitted", CapSet::Permitted, &sets.permitted),
+        ("ambient", CapSet::Ambient, &sets.ambient),
+    ] {
+        caps::set(None, kind, set).map_err(|error| {
+            Error::setup(
+                Kind::InvalidArgument,
+                format!("process.capabilities.{name}: cannot be set: {error}"),
+            )
+        })?;
+    }
+    Ok(())
+}
+
+/// The home directory of a user in the container's /etc/passwd, or `/`. The file is the image's: only a regular
+/// file of a sane size is read.
+fn home_of(uid: u32) -> String {
+    const MAX_PASSWD: u64 = 1 << 20;
+    let root = || "/".to_owned();
+    let opened = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open("/etc/passwd");
+    let Ok(file) = opened else {
+        return root();
+    };
+    if !file
+        .metadata()
+        .is_ok_and(|metadata| metadata.mode() & libc::S_IFMT == libc::S_IFREG)
+    {
+        return root();
+    }
+    let mut passwd = String::new();
+    if file.take(MAX_PASSWD).read_to_string(&mut passwd).is_err() {
+        return root();
+    }
+    home_in(&passwd, uid).unwrap_or_else(root)
+}
+
+fn home_in(passwd: &str, uid: u32) -> Option<String> {
+    passwd.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let line_uid = fields.nth(2)?.parse::<u32>().ok()?;
+        let home = fields.nth(2)?;
+        (line_uid == uid && !home.is_empty()).then(|| home.to_owned())
+    })
+}
+
+/// Finds the program as Go's `exec.LookPath` does for runc, with its errors.
+fn look_up(name: &CStr, path: &str) -> Result<CString> {
+    let shown = name.to_string_lossy();
+    let failed = |kind: Kind, why: &str| Error::setup(kind, format!("exec: {shown:?}: {why}"));
+    let bytes = name.to_bytes();
+    if bytes.contains(&b'/') {
+        return match executable(name) {
+            Ok(()) => Ok(name.to_owned()),
+            Err(Lookup::Stat(errno)) => Err(failed(
+                Kind::of(errno),
+                &format!("stat {shown}: {}", errno_text(errno)),
+            )),
+            Err(Lookup::Directory) => Err(failed(Kind::PermissionDenied, "is a directory")),
+            Err(Lookup::Denied) => Err(failed(Kind::PermissionDenied, "permission denied")),
+        };
+    }
+    for dir in path.split(':') {
+        // An empty element is the working directory.
+        let dir = if dir.is_empty() { "." } else { dir };
+        let candidate = PathBuf::from(dir).join(&*shown);
+        let Ok(candidate) = CString::new(candidate.into_os_string().into_encoded_bytes()) else {
+            continue;
+        };
+        if executable(&candidate).is_ok() {
+            if !dir.starts_with('/') {
+                return Err(failed(
+                    Kind::InvalidArgument,
+                    "cannot run executable found relative to current directory",
+                ));
+            }
+            return Ok(candidate);
+        }
+    }
+    Err(failed(Kind::NotFound, "executable file not found in $PATH"))
+}
+
+enum Lookup {
+    Stat(Errno),
+    Directory,
+    Denied,
+}
+
+fn executable(path: &CStr) -> Result<(), Lookup> {
+    let stat = nix::sys::stat::stat(path).map_err(Lookup::Stat)?;
+    if stat.st_mode & libc::S_IFMT == libc::S_IFDIR {
+        return Err(Lookup::Directory);
+    }
+    if stat.st_mode & 0o111 == 0 {
+        return Err(Lookup::Denied);
+    }
+    faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS).map_err(|_| Lookup::Denied)
+}
+
+/// Opens the container's own null device for the streams that nobody asked for, so that what /proc/self/fd shows
+/// exists in the container. The agent's stays where the container has none, or something else by that name.
+pub fn container_null() -> Option<File> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_NOFOLLOW)
+        .open("/dev/null")
+        .ok()?;
+    let metadata = file.metadata().ok()?;
+    let null = metadata.mode() & libc::S_IFMT == libc::S_IFCHR
+        && metadata.rdev() == nix::sys::stat::makedev(1, 3);
+    null.then_some(file)
+}
+
+/// Writes a file of procfs.
+pub fn write_proc(path: &str, value: &str) -> nix::Result<()> {
+    use std::io::Write;
+    File::options()
+        .write(true)
+        .open(path)
+        .and_then(|mut file| file.write_all(value.as_bytes()))
+        .map_err(|error| errno_of(&error))
+}
+
+/// `dup2` to one of the standard descriptors.
+pub fn replace_stdio(from: BorrowedFd<'_>, number: usize) -> nix::Result<()> {
+    match number {
+        0 => nix::unistd::dup2_stdin(from),
+        1 => nix::unistd::dup2_stdout(from),
+        _ => nix::unistd::dup2_stderr(from),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn find(name: &str, path: &str) -> Result<String, String> {
+        look_up(&CString::new(name).unwrap(), path)
+            .map(|found| found.into_string().unwrap())
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn programs_are_found_and_missed_in_runcs_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let bin = dir.path().join("bin");
+        fs::create_dir_all(bin.join("folder")).unwrap();
+        fs::write(bin.join("tool"), "").unwrap();
+        fs::set_permissions(bin.join("tool"), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(bin.join("plain"), "").unwrap();
+        let path = format!("/nonexistent:{}", bin.display());
+        let full = |name: &str| bin.join(name).display().to_string();
+
+        assert_eq!(find("tool", &path).unwrap(), full("tool"));
+        assert_eq!(find(&full("tool"), "").unwrap(), full("tool"));
+        assert_eq!(
+            find("foo", &path).unwrap_err(),
+            "exec: \"foo\": executable file not found in $PATH"
+        );
+        assert_eq!(
+            find("tool", "").unwrap_err(),
+            "exec: \"tool\": executable file not found in $PATH"
+        );
+        assert_eq!(
+            find("/no/foo", &path).unwrap_err(),
+            "exec: \"/no/foo\": stat /no/foo: no such file or directory"
+        );
+        assert_eq!(
+            find("plain", &path).unwrap_err(),
+            "exec: \"plain\": executable file not found in $PATH"
+        );
+        assert_eq!(
+            find(&full("plain"), "").unwrap_err(),
+            format!("exec: {:?}: permission denied", full("plain"))
+        );
+        assert_eq!(
+            find(&full("folder"), "").unwrap_err(),
+            format!("exec: {:?}: is a directory", full("folder"))
+        );
+        assert_eq!(
+            find("", &path).unwrap_err(),
+            "exec: \"\": executable file not found in $PATH"
+        );
+    }
+
+    #[test]
+    fn the_home_directory_is_that_of_the_uid() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nme:x:1000:1000::/home/me:/bin/sh\nno:x:7:7:::\n";
+        assert_eq!(home_in(passwd, 1000).as_deref(), Some("/home/me"));
+        assert_eq!(home_in(passwd, 0).as_deref(), Some("/root"));
+        assert_eq!(home_in(passwd, 7), None);
+        assert_eq!(home_in(passwd, 5), None);
+    }
+}

@@ -1,0 +1,216 @@
+//! The ttrpc service: requests in, answers or typed errors out. What it does is done elsewhere.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use async_trait::async_trait;
+use bulkhead_protocol::PROTOCOL_VERSION;
+use bulkhead_protocol::agent::{
+    BindDeviceRequest, BindDeviceResponse, CreateContainerRequest, CreateContainerResponse,
+    DeleteContainerRequest, DeleteContainerResponse, HelloRequest, HelloResponse, ShutdownRequest,
+    ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartContainerRequest,
+    StartContainerResponse, TimelineEntry, WaitProcessRequest, WaitProcessResponse,
+};
+use bulkhead_protocol::agent_ttrpc::Agent;
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+use tokio::sync::Notify;
+use ttrpc::r#async::TtrpcContext;
+
+use crate::container::Containers;
+use crate::error::{Error, Kind, Result};
+use crate::hotplug;
+use crate::timeline::{Timeline, nanoseconds};
+
+/// The agent's side of the API.
+#[derive(Debug)]
+pub struct Service {
+    containers: Arc<Containers>,
+    timeline: Timeline,
+    greeted: AtomicBool,
+    shutdown: Arc<Notify>,
+}
+
+impl Service {
+    /// `shutdown` is notified when the host has asked for the end and everything is stopped.
+    pub fn new(containers: Arc<Containers>, timeline: Timeline, shutdown: Arc<Notify>) -> Self {
+        Self {
+            containers,
+            timeline,
+            greeted: AtomicBool::new(false),
+            shutdown,
+        }
+    }
+
+    fn greeted(&self) -> Result<&Arc<Containers>> {
+        if self.greeted.load(Ordering::Relaxed) {
+            Ok(&self.containers)
+        } else {
+            Err(Error::State(format!(
+                "the agent speaks protocol version {PROTOCOL_VERSION}, and no Hello of that version came first"
+            )))
+        }
+    }
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
+        let theirs = request.protocol_version;
+        if theirs != PROTOCOL_VERSION {
+            return Err(Error::State(format!(
+                "the host speaks protocol version {theirs} (Bulkhead {}), the agent {PROTOCOL_VERSION} (Bulkhead {})",
+                request.host_version,
+                env!("CARGO_PKG_VERSION")
+            ))
+            .into());
+        }
+        set_clock(request.wall_clock_ns);
+        self.greeted.store(true, Ordering::Relaxed);
+        let timeline = self
+            .timeline
+            .steps()
+            .iter()
+            .map(|&(name, at_ns)| TimelineEntry {
+                name: name.to_owned(),
+                at_ns,
+                ..Default::default()
+            });
+        Ok(HelloResponse {
+            protocol_version: PROTOCOL_VERSION,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: kernel_release(),
+            timeline: timeline.collect(),
+            ..Default::default()
+        })
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        let containers = Arc::clone(self.greeted()?);
+        let pid = whole(async move { containers.create(&request).await }).await?;
+        Ok(CreateContainerResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: StartContainerRequest,
+    ) -> ttrpc::Result<StartContainerResponse> {
+        let containers = Arc::clone(self.greeted()?);
+        whole(async move { containers.start(&request.container_id).await }).await?;
+        Ok(StartContainerResponse::default())
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: SignalProcessRequest,
+    ) -> ttrpc::Result<SignalProcessResponse> {
+        let SignalProcessRequest {
+            container_id,
+            exec_id,
+            signal,
+            all,
+            ..
+        } = request;
+        self.greeted()?
+            .signal(&container_id, &exec_id, signal, all)?;
+        Ok(SignalProcessResponse::default())
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: WaitProcessRequest,
+    ) -> ttrpc::Result<WaitProcessResponse> {
+        let exit = self
+            .greeted()?
+            .wait(&request.container_id, &request.exec_id)
+            .await?;
+        Ok(WaitProcessResponse {
+            exit_code: exit.code,
+            exited_at_ns: exit.at_ns,
+            ..Default::default()
+        })
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteContainerRequest,
+    ) -> ttrpc::Result<DeleteContainerResponse> {
+        let containers = Arc::clone(self.greeted()?);
+        whole(async move { containers.delete(&request.container_id).await }).await?;
+        Ok(DeleteContainerResponse::default())
+    }
+
+    async fn bind_device(
+        &self,
+        _: &TtrpcContext,
+        request: BindDeviceRequest,
+    ) -> ttrpc::Result<BindDeviceResponse> {
+        self.greeted()?;
+        Ok(BindDeviceResponse {
+            virtio_name: hotplug::bind(request.mmio_base)?,
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        _: ShutdownRequest,
+    ) -> ttrpc::Result<ShutdownResponse> {
+        let containers = Arc::clone(self.greeted()?);
+        whole(async move {
+            containers.delete_all().await;
+            Ok(())
+        })
+        .await?;
+        crate::boot::release_file_systems();
+        self.shutdown.notify_one();
+        Ok(ShutdownResponse::default())
+    }
+}
+
+/// Runs something to its end even if the caller goes away: half a container would be nobody's.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    tokio::spawn(work).await.unwrap_or_else(|_| {
+        Err(Error::setup(
+            Kind::Internal,
+            "the agent failed; its console says why",
+        ))
+    })
+}
+
+/// Sets the wall clock if it is off by more than a second.
+fn set_clock(host_ns: u64) {
+    const SECOND: u64 = 1_000_000_000;
+    if host_ns == 0 || nanoseconds(ClockId::CLOCK_REALTIME).abs_diff(host_ns) <= SECOND {
+        return;
+    }
+    let (Ok(seconds), Ok(fraction)) = (
+        i64::try_from(host_ns / SECOND),
+        i64::try_from(host_ns % SECOND),
+    ) else {
+        return;
+    };
+    if let Err(errno) = clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(seconds, fraction)) {
+        tracing::warn!(%errno, "cannot set the clock");
+    }
+}
+
+fn kernel_release() -> String {
+    nix::sys::utsname::uname()
+        .map(|names| names.release().to_string_lossy().into_owned())
+        .unwrap_or_default()
+}

@@ -1,0 +1,431 @@
+//! The system calls that neither the C library nor `nix` wraps, each as one safe function.
+//!
+//! The mount functions are those of the kernel's mount API of file descriptors: a mount is made and configured
+//! while it is attached nowhere, and attached to a place that was resolved before. No path is looked up twice.
+
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag};
+use nix::sys::signalfd::SignalFd;
+use nix::unistd::Pid;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+type Result<T> = nix::Result<T>;
+
+/// Bits of `mount_setattr(2)` and `fsmount(2)`; `linux/mount.h`.
+pub mod attr {
+    /// Read-only.
+    pub const RDONLY: u64 = 0x1;
+    /// Set-user-id bits and file capabilities have no effect.
+    pub const NOSUID: u64 = 0x2;
+    /// Device nodes can't be opened.
+    pub const NODEV: u64 = 0x4;
+    /// Programs can't be executed.
+    pub const NOEXEC: u64 = 0x8;
+    /// The field of access-time modes; 0 in it is `relatime`.
+    pub const ATIME: u64 = 0x70;
+    /// Access times are not updated.
+    pub const NOATIME: u64 = 0x10;
+    /// Access times are always updated.
+    pub const STRICTATIME: u64 = 0x20;
+    /// Access times of directories are not updated.
+    pub const NODIRATIME: u64 = 0x80;
+    /// Symbolic links are not followed.
+    pub const NOSYMFOLLOW: u64 = 0x20_0000;
+}
+
+const OPEN_TREE_CLONE: libc::c_uint = 1;
+const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC as libc::c_uint;
+const AT_RECURSIVE: libc::c_uint = 0x8000;
+const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 0x04;
+const MOVE_MOUNT_T_EMPTY_PATH: libc::c_uint = 0x40;
+const FSOPEN_CLOEXEC: libc::c_uint = 1;
+const FSMOUNT_CLOEXEC: libc::c_uint = 1;
+const FSCONFIG_SET_FLAG: libc::c_uint = 0;
+const FSCONFIG_SET_STRING: libc::c_uint = 1;
+const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+
+/// Too wide for the C library's type.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// `struct mount_attr` of `mount_setattr(2)`.
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// `struct open_how` of `openat2(2)`.
+#[repr(C)]
+struct OpenHow {
+    flags: u64,
+    mode: u64,
+    resolve: u64,
+}
+
+/// `struct clone_args` of `clone3(2)`, version 2 (up to `cgroup`).
+#[repr(C, align(8))]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+fn owned(result: libc::c_long) -> Result<OwnedFd> {
+    let fd = Errno::result(result)?;
+    let fd = RawFd::try_from(fd).map_err(|_| Errno::EBADF)?;
+    // SAFETY: the system call has just returned this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn c_string(bytes: &[u8]) -> Result<CString> {
+    CString::new(bytes).map_err(|_| Errno::EINVAL)
+}
+
+/// Opens `path` as if `root` were the root directory: neither `..` nor a symbolic link leaves it, and magic links
+/// of procfs are not followed.
+pub fn open_in_root(root: BorrowedFd<'_>, path: &[u8], flags: OFlag) -> Result<OwnedFd> {
+    let path = c_string(path)?;
+    let how = OpenHow {
+        flags: (flags | OFlag::O_CLOEXEC).bits() as u64,
+        mode: 0,
+        resolve: libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS,
+    };
+    loop {
+        // SAFETY: `path` and `how` live across the call, and the size is that of `how`.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_openat2,
+                root.as_raw_fd(),
+                path.as_ptr(),
+                &raw const how,
+                size_of::<OpenHow>(),
+            )
+        };
+        match owned(result) {
+            // A rename somewhere raced with a `..`: openat2(2) says to try again.
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            other => return other,
+        }
+    }
+}
+
+/// A detached copy of the mount that `path` is on, with `path` as its root; with everything mounted below, if
+/// `recursive`.
+pub fn clone_tree(path: &CStr, recursive: bool) -> Result<OwnedFd> {
+    clone_tree_at(AT_FDCWD.as_raw_fd(), path, recursive, 0)
+}
+
+/// [`clone_tree`] of an open file.
+pub fn clone_tree_of(file: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd> {
+    clone_tree_at(
+        file.as_raw_fd(),
+        c"",
+        recursive,
+        libc::AT_EMPTY_PATH as libc::c_uint,
+    )
+}
+
+fn clone_tree_at(dir: RawFd, path: &CStr, recursive: bool, extra: libc::c_uint) -> Result<OwnedFd> {
+    let recursive = if recursive { AT_RECURSIVE } else { 0 };
+    // SAFETY: `path` lives across the call.
+    owned(unsafe {
+        libc::syscall(
+            libc::SYS_open_tree,
+            dir,
+            path.as_ptr(),
+            OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursive | extra,
+        )
+    })
+}
+
+/// Attaches a detached mount to an open file or directory.
+pub fn attach(mount: BorrowedFd<'_>, place: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: both descriptors are borrowed across the call, and the paths are constants.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            place.as_raw_fd(),
+            c"".as_ptr(),
+            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
+        )
+    })
+    .map(drop)
+}
+
+/// Changes attributes and, if it is not 0, the propagation type (`MS_PRIVATE` and so on) of a mount.
+pub fn set_attributes(
+    mount: BorrowedFd<'_>,
+    set: u64,
+    clear: u64,
+    propagation: libc::c_ulong,
+    recursive: bool,
+) -> Result<()> {
+    let attributes = MountAttr {
+        attr_set: set,
+        attr_clr: clear,
+        propagation,
+        userns_fd: 0,
+    };
+    let recursive = if recursive { AT_RECURSIVE } else { 0 };
+    // SAFETY: `attributes` lives across the call, and the size is its own.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH as libc::c_uint | recursive,
+            &raw const attributes,
+            size_of::<MountAttr>(),
+        )
+    })
+    .map(drop)
+}
+
+/// A file system being configured, before it is mounted.
+#[derive(Debug)]
+pub struct FsContext(OwnedFd);
+
+impl FsContext {
+    /// A new one of type `fs`; `ENODEV` if the kernel has no such type.
+    pub fn open(fs: &str) -> Result<Self> {
+        let fs = c_string(fs.as_bytes())?;
+        // SAFETY: the name lives across the call.
+        owned(unsafe { libc::syscall(libc::SYS_fsopen, fs.as_ptr(), FSOPEN_CLOEXEC) }).map(Self)
+    }
+
+    /// Sets `key=value`, or the flag `key`.
+    pub fn set(&self, key: &str, value: Option<&[u8]>) -> Result<()> {
+        let key = c_string(key.as_bytes())?;
+        let value = value.map(c_string).transpose()?;
+        let command = if value.is_some() {
+            FSCONFIG_SET_STRING
+        } else {
+            FSCONFIG_SET_FLAG
+        };
+        self.config(command, Some(&key), value.as_deref())
+    }
+
+    /// Makes the file system and a detached mount of it with these attributes ([`attr`]).
+    pub fn mount(&self, attributes: u64) -> Result<OwnedFd> {
+        self.config(FSCONFIG_CMD_CREATE, None, None)?;
+        // SAFETY: touches no memory of ours.
+        owned(unsafe {
+            libc::syscall(
+                libc::SYS_fsmount,
+                self.0.as_raw_fd(),
+                FSMOUNT_CLOEXEC,
+                attributes,
+            )
+        })
+    }
+
+    /// What the kernel has to say about the last failure, if it says anything.
+    pub fn message(&self) -> Option<String> {
+        let mut buffer = [0u8; 256];
+        let length = nix::unistd::read(self.0.as_fd(), &mut buffer).ok()?;
+        let text = String::from_utf8_lossy(buffer.get(..length)?);
+        // "e tmpfs: Bad value for 'size'": the severity goes.
+        let text = text.trim_end();
+        Some(text.get(2..).unwrap_or(text).to_owned())
+    }
+
+    fn config(
+        &self,
+        command: libc::c_uint,
+        key: Option<&CStr>,
+        value: Option<&CStr>,
+    ) -> Result<()> {
+        // SAFETY: key and value live across the call; null is what the kernel wants for what is absent.
+        Errno::result(unsafe {
+            libc::syscall(
+                libc::SYS_fsconfig,
+                self.0.as_raw_fd(),
+                command,
+                key.map_or(std::ptr::null(), CStr::as_ptr),
+                value.map_or(std::ptr::null(), CStr::as_ptr),
+                0,
+            )
+        })
+        .map(drop)
+    }
+}
+
+/// The two sides of a fork.
+#[derive(Debug)]
+pub enum Fork {
+    /// In the new process.
+    Child,
+    /// In the old one.
+    Parent {
+        /// The child.
+        pid: Pid,
+        /// A descriptor for it, which no reuse of its pid can redirect.
+        pidfd: OwnedFd,
+    },
+}
+
+/// `fork(2)` into new namespaces (`CLONE_NEW*`) and, at once, into a cgroup.
+///
+/// # Safety
+/// As with `fork`: the process must have a single thread, and the child must not return into code that shares
+/// descriptors or other outside state with the parent.
+pub unsafe fn fork_into(namespaces: u64, cgroup: BorrowedFd<'_>) -> Result<Fork> {
+    let mut pidfd: RawFd = -1;
+    let arguments = CloneArgs {
+        flags: namespaces | libc::CLONE_PIDFD as u64 | CLONE_INTO_CGROUP,
+        pidfd: (&raw mut pidfd) as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: cgroup.as_raw_fd() as u64,
+        ..Default::default()
+    };
+    // SAFETY: without CLONE_VM and with no stack given this is fork(2); the arguments and `pidfd` live across the
+    // call, and the size is that of the arguments. The rest is the caller's promise.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw const arguments,
+            size_of::<CloneArgs>(),
+        )
+    };
+    match Errno::result(result)? {
+        0 => Ok(Fork::Child),
+        pid => Ok(Fork::Parent {
+            pid: Pid::from_raw(i32::try_from(pid).map_err(|_| Errno::ERANGE)?),
+            // SAFETY: CLONE_PIDFD put a new descriptor there, which is ours.
+            pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
+        }),
+    }
+}
+
+/// Sends a signal to the process behind a pidfd.
+pub fn signal_process(pidfd: BorrowedFd<'_>, signal: i32) -> Result<()> {
+    // SAFETY: touches no memory of ours; a null siginfo is allowed.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    })
+    .map(drop)
+}
+
+/// Registers a descriptor's owner with the runtime.
+pub fn watch_fd<T: OwnsFd>(owner: T, interest: Interest) -> std::io::Result<AsyncFd<T>> {
+    // SAFETY: the types below own one descriptor, which neither changes nor is closed while they live, and AsyncFd
+    // hands out no mutable reference that the modules of this crate would replace it through.
+    unsafe { AsyncFd::register_with_interest(owner, interest) }.map_err(Into::into)
+}
+
+/// Types that own exactly one descriptor for as long as they live.
+pub trait OwnsFd: AsRawFd {}
+
+impl OwnsFd for OwnedFd {}
+impl OwnsFd for std::fs::File {}
+impl OwnsFd for SignalFd {}
+
+/// Closes every descriptor from `first` up.
+///
+/// # Safety
+/// No owner of such a descriptor may use or drop it afterwards.
+pub unsafe fn close_from(first: RawFd) -> Result<()> {
+    // SAFETY: touches no memory; who owned the descriptors is the caller's concern.
+    Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) })
+        .map(drop)
+}
+
+/// Joins a new session keyring, so that a container neither sees nor keeps the agent's.
+pub fn new_session_keyring(name: &str) -> Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+    let name = c_string(name.as_bytes())?;
+    // SAFETY: the name lives across the call.
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr())
+    })
+    .map(drop)
+}
+
+/// Sets the I/O priority of this process; `ioprio_set(2)`.
+pub fn set_io_priority(class: u16, level: u16) -> Result<()> {
+    const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+    let value = libc::c_int::from(class) << 13 | libc::c_int::from(level);
+    // SAFETY: touches no memory.
+    Errno::result(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, value) })
+        .map(drop)
+}
+
+/// The slave of a pseudo-terminal's master, opened without a path.
+pub fn open_pty_peer(master: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: TIOCGPTPEER takes its flags by value.
+    owned(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
+}
+
+/// Makes a terminal the controlling one of this session.
+pub fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: TIOCSCTTY takes its argument by value.
+    Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) }).map(drop)
+}
+
+/// Unlocks the slave of a pseudo-terminal's master.
+pub fn unlock_pty(master: BorrowedFd<'_>) -> Result<()> {
+    let unlock: libc::c_int = 0;
+    // SAFETY: TIOCSPTLCK reads an int, which lives across the call.
+    Errno::result(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const unlock) })
+        .map(drop)
+}
+
+/// Sets the size of a terminal.
+pub fn set_terminal_size(terminal: BorrowedFd<'_>, columns: u16, rows: u16) -> Result<()> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads a winsize, which lives across the call.
+    Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })
+        .map(drop)
+}
+
+/// Brings the loopback interface of this network namespace up.
+pub fn loopback_up() -> Result<()> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // SAFETY: all zeroes is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads an ifreq, which lives across the call.
+    Errno::result(unsafe {
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request)
+    })
+    .map(drop)
+}

@@ -1,0 +1,51 @@
+//! A container's pseudo-terminal, made in its own devpts.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::{fstat, makedev};
+
+use crate::error::{Context, Error, Kind, Result};
+use crate::paths::{self, Make};
+use crate::sys;
+
+/// Both ends.
+#[derive(Debug)]
+pub struct Terminal {
+    /// For the agent.
+    pub master: OwnedFd,
+    /// For the process.
+    pub slave: OwnedFd,
+}
+
+impl Terminal {
+    /// Makes one in the devpts below `root` and puts it at /dev/console. The image can't pass off another file as
+    /// the multiplexer: its device number is checked.
+    pub fn make(root: BorrowedFd<'_>, columns: u16, rows: u16) -> Result<Self> {
+        let what = || "process.terminal: cannot make a pseudo-terminal in the container's /dev/pts";
+        let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+        let master = match sys::open_in_root(root, b"/dev/ptmx", flags) {
+            Err(Errno::ENOENT) => {
+                return Err(Error::setup(
+                    Kind::InvalidArgument,
+                    "process.terminal: needs a devpts at /dev/pts in mounts",
+                ));
+            }
+            master => master.what(what)?,
+        };
+        let stat = fstat(&master).what(what)?;
+        if stat.st_mode & libc::S_IFMT != libc::S_IFCHR || stat.st_rdev != makedev(5, 2) {
+            return Err(Error::system(what(), Errno::ENODEV));
+        }
+        sys::unlock_pty(master.as_fd()).what(what)?;
+        let slave = sys::open_pty_peer(master.as_fd()).what(what)?;
+        if columns != 0 || rows != 0 {
+            sys::set_terminal_size(slave.as_fd(), columns, rows).what(what)?;
+        }
+        let console = sys::clone_tree_of(slave.as_fd(), false).what(what)?;
+        let place = paths::open_or_make(root, b"/dev/console", Make::File).what(what)?;
+        sys::attach(console.as_fd(), place.as_fd()).what(what)?;
+        Ok(Self { master, slave })
+    }
+}

@@ -1,0 +1,398 @@
+//! A test bed for whole containers without a guest: the agent's server in a process of its own, over unix sockets.
+//!
+//! The process has a mount namespace of its own and its cgroups below one that the bed removes.
+
+use std::fs;
+use std::io::{Read, Seek};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio as Inherit};
+
+use bulkhead_agent::cgroup::Hierarchy;
+use bulkhead_agent::serve::serve;
+use bulkhead_agent::timeline::Timeline;
+use bulkhead_agent::transport::{Connection, Listener};
+use bulkhead_protocol::PROTOCOL_VERSION;
+use bulkhead_protocol::agent::{
+    CreateContainerRequest, DeleteContainerRequest, HelloRequest, SignalProcessRequest,
+    StartContainerRequest, Stdio, StreamHeader, StreamKind, WaitProcessRequest,
+    WaitProcessResponse,
+};
+use bulkhead_protocol::agent_ttrpc::AgentClient;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use protobuf::Message;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use ttrpc::Code;
+use ttrpc::context::Context;
+
+/// First argument of the test program when it is to be the agent.
+pub const AGENT_MODE: &str = "--be-the-agent";
+
+/// The agent's process: arguments are the folder of the sockets and the cgroup.
+pub fn be_the_agent(dir: &Path, cgroup: &Path) {
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).unwrap();
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let none: Option<&str> = None;
+    let private = nix::mount::MsFlags::MS_PRIVATE | nix::mount::MsFlags::MS_REC;
+    nix::mount::mount(none, "/", none, private, none).unwrap();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing::level_filters::LevelFilter::WARN)
+        .init();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let hierarchy = Hierarchy::set_up(cgroup).unwrap();
+        let streams = Listener::Unix(UnixListener::bind(dir.join("streams")).unwrap());
+        let control = UnixStream::connect(dir.join("control")).await.unwrap();
+        serve(
+            Connection::Unix(control),
+            streams,
+            hierarchy,
+            Timeline::default(),
+        )
+        .await
+        .unwrap();
+    });
+}
+
+/// An agent, its client and a root filesystem of busybox.
+pub struct Bed {
+    pub client: AgentClient,
+    pub agent: Child,
+    dir: tempfile::TempDir,
+    cgroup: PathBuf,
+}
+
+/// What a container did.
+#[derive(Debug)]
+pub struct Outcome {
+    pub code: u32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Bed {
+    /// Starts an agent and greets it.
+    pub async fn new() -> Self {
+        let bed = Self::ungreeted().await;
+        let hello = HelloRequest {
+            protocol_version: PROTOCOL_VERSION,
+            ..Default::default()
+        };
+        bed.client.hello(Context::default(), &hello).await.unwrap();
+        bed
+    }
+
+    /// Starts an agent.
+    pub async fn ungreeted() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let name = dir.path().file_name().unwrap().to_str().unwrap().to_owned();
+        let cgroup =
+            cgroup2_mount().join(format!("bulkhead-test-{}", name.trim_start_matches('.')));
+        fs::create_dir(&cgroup).unwrap();
+        make_rootfs(&dir.path().join("rootfs"));
+        let listener = UnixListener::bind(dir.path().join("control")).unwrap();
+        let agent = Command::new(std::env::current_exe().unwrap())
+            .arg(AGENT_MODE)
+            .arg(dir.path())
+            .arg(&cgroup)
+            .stdin(Inherit::null())
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        let (control, _) = listener.accept().await.unwrap();
+        let socket = ttrpc::r#async::transport::Socket::new(control);
+        let client = AgentClient::new(ttrpc::r#async::Client::new(socket));
+        Self {
+            client,
+            agent,
+            dir,
+            cgroup,
+        }
+    }
+
+    /// Folder of the root filesystem and whatever a test needs beside it.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The root filesystem.
+    pub fn rootfs(&self) -> PathBuf {
+        self.dir.path().join("rootfs")
+    }
+
+    /// Where the containers' cgroups are.
+    pub fn cgroups(&self) -> PathBuf {
+        self.cgroup.join("bulkhead")
+    }
+
+    /// A spec like runc's default one, for a shell command.
+    pub fn spec(&self, script: &str) -> Value {
+        json!({
+            "ociVersion": "1.0.2-dev",
+            "root": {"path": self.rootfs(), "readonly": false},
+            "hostname": "box",
+            "process": {
+                "user": {"uid": 0, "gid": 0},
+                "args": ["/bin/sh", "-c", script],
+                "env": ["PATH=/bin", "TERM=xterm"],
+                "cwd": "/",
+                "capabilities": {
+                    "bounding": ["CAP_KILL", "CAP_NET_BIND_SERVICE"],
+                    "effective": ["CAP_KILL", "CAP_NET_BIND_SERVICE"],
+                    "permitted": ["CAP_KILL", "CAP_NET_BIND_SERVICE"]
+                },
+                "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 512}],
+                "noNewPrivileges": true
+            },
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+                 "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+                {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+                 "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+                {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+                 "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
+                {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
+                 "options": ["nosuid", "noexec", "nodev"]},
+                {"destination": "/sys", "type": "sysfs", "source": "sysfs",
+                 "options": ["nosuid", "noexec", "nodev", "ro"]},
+                {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+                 "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}
+            ],
+            "linux": {
+                "namespaces": [
+                    {"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"},
+                    {"type": "mount"}, {"type": "cgroup"}
+                ],
+                "maskedPaths": ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/scsi", "/sys/firmware"],
+                "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+            }
+        })
+    }
+
+    /// Creates a container with these streams.
+    pub async fn create(
+        &self,
+        id: &str,
+        spec: &Value,
+        stdio: Stdio,
+    ) -> Result<u32, (Code, String)> {
+        let request = CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec_json: serde_json::to_vec(spec).unwrap(),
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .create_container(Context::default(), &request)
+            .await;
+        response.map(|response| response.pid).map_err(status)
+    }
+
+    pub async fn start(&self, id: &str) -> Result<(), (Code, String)> {
+        let request = StartContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .start_container(Context::default(), &request)
+            .await;
+        response.map(drop).map_err(status)
+    }
+
+    pub async fn signal(&self, id: &str, signal: u32, all: bool) -> Result<(), (Code, String)> {
+        let request = SignalProcessRequest {
+            container_id: id.to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .signal_process(Context::default(), &request)
+            .await;
+        response.map(drop).map_err(status)
+    }
+
+    pub async fn wait(&self, id: &str) -> Result<WaitProcessResponse, (Code, String)> {
+        let request = WaitProcessRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        let response = self.client.wait_process(Context::default(), &request).await;
+        response.map_err(status)
+    }
+
+    pub async fn delete(&self, id: &str) -> Result<(), (Code, String)> {
+        let request = DeleteContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .delete_container(Context::default(), &request)
+            .await;
+        response.map(drop).map_err(status)
+    }
+
+    /// Opens one of a container's streams.
+    pub async fn stream(&self, id: &str, kind: StreamKind) -> UnixStream {
+        let header = StreamHeader {
+            container_id: id.to_owned(),
+            kind: kind.into(),
+            ..Default::default()
+        };
+        let header = header.write_to_bytes().unwrap();
+        let mut stream = UnixStream::connect(self.dir().join("streams"))
+            .await
+            .unwrap();
+        stream.write_u32(header.len() as u32).await.unwrap();
+        stream.write_all(&header).await.unwrap();
+        stream
+    }
+
+    /// Runs a container to its end and deletes it.
+    pub async fn run(&self, spec: &Value) -> Outcome {
+        self.run_with(spec, b"").await.unwrap()
+    }
+
+    /// The same, with input.
+    pub async fn run_with(&self, spec: &Value, stdin: &[u8]) -> Result<Outcome, (Code, String)> {
+        let id = "box";
+        self.create(id, spec, all_pipes()).await?;
+        let mut input = self.stream(id, StreamKind::STDIN).await;
+        let mut output = self.stream(id, StreamKind::STDOUT).await;
+        let mut errors = self.stream(id, StreamKind::STDERR).await;
+        let ran = async {
+            self.start(id).await?;
+            let (mut stdout, mut stderr) = (String::new(), String::new());
+            let write = async {
+                // The process may end before it has read everything.
+                let _ = input.write_all(stdin).await;
+                let _ = input.shutdown().await;
+            };
+            let (_, _, _, exit) = tokio::join!(
+                write,
+                output.read_to_string(&mut stdout),
+                errors.read_to_string(&mut stderr),
+                self.wait(id)
+            );
+            Ok(Outcome {
+                code: exit?.exit_code,
+                stdout,
+                stderr,
+            })
+        }
+        .await;
+        self.delete(id).await?;
+        ran
+    }
+
+    /// The standard output of a shell command that must succeed and write no errors.
+    pub async fn output(&self, spec: &Value) -> String {
+        let outcome = self.run(spec).await;
+        assert_eq!(
+            (outcome.code, outcome.stderr.as_str()),
+            (0, ""),
+            "{}",
+            outcome.stdout
+        );
+        outcome.stdout
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        let _ = self.agent.kill();
+        let _ = self.agent.wait();
+        if let Err(error) = clear_cgroup(&self.cgroup) {
+            eprintln!("left behind: {}: {error}", self.cgroup.display());
+        }
+    }
+}
+
+/// Kills what is in a cgroup and removes it with everything below.
+fn clear_cgroup(cgroup: &Path) -> std::io::Result<()> {
+    fs::write(cgroup.join("cgroup.kill"), "1")?;
+    let mut events = fs::File::open(cgroup.join("cgroup.events"))?;
+    loop {
+        let mut text = String::new();
+        events.rewind()?;
+        events.read_to_string(&mut text)?;
+        if text.contains("populated 0") {
+            break;
+        }
+        let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        poll(&mut fds, PollTimeout::from(5000u16))?;
+    }
+    remove_tree(cgroup)
+}
+
+fn remove_tree(cgroup: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(cgroup)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            remove_tree(&path)?;
+        }
+    }
+    fs::remove_dir(cgroup)
+}
+
+/// stdin, stdout and stderr.
+pub fn all_pipes() -> Stdio {
+    Stdio {
+        stdin: true,
+        stdout: true,
+        stderr: true,
+        ..Default::default()
+    }
+}
+
+fn status(error: ttrpc::Error) -> (Code, String) {
+    match error {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
+        other => panic!("not a status: {other}"),
+    }
+}
+
+fn cgroup2_mount() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mount = mounts
+        .lines()
+        .map(|line| line.split(' ').collect::<Vec<_>>())
+        .find(|fields| fields.get(2) == Some(&"cgroup2"))
+        .expect("no cgroup2 is mounted");
+    PathBuf::from(mount[1])
+}
+
+/// busybox, links to its applets, and a few files.
+fn make_rootfs(root: &Path) {
+    for dir in ["bin", "etc", "tmp", "data", "home/me"] {
+        fs::create_dir_all(root.join(dir)).unwrap();
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+    for applet in [
+        "sh", "cat", "echo", "ls", "id", "env", "pwd", "sleep", "hostname", "stat", "mount",
+        "grep", "test", "readlink", "ps", "kill", "true", "false", "touch", "mkdir", "head", "wc",
+        "tty", "stty", "ifconfig", "sort", "setsid",
+    ] {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
+    }
+    fs::write(
+        root.join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nme:x:1000:1000::/home/me:/bin/sh\n",
+    )
+    .unwrap();
+    fs::write(root.join("etc/plain"), "no program\n").unwrap();
+}

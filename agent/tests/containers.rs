@@ -1,0 +1,794 @@
+//! Whole containers, by the agent's real server over unix sockets: real namespaces, mounts, cgroups and streams,
+//! without a guest. Needs root, cgroup v2 and busybox-static; says so and passes nothing where they are missing.
+
+// Clippy takes a target with its own main for a program.
+#![allow(clippy::unwrap_used)]
+
+mod bed;
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
+use std::time::Duration;
+
+use bed::{AGENT_MODE, Bed, all_pipes};
+use bulkhead_protocol::agent::{HelloRequest, ShutdownRequest, Stdio, StreamKind};
+use futures::FutureExt;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+use ttrpc::Code;
+use ttrpc::context::Context;
+
+/// Far more than any of it takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+macro_rules! tests {
+    ($($name:ident),* $(,)?) => {
+        fn main() {
+            let mut arguments = std::env::args().skip(1);
+            let first = arguments.next();
+            if first.as_deref() == Some(AGENT_MODE) {
+                let (Some(dir), Some(cgroup)) = (arguments.next(), arguments.next()) else {
+                    panic!("{AGENT_MODE} DIR CGROUP");
+                };
+                return bed::be_the_agent(Path::new(&dir), Path::new(&cgroup));
+            }
+            let filter = first.filter(|argument| !argument.starts_with('-')).unwrap_or_default();
+            if !nix::unistd::geteuid().is_root() || !Path::new("/bin/busybox").exists() {
+                println!("SKIPPED: the container tests need root and busybox-static");
+                return;
+            }
+            let (mut passed, mut failed, mut filtered) = (0, 0, 0);
+            $(
+                if stringify!($name).contains(&filter) {
+                    let ok = run(stringify!($name), $name());
+                    if ok { passed += 1 } else { failed += 1 }
+                } else {
+                    filtered += 1;
+                }
+            )*
+            let result = if failed == 0 { "ok" } else { "FAILED" };
+            println!(
+                "\ntest result: {result}. {passed} passed; {failed} failed; 0 ignored; 0 measured; {filtered} filtered out\n"
+            );
+            std::process::exit(i32::from(failed != 0));
+        }
+    };
+}
+
+fn run(name: &str, test: impl Future<Output = ()>) -> bool {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let ok = runtime.block_on(async {
+        let bounded = AssertUnwindSafe(timeout(PATIENCE, test))
+            .catch_unwind()
+            .await;
+        match bounded {
+            Ok(Ok(())) => true,
+            Ok(Err(_)) => {
+                eprintln!("{name}: took more than {PATIENCE:?}");
+                false
+            }
+            Err(_) => false,
+        }
+    });
+    println!("test {name} ... {}", if ok { "ok" } else { "FAILED" });
+    ok
+}
+
+tests![
+    output_errors_and_exit_code_come_back,
+    a_signal_ends_a_process_with_128_plus_its_number,
+    input_goes_through_and_ends,
+    a_process_sees_its_own_world,
+    the_user_the_groups_and_the_home_are_the_specs,
+    capabilities_and_limits_are_the_specs,
+    the_default_devices_and_links_are_there,
+    paths_are_masked_and_read_only,
+    a_read_only_root_is_read_only,
+    binds_of_files_and_directories,
+    a_hostile_image_does_not_lead_mounts_out,
+    a_proc_that_is_a_link_is_refused,
+    no_descriptor_leaks_into_the_container,
+    a_stream_not_asked_for_is_the_null_device,
+    a_missing_program_is_said_at_create_in_runcs_words,
+    a_broken_program_is_said_at_start,
+    a_working_directory_is_made_and_a_bad_one_is_named,
+    mounts_that_fail_say_which_and_why,
+    nothing_runs_before_start,
+    start_needs_a_created_container,
+    signals_reach_the_process,
+    a_deleted_container_leaves_nothing,
+    a_failed_creation_leaves_nothing,
+    an_unattached_output_waits_for_its_deletion_only,
+    what_a_container_without_its_own_pids_leaves_is_killed,
+    calls_before_hello_and_other_versions_are_refused,
+    ids_are_checked_and_taken_once,
+    unknown_containers_and_execs_are_not_found,
+    a_terminal_is_a_terminal,
+    the_end_of_the_control_connection_ends_everything,
+    shutdown_ends_everything_with_an_answer,
+    a_hundred_life_cycles_leak_nothing,
+];
+
+async fn output_errors_and_exit_code_come_back() {
+    let bed = Bed::new().await;
+    let outcome = bed.run(&bed.spec("echo out; echo err >&2; exit 7")).await;
+    assert_eq!(
+        (
+            outcome.code,
+            outcome.stdout.as_str(),
+            outcome.stderr.as_str()
+        ),
+        (7, "out\n", "err\n")
+    );
+}
+
+async fn a_signal_ends_a_process_with_128_plus_its_number() {
+    let bed = Bed::new().await;
+    bed.create("box", &bed.spec("sleep 1000"), Stdio::default())
+        .await
+        .unwrap();
+    bed.start("box").await.unwrap();
+    bed.signal("box", 9, false).await.unwrap();
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 137);
+}
+
+async fn input_goes_through_and_ends() {
+    let bed = Bed::new().await;
+    let input: Vec<u8> = (0..3_000_000)
+        .map(|number: u32| b'a' + (number % 23) as u8)
+        .collect();
+    let outcome = bed.run_with(&bed.spec("cat"), &input).await.unwrap();
+    assert_eq!(outcome.code, 0);
+    assert!(outcome.stdout.as_bytes() == input);
+}
+
+async fn a_process_sees_its_own_world() {
+    let bed = Bed::new().await;
+    let script = "echo $$; hostname; ls -d /proc/[0-9]*; pwd; echo $PATH; ls /; cat /proc/self/cgroup; \
+                  ifconfig lo | grep -c UP; echo $((0$(umask)))";
+    let mut spec = bed.spec(script);
+    spec["process"]["cwd"] = json!("/tmp");
+    let output = bed.output(&spec).await;
+    let lines: Vec<_> = output.lines().collect();
+    assert_eq!(lines.first(), Some(&"1"));
+    assert_eq!(lines.get(1), Some(&"box"));
+    assert!(output.contains("/proc/1\n"), "{output}");
+    assert!(
+        lines
+            .iter()
+            .filter(|line| line.starts_with("/proc/"))
+            .count()
+            <= 2,
+        "{output}"
+    );
+    assert!(
+        lines.contains(&"/tmp") && lines.contains(&"/bin"),
+        "{output}"
+    );
+    assert!(lines.contains(&"0::/"), "{output}");
+    assert_eq!(
+        lines.get(lines.len() - 2..),
+        Some(&["1", "18"][..]),
+        "{output}"
+    );
+}
+
+async fn the_user_the_groups_and_the_home_are_the_specs() {
+    let bed = Bed::new().await;
+    let mut spec = bed
+        .spec("id -u; id -g; id -G; echo $HOME; umask; echo x > /dev/stderr; echo y > /dev/stdout");
+    spec["process"]["user"] =
+        json!({"uid": 1000, "gid": 1001, "additionalGids": [5, 6], "umask": 0o027});
+    let outcome = bed.run(&spec).await;
+    assert_eq!(outcome.stdout, "1000\n1001\n1001 5 6\n/home/me\n0027\ny\n");
+    assert_eq!(outcome.stderr, "x\n");
+    let mut spec = bed.spec("echo $HOME");
+    spec["process"]["env"] = json!(["PATH=/bin", "HOME=/elsewhere"]);
+    assert_eq!(bed.output(&spec).await, "/elsewhere\n");
+    spec["process"]["env"] = json!(["PATH=/bin"]);
+    spec["process"]["user"] = json!({"uid": 77, "gid": 77});
+    assert_eq!(bed.output(&spec).await, "/\n");
+}
+
+async fn capabilities_and_limits_are_the_specs() {
+    let bed = Bed::new().await;
+    let script = "grep -E 'Cap|NoNewPrivs' /proc/self/status; ulimit -Sn; ulimit -Hn; cat /proc/self/oom_score_adj";
+    let mut spec = bed.spec(script);
+    spec["process"]["oomScoreAdj"] = json!(123);
+    let output = bed.output(&spec).await;
+    let fields: Vec<_> = output.split_whitespace().collect();
+    // CAP_KILL is 5, CAP_NET_BIND_SERVICE 10.
+    let set = "0000000000000420";
+    let none = "0000000000000000";
+    assert_eq!(
+        fields,
+        [
+            "CapInh:",
+            none,
+            "CapPrm:",
+            set,
+            "CapEff:",
+            set,
+            "CapBnd:",
+            set,
+            "CapAmb:",
+            none,
+            "NoNewPrivs:",
+            "1",
+            "512",
+            "1024",
+            "123"
+        ]
+    );
+    let mut spec = bed.spec("grep -E 'CapInh|CapPrm|CapAmb' /proc/self/status");
+    spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    for name in ["inheritable", "ambient"] {
+        spec["process"]["capabilities"][name] = json!(["CAP_KILL"]);
+    }
+    let output = bed.output(&spec).await;
+    let ambient = "0000000000000020";
+    let fields: Vec<_> = output.split_whitespace().collect();
+    assert_eq!(
+        fields,
+        ["CapInh:", ambient, "CapPrm:", ambient, "CapAmb:", ambient]
+    );
+    let mut spec = bed.spec("grep CapBnd /proc/self/status");
+    spec["process"]
+        .as_object_mut()
+        .unwrap()
+        .remove("capabilities");
+    assert_eq!(bed.output(&spec).await, format!("CapBnd:\t{none}\n"));
+}
+
+async fn the_default_devices_and_links_are_there() {
+    let bed = Bed::new().await;
+    let script = "cd /dev; stat -c '%n %t:%T %a' null zero full random urandom tty extra; \
+                  for link in fd stdin stdout stderr ptmx; do readlink $link; done; echo x > null; head -c 3 zero | wc -c; ls -d shm mqueue pts";
+    let mut spec = bed.spec(script);
+    spec["linux"]["devices"] = json!([
+        {"path": "/dev/extra", "type": "c", "major": 10, "minor": 229, "fileMode": 0o640, "uid": 3, "gid": 4},
+        {"path": "/dev/sub/fifo", "type": "p"}
+    ]);
+    let output = bed.output(&spec).await;
+    assert_eq!(
+        output,
+        "null 1:3 666\nzero 1:5 666\nfull 1:7 666\nrandom 1:8 666\nurandom 1:9 666\ntty 5:0 666\nextra a:e5 640\n\
+         /proc/self/fd\n/proc/self/fd/0\n/proc/self/fd/1\n/proc/self/fd/2\npts/ptmx\n3\nmqueue\npts\nshm\n"
+    );
+}
+
+async fn paths_are_masked_and_read_only() {
+    let bed = Bed::new().await;
+    fs::create_dir(bed.rootfs().join("secrets")).unwrap();
+    fs::write(bed.rootfs().join("secrets/a"), "secret").unwrap();
+    fs::write(bed.rootfs().join("secret"), "secret").unwrap();
+    fs::write(bed.rootfs().join("data/fixed"), "fixed").unwrap();
+    let mut spec = bed.spec(
+        "ls /secrets; cat /secret; cat /data/fixed; touch /data/x 2>&1; touch /secrets/x 2>&1; touch /tmp/x; \
+         echo 1 2>&1 > /proc/sys/kernel/panic",
+    );
+    spec["linux"]["maskedPaths"] = json!(["/secrets", "/secret", "/nowhere", "/data/fixed/below"]);
+    spec["linux"]["readonlyPaths"] = json!(["/data", "/nowhere", "/proc/sys"]);
+    let outcome = bed.run(&spec).await;
+    assert!(!outcome.stdout.contains("secret\n"), "{}", outcome.stdout);
+    let all = outcome.stdout + &outcome.stderr;
+    assert_eq!(all.matches("Read-only file system").count(), 3, "{all}");
+    assert!(all.starts_with("fixed"), "{all}");
+}
+
+async fn a_read_only_root_is_read_only() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("touch /x || touch /dev/shm/y; touch /dev/z || echo both");
+    spec["root"]["readonly"] = json!(true);
+    spec["mounts"][1]["options"] = json!(["mode=755", "ro"]);
+    let outcome = bed.run(&spec).await;
+    assert_eq!(
+        (outcome.code, outcome.stdout.as_str()),
+        (0, "both\n"),
+        "{}",
+        outcome.stderr
+    );
+    assert_eq!(
+        outcome.stderr.matches("Read-only file system").count(),
+        2,
+        "{}",
+        outcome.stderr
+    );
+}
+
+async fn binds_of_files_and_directories() {
+    let bed = Bed::new().await;
+    let source = bed.dir().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), "hello\n").unwrap();
+    let mut spec = bed.spec(
+        "cat /new/place/file /etc/one; echo more > /new/place/other; touch /ro/x; cat /ro/file",
+    );
+    for mount in [
+        json!({"destination": "/new/place", "type": "bind", "source": source, "options": ["rbind", "rslave"]}),
+        json!({"destination": "/etc/one", "type": "none", "source": source.join("file"), "options": ["bind", "ro"]}),
+        json!({"destination": "/ro", "source": source, "options": ["bind", "ro", "nosuid", "noatime", "rro"]}),
+    ] {
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+    }
+    let outcome = bed.run(&spec).await;
+    assert_eq!(
+        outcome.stdout, "hello\nhello\nhello\n",
+        "{}",
+        outcome.stderr
+    );
+    assert!(
+        outcome.stderr.contains("/ro/x: Read-only file system"),
+        "{}",
+        outcome.stderr
+    );
+    assert_eq!(fs::read_to_string(source.join("other")).unwrap(), "more\n");
+}
+
+async fn a_hostile_image_does_not_lead_mounts_out() {
+    let bed = Bed::new().await;
+    let outside = bed.dir().join("outside");
+    fs::create_dir(&outside).unwrap();
+    symlink(&outside, bed.rootfs().join("absolute")).unwrap();
+    symlink(
+        "../../../../../../../../outside",
+        bed.rootfs().join("data/relative"),
+    )
+    .unwrap();
+    symlink("/proc/1/root", bed.rootfs().join("magic")).unwrap();
+    let mut spec = bed.spec("ls /outside/deep; true");
+    for destination in ["/absolute/made", "/data/relative/deep"] {
+        let mount = json!({"destination": destination, "type": "tmpfs", "source": "tmpfs"});
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+    }
+    assert_eq!(bed.output(&spec).await, "");
+    assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+    assert!(!Path::new("/outside").exists());
+
+    let mount = json!({"destination": "/magic/tmp", "type": "tmpfs", "source": "tmpfs"});
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+    let (_, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert!(message.contains("/magic/tmp"), "{message}");
+}
+
+async fn a_proc_that_is_a_link_is_refused() {
+    let bed = Bed::new().await;
+    symlink("data", bed.rootfs().join("proc")).unwrap();
+    let (code, message) = bed
+        .create("box", &bed.spec("true"), Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert_eq!(
+        message,
+        "mounts[0] (/proc): proc must be mounted on an ordinary directory"
+    );
+}
+
+async fn no_descriptor_leaks_into_the_container() {
+    let bed = Bed::new().await;
+    // 3 is the directory that ls reads.
+    assert_eq!(
+        bed.output(&bed.spec("exec ls /proc/self/fd")).await,
+        "0\n1\n2\n3\n"
+    );
+}
+
+async fn a_stream_not_asked_for_is_the_null_device() {
+    let bed = Bed::new().await;
+    let stdio = Stdio {
+        stdout: true,
+        ..Default::default()
+    };
+    let spec = bed.spec("readlink /proc/self/fd/0; readlink /proc/self/fd/2; cat; echo end");
+    bed.create("box", &spec, stdio).await.unwrap();
+    let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+    bed.start("box").await.unwrap();
+    let mut output = String::new();
+    stdout.read_to_string(&mut output).await.unwrap();
+    assert_eq!(output, "/dev/null\n/dev/null\nend\n");
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 0);
+}
+
+async fn a_missing_program_is_said_at_create_in_runcs_words() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("");
+    for (args, code, message) in [
+        (
+            json!(["nothing"]),
+            Code::NOT_FOUND,
+            "exec: \"nothing\": executable file not found in $PATH",
+        ),
+        (
+            json!(["/x/y"]),
+            Code::NOT_FOUND,
+            "exec: \"/x/y\": stat /x/y: no such file or directory",
+        ),
+        (
+            json!(["/etc/plain"]),
+            Code::PERMISSION_DENIED,
+            "exec: \"/etc/plain\": permission denied",
+        ),
+        (
+            json!(["/etc"]),
+            Code::PERMISSION_DENIED,
+            "exec: \"/etc\": is a directory",
+        ),
+    ] {
+        spec["process"]["args"] = args;
+        let error = bed
+            .create("box", &spec, Stdio::default())
+            .await
+            .unwrap_err();
+        assert_eq!(error, (code, message.to_owned()));
+    }
+}
+
+async fn a_broken_program_is_said_at_start() {
+    let bed = Bed::new().await;
+    let broken = bed.rootfs().join("bin/broken");
+    fs::write(&broken, "\0\0\0").unwrap();
+    fs::set_permissions(&broken, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut spec = bed.spec("");
+    spec["process"]["args"] = json!(["broken"]);
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    let (_, message) = bed.start("box").await.unwrap_err();
+    assert_eq!(message, "exec /bin/broken: exec format error");
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 1);
+    bed.delete("box").await.unwrap();
+}
+
+async fn a_working_directory_is_made_and_a_bad_one_is_named() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("pwd");
+    spec["process"]["cwd"] = json!("/made/for/it");
+    assert_eq!(bed.output(&spec).await, "/made/for/it\n");
+    spec["process"]["cwd"] = json!("/etc/passwd");
+    let (_, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        message,
+        "chdir to cwd (\"/etc/passwd\") set in config.json failed: not a directory"
+    );
+}
+
+async fn mounts_that_fail_say_which_and_why() {
+    let bed = Bed::new().await;
+    let missing = bed.dir().join("missing");
+    for (mount, code, expected) in [
+        (
+            json!({"destination": "/x", "type": "nosuchfs", "source": "x"}),
+            Code::INVALID_ARGUMENT,
+            "mounts[7] (/x): the guest's kernel has no file system \"nosuchfs\"".to_owned(),
+        ),
+        (
+            json!({"destination": "/x", "type": "tmpfs", "source": "x", "options": ["size=many"]}),
+            Code::INVALID_ARGUMENT,
+            "mounts[7] (/x): cannot mount tmpfs: ".to_owned(),
+        ),
+        (
+            json!({"destination": "/x", "source": missing, "options": ["bind"]}),
+            Code::NOT_FOUND,
+            format!(
+                "mounts[7] (/x): source {}: no such file or directory",
+                missing.display()
+            ),
+        ),
+        (
+            json!({"destination": "/etc/plain/x", "type": "tmpfs"}),
+            Code::INVALID_ARGUMENT,
+            "mounts[7] (/etc/plain/x): cannot make the destination: not a directory".to_owned(),
+        ),
+    ] {
+        let mut spec = bed.spec("true");
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+        let (got, message) = bed
+            .create("box", &spec, Stdio::default())
+            .await
+            .unwrap_err();
+        assert!(message.starts_with(&expected), "{message}");
+        assert_eq!(got, code, "{message}");
+    }
+    let mut spec = bed.spec("true");
+    spec["root"]["path"] = json!(missing);
+    let (code, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(code, Code::NOT_FOUND);
+    assert!(message.starts_with("root.path ("), "{message}");
+}
+
+async fn nothing_runs_before_start() {
+    let bed = Bed::new().await;
+    bed.create("box", &bed.spec("touch /data/ran"), Stdio::default())
+        .await
+        .unwrap();
+    assert!(!bed.rootfs().join("data/ran").exists());
+    bed.start("box").await.unwrap();
+    bed.wait("box").await.unwrap();
+    assert!(bed.rootfs().join("data/ran").exists());
+}
+
+async fn start_needs_a_created_container() {
+    let bed = Bed::new().await;
+    bed.create("box", &bed.spec("sleep 1000"), Stdio::default())
+        .await
+        .unwrap();
+    bed.start("box").await.unwrap();
+    let (code, message) = bed.start("box").await.unwrap_err();
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    assert_eq!(message, "cannot start an already running container");
+    bed.signal("box", 9, false).await.unwrap();
+    bed.wait("box").await.unwrap();
+    let (_, message) = bed.start("box").await.unwrap_err();
+    assert_eq!(message, "cannot start a container that has stopped");
+    bed.delete("box").await.unwrap();
+    bed.create("box", &bed.spec("true"), Stdio::default())
+        .await
+        .unwrap();
+    bed.signal("box", 9, false).await.unwrap();
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 137);
+    assert!(bed.start("box").await.is_err());
+}
+
+async fn signals_reach_the_process() {
+    let bed = Bed::new().await;
+    let spec = bed.spec("trap 'echo got it; exit 5' TERM; echo ready; while :; do sleep 0.1; done");
+    bed.create("box", &spec, all_pipes()).await.unwrap();
+    let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+    let _stderr = bed.stream("box", StreamKind::STDERR).await;
+    bed.start("box").await.unwrap();
+    let mut ready = [0; 6];
+    stdout.read_exact(&mut ready).await.unwrap();
+    for bad in [0, 65, u32::MAX] {
+        assert_eq!(
+            bed.signal("box", bad, false).await.unwrap_err().0,
+            Code::INVALID_ARGUMENT
+        );
+    }
+    bed.signal("box", 15, true).await.unwrap();
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).await.unwrap();
+    assert_eq!(rest, "got it\n");
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 5);
+    let error = bed.signal("box", 15, false).await.unwrap_err();
+    assert_eq!(error, (Code::NOT_FOUND, "container not running".to_owned()));
+    bed.signal("box", 9, true).await.unwrap();
+}
+
+async fn a_deleted_container_leaves_nothing() {
+    let bed = Bed::new().await;
+    let spec = bed.spec("setsid sleep 1000 & sleep 1000");
+    let pid = bed.create("box", &spec, all_pipes()).await.unwrap();
+    let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+    bed.start("box").await.unwrap();
+    assert!(bed.cgroups().join("box").exists());
+    bed.delete("box").await.unwrap();
+    assert!(!bed.cgroups().join("box").exists());
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    assert_eq!(stdout.read(&mut [0; 1]).await.unwrap_or(0), 0);
+    assert_eq!(bed.delete("box").await.unwrap_err().0, Code::NOT_FOUND);
+    bed.create("box", &bed.spec("true"), Stdio::default())
+        .await
+        .unwrap();
+    bed.delete("box").await.unwrap();
+}
+
+async fn a_failed_creation_leaves_nothing() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("");
+    spec["process"]["args"] = json!(["nothing"]);
+    bed.create("box", &spec, all_pipes()).await.unwrap_err();
+    assert!(!bed.cgroups().join("box").exists());
+    assert_eq!(bed.run(&bed.spec("true")).await.code, 0);
+}
+
+async fn an_unattached_output_waits_for_its_deletion_only() {
+    let bed = Bed::new().await;
+    bed.create("box", &bed.spec("echo hello"), all_pipes())
+        .await
+        .unwrap();
+    bed.start("box").await.unwrap();
+    let waiting = bed.wait("box");
+    tokio::pin!(waiting);
+    assert!(
+        timeout(Duration::from_millis(200), &mut waiting)
+            .await
+            .is_err()
+    );
+    // What was written is still there for a late reader.
+    let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+    let mut output = String::new();
+    stdout.read_to_string(&mut output).await.unwrap();
+    assert_eq!(output, "hello\n");
+    assert!(
+        timeout(Duration::from_millis(200), &mut waiting)
+            .await
+            .is_err()
+    );
+    let (exit, deleted) = tokio::join!(waiting, bed.delete("box"));
+    assert_eq!(exit.unwrap().exit_code, 0);
+    deleted.unwrap();
+}
+
+async fn what_a_container_without_its_own_pids_leaves_is_killed() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("sleep 1000 & exit 3");
+    spec["linux"]["namespaces"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|namespace| namespace["type"] != "pid");
+    let outcome = bed.run(&spec).await;
+    assert_eq!(outcome.code, 3);
+}
+
+async fn calls_before_hello_and_other_versions_are_refused() {
+    let bed = Bed::ungreeted().await;
+    assert_eq!(
+        bed.wait("box").await.unwrap_err().0,
+        Code::FAILED_PRECONDITION
+    );
+    let hello = HelloRequest {
+        protocol_version: 99,
+        host_version: "7.8.9".to_owned(),
+        ..Default::default()
+    };
+    let error = bed
+        .client
+        .hello(Context::default(), &hello)
+        .await
+        .unwrap_err();
+    let ttrpc::Error::RpcStatus(status) = error else {
+        panic!("{error}")
+    };
+    assert_eq!(status.code(), Code::FAILED_PRECONDITION);
+    assert!(
+        status.message.contains("99") && status.message.contains("7.8.9"),
+        "{}",
+        status.message
+    );
+    assert_eq!(
+        bed.wait("box").await.unwrap_err().0,
+        Code::FAILED_PRECONDITION
+    );
+}
+
+async fn ids_are_checked_and_taken_once() {
+    let bed = Bed::new().await;
+    let spec = bed.spec("true");
+    for id in ["", "../x", "a/b"] {
+        let (code, message) = bed.create(id, &spec, Stdio::default()).await.unwrap_err();
+        assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+    }
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    let error = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error,
+        (
+            Code::ALREADY_EXISTS,
+            "container box already exists".to_owned()
+        )
+    );
+    bed.delete("box").await.unwrap();
+}
+
+async fn unknown_containers_and_execs_are_not_found() {
+    let bed = Bed::new().await;
+    assert_eq!(
+        bed.start("no").await.unwrap_err(),
+        (Code::NOT_FOUND, "container no does not exist".to_owned())
+    );
+    assert_eq!(bed.wait("no").await.unwrap_err().0, Code::NOT_FOUND);
+    assert_eq!(
+        bed.signal("no", 9, true).await.unwrap_err().0,
+        Code::NOT_FOUND
+    );
+    assert_eq!(bed.delete("no").await.unwrap_err().0, Code::NOT_FOUND);
+    let mut stream = bed.stream("no", StreamKind::STDOUT).await;
+    assert_eq!(stream.read(&mut [0; 1]).await.unwrap_or(0), 0);
+}
+
+async fn a_terminal_is_a_terminal() {
+    let bed = Bed::new().await;
+    let stdio = Stdio {
+        terminal: true,
+        terminal_width: 100,
+        terminal_height: 40,
+        ..Default::default()
+    };
+    let mut spec = bed
+        .spec("tty; stty size; test -c /dev/console && echo console; read line; echo \"<$line>\"");
+    spec["process"]["terminal"] = json!(true);
+    bed.create("box", &spec, stdio).await.unwrap();
+    let mut terminal = bed.stream("box", StreamKind::TERMINAL).await;
+    bed.start("box").await.unwrap();
+    terminal.write_all(b"typed\n").await.unwrap();
+    let mut output = String::new();
+    terminal.read_to_string(&mut output).await.unwrap();
+    assert!(
+        output.contains("/dev/pts/0\r\n40 100\r\nconsole\r\n"),
+        "{output:?}"
+    );
+    assert!(output.ends_with("<typed>\r\n"), "{output:?}");
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 0);
+}
+
+async fn the_end_of_the_control_connection_ends_everything() {
+    let mut bed = Bed::new().await;
+    let pid = bed
+        .create("box", &bed.spec("sleep 1000"), Stdio::default())
+        .await
+        .unwrap();
+    bed.start("box").await.unwrap();
+    // Closes the connection, which the client holds to its end.
+    let (control, _other) = tokio::net::UnixStream::pair().unwrap();
+    let socket = ttrpc::r#async::transport::Socket::new(control);
+    let client = ttrpc::r#async::Client::new(socket);
+    drop(std::mem::replace(
+        &mut bed.client,
+        bulkhead_protocol::agent_ttrpc::AgentClient::new(client),
+    ));
+    let agent = bed.agent.id();
+    tokio::task::spawn_blocking(move || {
+        let pid = nix::unistd::Pid::from_raw(agent as i32);
+        let gone = nix::sys::wait::Id::Pid(pid);
+        let flags = nix::sys::wait::WaitPidFlag::WEXITED | nix::sys::wait::WaitPidFlag::WNOWAIT;
+        nix::sys::wait::waitid(gone, flags)
+    })
+    .await
+    .unwrap()
+    .unwrap();
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    assert!(!bed.cgroups().join("box").exists());
+}
+
+async fn shutdown_ends_everything_with_an_answer() {
+    let mut bed = Bed::new().await;
+    let pid = bed
+        .create("box", &bed.spec("sleep 1000"), Stdio::default())
+        .await
+        .unwrap();
+    bed.start("box").await.unwrap();
+    bed.client
+        .shutdown(Context::default(), &ShutdownRequest::default())
+        .await
+        .unwrap();
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    assert!(bed.agent.wait().unwrap().success());
+}
+
+async fn a_hundred_life_cycles_leak_nothing() {
+    let bed = Bed::new().await;
+    let fds = format!("/proc/{}/fd", bed.agent.id());
+    let count = || fs::read_dir(&fds).unwrap().count();
+    bed.run(&bed.spec("echo x")).await;
+    let before = count();
+    for _ in 0..100 {
+        assert_eq!(bed.run(&bed.spec("echo x")).await.stdout, "x\n");
+    }
+    assert_eq!(count(), before);
+    let children = format!("/proc/{0}/task/{0}/children", bed.agent.id());
+    assert_eq!(fs::read_to_string(children).unwrap_or_default(), "");
+    assert_eq!(
+        fs::read_dir(bed.cgroups())
+            .unwrap()
+            .filter(|entry| entry.as_ref().unwrap().path().is_dir())
+            .count(),
+        0
+    );
+}
