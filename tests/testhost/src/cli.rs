@@ -51,6 +51,13 @@ pub enum Command {
         #[command(flatten)]
         command: RunOptions,
     },
+    /// Run a command very often, several at a time, and count what fails: the commands or the host
+    Stress {
+        #[command(flatten)]
+        host: Host,
+        #[command(flatten)]
+        stress: StressOptions,
+    },
     /// Say how a host is
     Status {
         /// The host's name
@@ -151,6 +158,29 @@ pub struct RunOptions {
     #[arg(long, short)]
     pub quiet: bool,
     /// Program and arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub argv: Vec<OsString>,
+}
+
+/// What `stress` runs, and how.
+#[derive(Debug, Args)]
+pub struct StressOptions {
+    /// How often the command is run
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub guests: usize,
+    /// How many run at a time
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub parallel: usize,
+    /// Boot a fresh host after so many; 0: one host for all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub per_boot: usize,
+    /// Seconds that one run may take
+    #[arg(long, value_name = "SECS", default_value_t = 120)]
+    pub guest_timeout: u64,
+    /// A shell command run after each boot
+    #[arg(long, value_name = "COMMAND")]
+    pub setup: Option<OsString>,
+    /// Program and arguments; the variable STRESS_GUEST counts the runs from 0
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub argv: Vec<OsString>,
 }

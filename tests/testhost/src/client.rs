@@ -52,6 +52,13 @@ pub struct Signals {
 }
 
 impl Signals {
+    /// Signals that are left alone.
+    pub fn none() -> Self {
+        Self {
+            target: Arc::default(),
+        }
+    }
+
     /// Takes over SIGINT, SIGTERM, SIGHUP and SIGQUIT. To be called before any other thread is started.
     /// `cleanup` is run before the process is ended.
     pub fn take_over(cleanup: impl Fn() + Send + 'static) -> nix::Result<Self> {
@@ -206,18 +213,41 @@ impl Credit {
     }
 }
 
+/// Where output goes.
+pub type Sink<'a> = &'a dyn Fn(Stdio, &[u8]) -> io::Result<()>;
+
+/// Our own standard output and standard error as a sink.
+pub fn own_stdio(stdio: Stdio, data: &[u8]) -> io::Result<()> {
+    fn write(mut to: impl Write, data: &[u8]) -> io::Result<()> {
+        to.write_all(data)?;
+        to.flush()
+    }
+    match stdio {
+        Stdio::Err => write(io::stderr(), data),
+        _ => write(io::stdout(), data),
+    }
+}
+
+/// A command and all that it is connected with.
+pub struct Order<'a> {
+    /// What is run.
+    pub start: &'a Start,
+    /// How long it may take from its start.
+    pub limit: Option<Duration>,
+    /// Its standard input.
+    pub input: &'a Input,
+    /// Who interrupts it.
+    pub signals: &'a Signals,
+    /// Who gets its output.
+    pub sink: Sink<'a>,
+}
+
 /// Runs the command to its end.
-pub fn run(
-    link: &UnixStream,
-    start: &Start,
-    limit: Option<Duration>,
-    input: &Input,
-    signals: &Signals,
-) -> Outcome {
+pub fn run(link: &UnixStream, order: &Order<'_>) -> Outcome {
     let (events, inbox) = mpsc::channel();
-    *held(&signals.target) = Some(events.clone());
-    let outcome = attempt(link, start, limit, input, events, &inbox);
-    *held(&signals.target) = None;
+    *held(&order.signals.target) = Some(events.clone());
+    let outcome = attempt(link, order, events, &inbox);
+    *held(&order.signals.target) = None;
     // Ends the reader of this attempt and tells the supervisor that we are done.
     let _ = link.shutdown(std::net::Shutdown::Both);
     outcome
@@ -225,12 +255,11 @@ pub fn run(
 
 fn attempt(
     link: &UnixStream,
-    start: &Start,
-    limit: Option<Duration>,
-    input: &Input,
+    order: &Order<'_>,
     events: Sender<Event>,
     inbox: &Receiver<Event>,
 ) -> Outcome {
+    let input = order.input;
     let Ok(reader) = link.try_clone() else {
         return Outcome::Gone;
     };
@@ -243,7 +272,7 @@ fn attempt(
         let _ = events.send(Event::Closed);
     });
     let say = |message: Message| Frame::new(STREAM, message).write_to(link).is_ok();
-    if !say(Message::Start(start.clone())) {
+    if !say(Message::Start(order.start.clone())) {
         return Outcome::Gone;
     }
     input.rewind();
@@ -254,7 +283,8 @@ fn attempt(
     thread::scope(|scope| {
         let outcome = Loop {
             say: &say,
-            limit,
+            limit: order.limit,
+            sink: order.sink,
             credit: &credit,
             inbox,
             start_input: &|| {
@@ -288,6 +318,7 @@ fn send_input(say: &dyn Fn(Message) -> bool, input: &Input, credit: &Credit) {
 struct Loop<'a> {
     say: &'a dyn Fn(Message) -> bool,
     limit: Option<Duration>,
+    sink: Sink<'a>,
     credit: &'a Credit,
     inbox: &'a Receiver<Event>,
     start_input: &'a dyn Fn(),
@@ -322,11 +353,7 @@ impl Loop<'_> {
                         (self.start_input)();
                     }
                     Message::Data(stdio, data) => {
-                        let written = match stdio {
-                            Stdio::Err => write_all(io::stderr(), &data),
-                            _ => write_all(io::stdout(), &data),
-                        };
-                        if written.is_err() && verdict.is_none() {
+                        if (self.sink)(stdio, &data).is_err() && verdict.is_none() {
                             kill(&mut verdict, Outcome::OutputClosed);
                         }
                         (self.say)(Message::Ack(stdio, data.len() as u32));
@@ -360,11 +387,6 @@ impl Loop<'_> {
             }
         }
     }
-}
-
-fn write_all(mut to: impl Write, data: &[u8]) -> io::Result<()> {
-    to.write_all(data)?;
-    to.flush()
 }
 
 #[cfg(test)]
@@ -419,11 +441,15 @@ mod tests {
                 }
             }
         });
-        let signals = Signals {
-            target: Arc::default(),
-        };
         let input = Input::new(io::empty());
-        let outcome = run(&ours, &Start::default(), limit, &input, &signals);
+        let order = Order {
+            start: &Start::default(),
+            limit,
+            input: &input,
+            signals: &Signals::none(),
+            sink: &|_, _| Ok(()),
+        };
+        let outcome = run(&ours, &order);
         peer.join().unwrap();
         outcome
     }

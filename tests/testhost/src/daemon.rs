@@ -12,7 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
-use testhost::client::{self, Input, Outcome, Signals};
+use testhost::client::{self, Input, Order, Outcome, Signals};
 use testhost::frame::{Frame, Message};
 use testhost::state::{self, Folder, Name};
 use testhost::supervisor::Host;
@@ -219,11 +219,18 @@ pub fn exec(name: &str, fresh: bool, keep: bool, command: &cli::RunOptions) -> R
     start.fresh = fresh;
     start.keep = keep;
     let input = Input::new(io::stdin());
+    let order = Order {
+        start: &start,
+        limit: command.limit(),
+        input: &input,
+        signals: &signals,
+        sink: &client::own_stdio,
+    };
     let mut failures = 0;
     for attempt in 1..=ATTEMPTS {
         let link = connect(&folder)?;
         let began = Instant::now();
-        let outcome = client::run(&link, &start, command.limit(), &input, &signals);
+        let outcome = client::run(&link, &order);
         if let Outcome::HostFailed(reason, tail) = &outcome {
             failures += 1;
             let mut text = format!("TEST HOST FAILURE (not the command's): {reason}\n");

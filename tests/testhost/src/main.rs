@@ -3,6 +3,7 @@
 mod cli;
 mod daemon;
 mod run;
+mod stress;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -14,6 +15,7 @@ fn main() -> ExitCode {
     let result = match cli::Cli::parse().command {
         cli::Command::Prepare { refresh } => run::prepare(refresh),
         cli::Command::Run { host, command } => run::run(&host, &command),
+        cli::Command::Stress { host, stress } => stress::stress(&host, &stress),
         cli::Command::Up { name, host: _ } => daemon::up(&name),
         cli::Command::Supervise { name, host } => daemon::supervise(&name, &host),
         cli::Command::Exec {

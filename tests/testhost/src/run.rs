@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
-use testhost::client::{self, Input, Outcome, Signals};
+use testhost::client::{self, Input, Order, Outcome, Signals};
 use testhost::frame::Configure;
 use testhost::packages::{Kernel, Qemu, Store};
 use testhost::state::{self, Folder, Name};
@@ -117,6 +117,13 @@ fn attempts(
     let prepared = Prepared::new(false)?;
     let start = command.start()?;
     let input = Input::new(io::stdin());
+    let order = Order {
+        start: &start,
+        limit: command.limit(),
+        input: &input,
+        signals,
+        sink: &client::own_stdio,
+    };
     let mut failures = 0;
     for attempt in 1..=ATTEMPTS {
         let booted = match prepared.boot(folder, host)? {
@@ -131,7 +138,7 @@ fn attempts(
         let server = booted.clone();
         std::thread::spawn(move || server.serve(theirs, None));
         let began = Instant::now();
-        let outcome = client::run(&ours, &start, command.limit(), &input, signals);
+        let outcome = client::run(&ours, &order);
         let took = began.elapsed();
         if let Outcome::HostFailed(reason, tail) = &outcome {
             failures += 1;
