@@ -242,6 +242,6 @@ mod tests {
         let last: u64 = memory
             .read_obj(GuestAddress(layout::PAGE_DIRECTORY + 511 * 8))
             .unwrap();
-        assert_eq!(last, (1 << 30) - (2 << 20) | 0x83);
+        assert_eq!(last, ((1 << 30) - (2 << 20)) | 0x83);
     }
 }

@@ -8,7 +8,8 @@ use crate::layout;
 
 /// Parameters of every guest. `guest-kernel-config/README.md` gives the reason of each.
 const ALWAYS: &str = "reboot=k panic=-1 tsc=reliable no_timer_check cryptomgr.notests \
-                      rcupdate.rcu_expedited=1 random.trust_cpu=on net.ifnames=0";
+                      rcupdate.rcu_expedited=1 random.trust_cpu=on net.ifnames=0 \
+                      cpuidle_haltpoll.force=1";
 /// Console on virtio; no probing of serial ports.
 const QUIET: &str = "console=hvc0 quiet 8250.nr_uarts=0";
 /// Console on the serial port, with every message.

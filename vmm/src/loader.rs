@@ -81,6 +81,8 @@ pub enum LoadError {
 pub struct Kernel {
     /// Entry point (physical address) of the 64-bit boot protocol.
     pub entry: u64,
+    /// Its lowest address.
+    pub start: u64,
     /// First address after the kernel, its bss included.
     pub end: u64,
 }
@@ -92,6 +94,7 @@ pub fn load_kernel(
     memory_bytes: u64,
 ) -> Result<Kernel, LoadError> {
     let kernel = check_kernel(file, low_memory_end(memory_bytes))?;
+    memory::prefer_huge_pages(memory, kernel.start..kernel.end);
     let start = Some(GuestAddress(layout::HIGH_RAM_START));
     Elf::load(memory, None, &mut Positioned::new(file), start).map_err(LoadError::Load)?;
     Ok(kernel)
@@ -214,6 +217,7 @@ fn check_kernel(file: &File, limit: u64) -> Result<Kernel, LoadError> {
         ));
     }
 
+    let mut lowest = u64::MAX;
     let mut end = 0;
     let mut entry_is_loaded = false;
     for index in 0..u64::from(header.e_phnum) {
@@ -248,6 +252,7 @@ fn check_kernel(file: &File, limit: u64) -> Result<Kernel, LoadError> {
                 limit,
             });
         }
+        lowest = lowest.min(start);
         end = end.max(start + segment.p_memsz);
         entry_is_loaded |= (start..start + segment.p_filesz).contains(&header.e_entry);
     }
@@ -256,6 +261,7 @@ fn check_kernel(file: &File, limit: u64) -> Result<Kernel, LoadError> {
     }
     Ok(Kernel {
         entry: header.e_entry,
+        start: lowest,
         end,
     })
 }
@@ -318,6 +324,7 @@ mod tests {
             kernel,
             Kernel {
                 entry: TEXT,
+                start: TEXT,
                 end: TEXT + 8192
             }
         );

@@ -2,14 +2,16 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::thread::{self, Builder};
 
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use tracing::info;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryError};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot;
@@ -30,7 +32,11 @@ use crate::virtio::console::Console;
 use crate::virtio::event::{QueueHandler, QueueSubscriber};
 use crate::virtio::mmio::{QUEUE_NOTIFY, Transport};
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
 use crate::virtio::{Memory, VirtioDevice};
+
+/// The guest's vsock context identifier: the first one that is not reserved. Each guest has a VMM of its own, so all may have it.
+pub const GUEST_CID: u64 = 3;
 
 /// Most spare slots.
 pub const MAX_SPARE_SLOTS: u8 = 16;
@@ -83,6 +89,21 @@ pub enum MachineError {
     /// An eventfd could not be made.
     #[error("cannot make a device's eventfd")]
     Event(#[source] io::Error),
+    /// The vsock's unix socket could not be made.
+    #[error("vsock_path: cannot listen on {}", path.display())]
+    VsockPath {
+        /// Its path.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("cannot start the loader's thread")]
+    Thread(#[source] io::Error),
+    /// A bug.
+    #[error("the loader panicked")]
+    LoaderPanic,
     /// No empty slot is left.
     #[error("no spare virtio-mmio slot is left")]
     NoSlot,
@@ -128,32 +149,41 @@ impl Machine {
         check(config, &files)?;
         let memory_bytes = config.memory_mib << 20;
         let kvm = open_kvm(files.kvm);
-        let vm = kvm.create_vm().map_err(kvm_error("creating the VM"))?;
-        vm.set_tss_address(layout::KVM_TSS)
-            .map_err(kvm_error("setting the TSS address"))?;
-        // Before the vCPUs: each gets its local APIC then. There is no PIT: the guest knows its clocks' frequencies.
-        vm.create_irq_chip()
-            .map_err(kvm_error("creating the interrupt controllers"))?;
-        timeline.mark("vm created");
-
         let guest_memory = memory::create(config.memory_mib)?;
-        memory::register(&vm, &guest_memory)?;
         timeline.mark("memory mapped");
 
-        let kernel = loader::load_kernel(&File::from(files.kernel), &guest_memory, memory_bytes)?;
-        let initramfs = loader::load_initramfs(
-            &File::from(files.initramfs),
-            &guest_memory,
-            memory_bytes,
-            kernel.end,
-        )?;
-        timeline.mark("kernel loaded");
+        // Making a VM is mostly waiting: some host kernels wait for RCU grace periods, 10 ms and more, to put a worker of KVM's into
+        // our cgroup. Loading is all work. So they go side by side.
+        let load = || {
+            let kernel =
+                loader::load_kernel(&File::from(files.kernel), &guest_memory, memory_bytes)?;
+            let initramfs = loader::load_initramfs(
+                &File::from(files.initramfs),
+                &guest_memory,
+                memory_bytes,
+                kernel.end,
+            )?;
+            timeline.mark("kernel loaded");
+            Ok::<_, MachineError>((kernel, initramfs))
+        };
+        let (vm, loaded) = thread::scope(|scope| {
+            let loader = Builder::new()
+                .name("loader".into())
+                .stack_size(crate::STACK_SIZE)
+                .spawn_scoped(scope, load)
+                .map_err(MachineError::Thread)?;
+            let vm = create_vm(&kvm, &guest_memory)?;
+            timeline.mark("vm created");
+            let loaded = loader.join().map_err(|_| MachineError::LoaderPanic)?;
+            Ok::<_, MachineError>((vm, loaded))
+        })?;
+        let (kernel, initramfs) = loaded?;
 
         let serial = match files.serial {
             Some(output) => Some(serial_port(&vm, output)?),
             None => None,
         };
-        let mut devices: Vec<Device> = Vec::new();
+        let mut devices = vec![Device::own_threads(vsock(&config.vsock_path)?)];
         let console = Console::new();
         devices.push(Device::served(console.handler(), console));
         let rng = Rng::new();
@@ -275,6 +305,13 @@ struct Device {
 }
 
 impl Device {
+    fn own_threads(device: impl VirtioDevice + 'static) -> Self {
+        Self {
+            virtio: Box::new(device),
+            handler: None,
+        }
+    }
+
     fn served(handler: Arc<Mutex<dyn QueueHandler>>, device: impl VirtioDevice + 'static) -> Self {
         Self {
             virtio: Box::new(device),
@@ -312,6 +349,27 @@ fn check(config: &BootConfig, files: &BootFiles) -> Result<(), MachineError> {
 fn open_kvm(fd: OwnedFd) -> Kvm {
     // SAFETY: the descriptor is owned and given away. If it is not /dev/kvm, every ioctl on it fails.
     unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
+}
+
+/// Makes a VM with its memory and interrupt controllers.
+fn create_vm(kvm: &Kvm, memory: &GuestMemoryMmap) -> Result<VmFd, MachineError> {
+    let vm = kvm.create_vm().map_err(kvm_error("creating the VM"))?;
+    vm.set_tss_address(layout::KVM_TSS)
+        .map_err(kvm_error("setting the TSS address"))?;
+    // Before the vCPUs: each gets its local APIC then. There is no PIT: the guest knows its clocks' frequencies.
+    vm.create_irq_chip()
+        .map_err(kvm_error("creating the interrupt controllers"))?;
+    memory::register(&vm, memory)?;
+    Ok(vm)
+}
+
+/// The socket device with its unix socket at `path`.
+fn vsock(path: &Path) -> Result<Vsock, MachineError> {
+    let listener = UnixListener::bind(path).map_err(|source| MachineError::VsockPath {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(Vsock::new(GUEST_CID, listener, path.to_owned()))
 }
 
 fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, MachineError> {

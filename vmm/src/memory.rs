@@ -1,10 +1,14 @@
 //! Guest memory: anonymous, lazily touched, in one piece below the MMIO gap and a second one above 4 GiB.
 
+use std::io;
+use std::ops::Range;
+
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
 use crate::layout;
@@ -13,6 +17,10 @@ use crate::layout;
 pub const MIN_MIB: u64 = 64;
 /// Largest guest memory, in MiB (4 TiB): keeps every address far below the smallest physical address width of 64-bit hosts.
 pub const MAX_MIB: u64 = 4 << 20;
+
+/// Size of a huge page. Guest and host addresses agree modulo this size, so that KVM can map what the host backs by a huge page
+/// as one.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Why guest memory could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +35,7 @@ pub enum MemoryError {
         mib: u64,
         /// Cause.
         #[source]
-        source: vm_memory::mmap::MmapRegionError,
+        source: MmapRegionError,
     },
     /// vm-memory refused the regions.
     #[error("guest memory regions do not fit together")]
@@ -64,24 +72,62 @@ pub fn create(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
             mib: length >> 20,
             source,
         };
-        let mapping = MmapRegionBuilder::new(length as usize)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-            .build()
-            .map_err(map_error)?;
-        // Guest memory is the guest's secret and no help in a core dump of the VMM. A kernel without the advice only dumps more.
-        // SAFETY: the range is the mapping made above; the advice changes nothing of its contents.
-        unsafe {
-            libc::madvise(
-                mapping.as_ptr().cast(),
-                length as usize,
-                libc::MADV_DONTDUMP,
-            )
-        };
+        let mapping = map_aligned(length as usize).map_err(map_error)?;
         // `new` refuses only a region that wraps around the address space; MAX_MIB rules that out.
         regions.extend(GuestRegionMmap::new(mapping, GuestAddress(address)));
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)
+}
+
+/// Maps anonymous memory at a multiple of [`HUGE_PAGE`], for as long as the process lives.
+fn map_aligned(length: usize) -> Result<MmapRegion, MmapRegionError> {
+    let reserve = |length| {
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            Err(MmapRegionError::Mmap(io::Error::last_os_error()))
+        } else {
+            Ok(start.cast::<u8>())
+        }
+    };
+    let start = reserve(length + HUGE_PAGE)?;
+    let before = start.align_offset(HUGE_PAGE);
+    let aligned = start.wrapping_add(before);
+    // SAFETY: both ranges are parts of the mapping made above that nothing uses.
+    unsafe {
+        libc::munmap(start.cast(), before);
+        libc::munmap(aligned.wrapping_add(length).cast(), HUGE_PAGE - before);
+    }
+    // Guest memory is the guest's secret and no help in a core dump of the VMM. A kernel without the advice only dumps more.
+    // SAFETY: the range is what remains of the mapping; the advice changes nothing of its contents.
+    unsafe { libc::madvise(aligned.cast(), length, libc::MADV_DONTDUMP) };
+    // SAFETY: the range is mapped, and never unmapped.
+    unsafe { MmapRegionBuilder::new(length).with_raw_mmap_pointer(aligned) }
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .build()
+}
+
+/// Asks for huge pages for the whole ones within `range`, which the caller is about to fill anyway. Elsewhere the host's policy decides:
+/// huge pages make a busy guest faster and an idle one larger.
+pub fn prefer_huge_pages(memory: &GuestMemoryMmap, range: Range<u64>) {
+    let page = HUGE_PAGE as u64;
+    let start = range.start.next_multiple_of(page);
+    let length = (range.end / page * page).saturating_sub(start) as usize;
+    if let Ok(slice) = memory.get_slice(GuestAddress(start), length) {
+        let guard = slice.ptr_guard_mut();
+        // A kernel without huge pages refuses, and nothing is lost.
+        // SAFETY: the slice is mapped memory; the advice changes nothing of its contents.
+        unsafe { libc::madvise(guard.as_ptr().cast(), length, libc::MADV_HUGEPAGE) };
+    }
 }
 
 /// Gives the memory to a VM, one slot a region.

@@ -79,15 +79,15 @@ impl Server {
                 Err(error) => return Err(ServerError::Loop(error)),
             }
             let ready = std::mem::take(&mut *lock(&self.ready));
-            if ready.end {
-                if let Some(end) = self.end.get() {
-                    break end;
-                }
+            if ready.end
+                && let Some(end) = self.end.get()
+            {
+                break end;
             }
-            if ready.control {
-                if let Some(end) = self.serve_control() {
-                    break end;
-                }
+            if ready.control
+                && let Some(end) = self.serve_control()
+            {
+                break end;
             }
         };
         self.announce(&end);

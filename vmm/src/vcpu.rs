@@ -40,7 +40,7 @@ const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 #[derive(Debug, thiserror::Error)]
 pub enum VcpuError {
     /// An ioctl failed.
-    #[error("vcpu {vcpu}: {operation} failed")]
+    #[error("vCPU {vcpu}: {operation} failed")]
     Kvm {
         /// Which vCPU.
         vcpu: u8,
@@ -51,13 +51,13 @@ pub enum VcpuError {
         source: kvm_ioctls::Error,
     },
     /// KVM took fewer MSRs than given.
-    #[error("vcpu {0}: KVM refused an MSR")]
+    #[error("vCPU {0}: KVM refused an MSR")]
     Msr(u8),
     /// More CPUID entries than KVM takes.
     #[error("too many CPUID entries")]
     Cpuid,
     /// A thread could not be started.
-    #[error("vcpu {vcpu}: cannot start its thread")]
+    #[error("vCPU {vcpu}: cannot start its thread")]
     Thread {
         /// Which vCPU.
         vcpu: u8,
@@ -212,6 +212,7 @@ impl VcpuSet {
             };
             let thread = Builder::new()
                 .name(format!("vcpu-{id}"))
+                .stack_size(crate::STACK_SIZE)
                 .spawn(move || vcpu.run())
                 .map_err(|source| VcpuError::Thread { vcpu: id, source })?;
             set.threads.push((kick, thread));
@@ -330,7 +331,7 @@ impl Vcpu {
                 }
             }
         }
-        debug!("vcpu {} ends; exits: {:?}", self.id, self.exits);
+        debug!("vCPU {} ends; exits: {:?}", self.id, self.exits);
         let mut state = lock(&self.shared.target);
         state.1[usize::from(self.id)] = true;
         self.shared.changed.notify_all();
@@ -447,18 +448,18 @@ impl Vcpu {
 
     /// One line for a crash; the registers go to the log.
     fn describe_crash(&self, what: &str) -> String {
-        let mut line = format!("vcpu {}: {what}", self.id);
+        let mut line = format!("vCPU {}: {what}", self.id);
         match self.fd.get_regs() {
             Ok(regs) => {
                 let _ = write!(line, ", rip {:#x}", regs.rip);
-                debug!("vcpu {}: {regs:x?}", self.id);
+                debug!("vCPU {}: {regs:x?}", self.id);
             }
             Err(error) => {
                 let _ = write!(line, " (registers unreadable: {error})");
             }
         }
         if let Ok(sregs) = self.fd.get_sregs() {
-            debug!("vcpu {}: {sregs:x?}", self.id);
+            debug!("vCPU {}: {sregs:x?}", self.id);
         }
         line
     }

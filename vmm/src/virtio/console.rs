@@ -6,13 +6,14 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use tracing::{info, warn};
+use tracing::info;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use virtio_queue::QueueT;
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestAddressSpace};
 
-use super::event::{self, Chain, QueueHandler};
-use super::{ActivateError, Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
+use super::driver_queue::{Chain, DriverQueue};
+use super::event::{self, QueueHandler};
+use super::{ActivateError, Activation, Interrupt, Memory, VirtioDevice};
 use crate::sync::lock;
 
 /// Queues of port 0 (5.3.2).
@@ -41,7 +42,7 @@ struct Worker {
 
 #[derive(Debug)]
 struct Active {
-    queues: Vec<ActiveQueue>,
+    transmit: DriverQueue,
     memory: Memory,
     interrupt: Arc<Interrupt>,
 }
@@ -89,19 +90,17 @@ impl VirtioDevice for Console {
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let queues = activation.queues;
+        let mut queues = activation.queues;
         let got = queues.iter().filter(|queue| queue.queue.ready()).count();
         let wanted = QUEUE_SIZES.len();
         if got < wanted {
             return Err(ActivateError::MissingQueues { got, wanted });
         }
         // A kick that came before now was dropped: look at the queue once.
-        queues[TRANSMIT]
-            .kick
-            .write(1)
-            .map_err(ActivateError::Worker)?;
+        let transmit = queues.swap_remove(TRANSMIT);
+        transmit.kick.write(1).map_err(ActivateError::Worker)?;
         lock(&self.worker).active = Some(Active {
-            queues,
+            transmit: DriverQueue::new(transmit, activation.features, "console transmit"),
             memory: activation.memory,
             interrupt: activation.interrupt,
         });
@@ -120,37 +119,24 @@ impl QueueHandler for Worker {
             return false;
         };
         let lines = &mut self.lines;
-        let served = event::drain(
-            &mut active.queues[TRANSMIT],
-            &active.memory,
-            &active.interrupt,
-            |chain| {
-                log_chain(chain, lines);
-                0
-            },
-        );
-        match served {
-            Ok(more) => more,
-            Err(error) => {
-                warn!("virtio console: the driver broke its queue: {error}");
-                self.active = None;
-                false
-            }
-        }
+        let memory = active.memory.memory();
+        event::drain(&mut active.transmit, &memory, &active.interrupt, |chain| {
+            log_chain(chain, lines);
+            0
+        })
     }
 }
 
 fn log_chain(chain: Chain, lines: &mut Lines) {
     let mut buffer = [0; MAX_CHAIN];
     let mut left = MAX_CHAIN;
-    let memory = chain.memory().clone();
-    for descriptor in chain.readable() {
+    for descriptor in chain.clone().readable() {
         let length = (descriptor.len() as usize).min(left);
         if length == 0 {
             break;
         }
         let bytes = &mut buffer[..length];
-        if memory.read_slice(bytes, descriptor.addr()).is_err() {
+        if chain.memory().read_slice(bytes, descriptor.addr()).is_err() {
             break;
         }
         lines.push(bytes, |line| info!(target: "guest", "{line}"));

@@ -7,19 +7,16 @@ use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use tracing::warn;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ActiveQueue, Interrupt, Memory};
+use super::Interrupt;
+use super::driver_queue::{Chain, DriverQueue};
 use crate::sync::lock;
 
 /// Most descriptor chains served for one event: other events of the loop get their turn, whatever the guest does.
 const BUDGET: usize = 64;
-
-/// A chain in guest memory.
-pub type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap>>;
 
 /// Serves the queues of one device.
 pub trait QueueHandler: Send {
@@ -65,37 +62,29 @@ impl MutEventSubscriber for QueueSubscriber {
 
 /// Takes up to a budget of chains from a queue, has each one served, and interrupts the driver if it wants that.
 ///
-/// `serve` returns the number of bytes written to the chain. The result says whether chains may be left. An error means that the driver broke
-/// the ring: the queue must not be served again.
+/// `serve` returns the number of bytes written to the chain. The result says whether chains may be left.
 pub fn drain(
-    active: &mut ActiveQueue,
-    memory: &Memory,
+    queue: &mut DriverQueue,
+    memory: &GuestMemoryMmap,
     interrupt: &Interrupt,
     mut serve: impl FnMut(Chain) -> u32,
-) -> Result<bool, virtio_queue::Error> {
-    let queue: &mut Queue = &mut active.queue;
+) -> bool {
     let mut left = BUDGET;
-    let mut used = false;
     loop {
-        queue.disable_notification(&*memory.memory())?;
-        // `iter` refuses an available index that runs more than a queue's length ahead; `pop_descriptor_chain` would only
-        // return nothing, for ever.
+        queue.disarm(memory);
         while left > 0 {
-            let Some(chain) = queue.iter(memory.memory())?.next() else {
+            let Some(chain) = queue.pop(memory) else {
                 break;
             };
             left -= 1;
             let head = chain.head_index();
             let written = serve(chain);
-            queue.add_used(&*memory.memory(), head, written)?;
-            used = true;
+            queue.complete(memory, head, written);
         }
-        if left == 0 || !queue.enable_notification(&*memory.memory())? {
+        if left == 0 || !queue.arm(memory) {
             break;
         }
     }
-    if used && queue.needs_notification(&*memory.memory())? {
-        interrupt.signal_used_buffers();
-    }
-    Ok(left == 0)
+    queue.notify(memory, interrupt);
+    left == 0
 }

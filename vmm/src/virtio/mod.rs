@@ -7,6 +7,7 @@
 pub mod console;
 mod driver_queue;
 pub mod event;
+pub mod fs;
 pub mod mmio;
 #[cfg(test)]
 mod mock_driver;
@@ -114,8 +115,8 @@ pub enum ActivateError {
 
 /// A virtio device (virtio 1.2, chapter 5), as the transport drives it.
 ///
-/// A device runs on threads of its own or on the VMM's event loop; the transport's calls come from vCPU threads and must
-/// return at once.
+/// A device runs on threads of its own (with [`crate::STACK_SIZE`]) or on the VMM's event loop ([`event`]); the transport's calls come
+/// from vCPU threads and must return at once.
 pub trait VirtioDevice: Send {
     /// Device type (virtio 1.2, section 5).
     fn device_type(&self) -> u32;

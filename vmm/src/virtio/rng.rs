@@ -2,12 +2,13 @@
 
 use std::sync::{Arc, Mutex};
 
-use tracing::warn;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
-use vm_memory::Bytes;
+use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddressSpace};
 
-use super::event::{self, Chain, QueueHandler};
-use super::{ActivateError, Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
+use super::driver_queue::{Chain, DriverQueue};
+use super::event::{self, QueueHandler};
+use super::{ActivateError, Activation, Interrupt, Memory, VirtioDevice};
 use crate::sync::lock;
 
 /// Most bytes given for one request, whatever the size of its buffers. Linux asks for 64 or less.
@@ -26,7 +27,7 @@ struct Worker(Option<Active>);
 
 #[derive(Debug)]
 struct Active {
-    queue: ActiveQueue,
+    queue: DriverQueue,
     memory: Memory,
     interrupt: Arc<Interrupt>,
 }
@@ -66,12 +67,12 @@ impl VirtioDevice for Rng {
         let mut queues = activation.queues.into_iter();
         let queue = queues
             .next()
-            .filter(|queue| virtio_queue::QueueT::ready(&queue.queue))
+            .filter(|queue| queue.queue.ready())
             .ok_or(ActivateError::MissingQueues { got: 0, wanted: 1 })?;
         // A kick that came before now was dropped: look at the queue once.
         queue.kick.write(1).map_err(ActivateError::Worker)?;
         lock(&self.worker).0 = Some(Active {
-            queue,
+            queue: DriverQueue::new(queue, activation.features, "rng"),
             memory: activation.memory,
             interrupt: activation.interrupt,
         });
@@ -88,29 +89,27 @@ impl QueueHandler for Worker {
         let Some(active) = &mut self.0 else {
             return false;
         };
-        match event::drain(&mut active.queue, &active.memory, &active.interrupt, fill) {
-            Ok(more) => more,
-            Err(error) => {
-                warn!("virtio rng: the driver broke its queue: {error}");
-                self.0 = None;
-                false
-            }
-        }
+        let memory = active.memory.memory();
+        event::drain(&mut active.queue, &memory, &active.interrupt, fill)
     }
 }
 
 /// Fills a chain's writable buffers, as far as a request goes. Returns the bytes written.
 fn fill(chain: Chain) -> u32 {
     let mut entropy = [0; MAX_REQUEST];
-    let memory = chain.memory().clone();
     let mut written = 0;
-    for descriptor in chain.writable() {
+    for descriptor in chain.clone().writable() {
         let want = (descriptor.len() as usize).min(MAX_REQUEST - written);
         if want == 0 {
             break;
         }
         let bytes = &mut entropy[..want];
-        if !random(bytes) || memory.write_slice(bytes, descriptor.addr()).is_err() {
+        if !random(bytes)
+            || chain
+                .memory()
+                .write_slice(bytes, descriptor.addr())
+                .is_err()
+        {
             break;
         }
         written += want;
