@@ -1,0 +1,311 @@
+//! The host's files as the share reaches them: by descriptors, never by paths of more than one component.
+//!
+//! Mostly `nix`; here is what it lacks, and how a descriptor without access rights (`O_PATH`) is opened for good.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use fuse_backend_rs::file_buf::FileVolatileSlice;
+use fuse_backend_rs::file_traits::FileReadWriteVolatile;
+use nix::fcntl::{OFlag, open, openat};
+use nix::sys::stat::Mode;
+
+/// Largest extended attribute or list of names (`XATTR_SIZE_MAX`).
+const XATTR_MAX: usize = 65536;
+
+/// What the share wants to know of a file.
+#[derive(Clone, Copy)]
+pub struct Metadata {
+    /// Its attributes.
+    pub stat: libc::stat64,
+    /// The mount it was reached by.
+    pub mount: u64,
+}
+
+impl Metadata {
+    /// File type bits of the mode.
+    pub fn kind(&self) -> u32 {
+        self.stat.st_mode & libc::S_IFMT
+    }
+}
+
+/// The attributes of an open file.
+pub fn metadata(fd: BorrowedFd<'_>) -> io::Result<Metadata> {
+    // SAFETY: all-zero is a valid value of this plain structure.
+    let mut buffer: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a constant C string, the buffer outlives the call.
+    let done = unsafe {
+        libc::statx(
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW,
+            libc::STATX_BASIC_STATS | libc::STATX_MNT_ID,
+            &raw mut buffer,
+        )
+    };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
+    let mut stat: libc::stat64 = unsafe { std::mem::zeroed() };
+    stat.st_dev = libc::makedev(buffer.stx_dev_major, buffer.stx_dev_minor);
+    stat.st_ino = buffer.stx_ino;
+    stat.st_nlink = buffer.stx_nlink.into();
+    stat.st_mode = buffer.stx_mode.into();
+    stat.st_uid = buffer.stx_uid;
+    stat.st_gid = buffer.stx_gid;
+    stat.st_rdev = libc::makedev(buffer.stx_rdev_major, buffer.stx_rdev_minor);
+    stat.st_size = buffer.stx_size as i64;
+    stat.st_blksize = buffer.stx_blksize.into();
+    stat.st_blocks = buffer.stx_blocks as i64;
+    stat.st_atime = buffer.stx_atime.tv_sec;
+    stat.st_atime_nsec = buffer.stx_atime.tv_nsec.into();
+    stat.st_mtime = buffer.stx_mtime.tv_sec;
+    stat.st_mtime_nsec = buffer.stx_mtime.tv_nsec.into();
+    stat.st_ctime = buffer.stx_ctime.tv_sec;
+    stat.st_ctime_nsec = buffer.stx_ctime.tv_nsec.into();
+    Ok(Metadata {
+        stat,
+        mount: buffer.stx_mnt_id,
+    })
+}
+
+/// `/proc/self/fd`, by which descriptors are opened again.
+#[derive(Debug)]
+pub struct ProcSelfFd(OwnedFd);
+
+impl ProcSelfFd {
+    /// Opens it. It stays usable when the process loses sight of `/proc`.
+    pub fn open() -> io::Result<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        Ok(Self(open("/proc/self/fd", flags, Mode::empty())?))
+    }
+
+    /// Opens the file of a descriptor again with other flags. The caller has made sure that its type may be opened.
+    pub fn reopen(&self, fd: BorrowedFd<'_>, flags: OFlag) -> io::Result<OwnedFd> {
+        // No O_NOFOLLOW: the name is the kernel's own link to the file.
+        Ok(openat(
+            &self.0,
+            name_of(fd)?.as_c_str(),
+            flags | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        )?)
+    }
+}
+
+impl AsFd for ProcSelfFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The name of a descriptor in `/proc/self/fd`.
+pub fn name_of(fd: BorrowedFd<'_>) -> io::Result<CString> {
+    Ok(CString::new(fd.as_raw_fd().to_string())?)
+}
+
+/// Reads directory entries at an offset into a buffer; returns how many bytes. The caller keeps others from moving the offset.
+pub fn read_directory(fd: BorrowedFd<'_>, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: takes plain numbers.
+    let at = unsafe { libc::lseek64(fd.as_raw_fd(), offset as i64, libc::SEEK_SET) };
+    if at < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel writes at most as many bytes as the buffer, which outlives the call, has.
+    let len = unsafe {
+        libc::syscall(
+            libc::SYS_getdents64,
+            fd.as_raw_fd(),
+            buffer.as_mut_ptr(),
+            buffer.len(),
+        )
+    };
+    usize::try_from(len).map_err(|_| io::Error::last_os_error())
+}
+
+/// A directory entry as `getdents64` gives it.
+#[derive(Debug, Clone, Copy)]
+pub struct RawEntry<'a> {
+    /// Inode number.
+    pub ino: u64,
+    /// Where the next entry begins.
+    pub offset: u64,
+    /// One of `DT_*`.
+    pub kind: u8,
+    /// The name.
+    pub name: &'a CStr,
+}
+
+/// Walks over what [`read_directory`] read.
+pub fn directory_entries(mut bytes: &[u8]) -> impl Iterator<Item = RawEntry<'_>> {
+    // struct linux_dirent64: u64 d_ino, i64 d_off, u16 d_reclen, u8 d_type, char d_name[].
+    const NAME: usize = 19;
+    std::iter::from_fn(move || {
+        let ino = u64::from_ne_bytes(bytes.get(0..8)?.try_into().ok()?);
+        let offset = u64::from_ne_bytes(bytes.get(8..16)?.try_into().ok()?);
+        let len = u16::from_ne_bytes(bytes.get(16..18)?.try_into().ok()?);
+        let kind = *bytes.get(18)?;
+        let (entry, rest) = bytes.split_at_checked(len.into())?;
+        let name = CStr::from_bytes_until_nul(entry.get(NAME..)?).ok()?;
+        bytes = rest;
+        Some(RawEntry {
+            ino,
+            offset,
+            kind,
+            name,
+        })
+    })
+}
+
+/// Extended attributes of a file, by its name in `/proc/self/fd`, which is the thread's working directory.
+pub mod xattr {
+    use super::*;
+
+    /// Sets one.
+    pub fn set(fd: BorrowedFd<'_>, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+        let file = name_of(fd)?;
+        // SAFETY: two C strings and a buffer with its length, which the kernel only reads.
+        let done = unsafe {
+            libc::setxattr(
+                file.as_ptr(),
+                name.as_ptr(),
+                value.as_ptr().cast(),
+                value.len(),
+                flags as libc::c_int,
+            )
+        };
+        check(done as isize).map(|_| ())
+    }
+
+    /// Reads one. `size` is the room for it; none asks for its length.
+    pub fn get(fd: BorrowedFd<'_>, name: &CStr, size: usize) -> io::Result<(usize, Vec<u8>)> {
+        let file = name_of(fd)?;
+        let mut buffer = vec![0; size.min(XATTR_MAX)];
+        // SAFETY: two C strings, and a buffer with its length.
+        let len = unsafe {
+            libc::getxattr(
+                file.as_ptr(),
+                name.as_ptr(),
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+            )
+        };
+        let len = check(len)?;
+        buffer.truncate(len);
+        Ok((len, buffer))
+    }
+
+    /// The names of all, each ended by a zero byte.
+    pub fn list(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+        let file = name_of(fd)?;
+        let mut buffer = vec![0; XATTR_MAX];
+        // SAFETY: a C string, and a buffer with its length.
+        let len =
+            unsafe { libc::listxattr(file.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
+        buffer.truncate(check(len)?);
+        Ok(buffer)
+    }
+
+    /// Removes one.
+    pub fn remove(fd: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+        let file = name_of(fd)?;
+        // SAFETY: two C strings.
+        let done = unsafe { libc::removexattr(file.as_ptr(), name.as_ptr()) };
+        check(done as isize).map(|_| ())
+    }
+
+    fn check(result: isize) -> io::Result<usize> {
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+/// An open file as source and target of guest memory.
+#[derive(Debug)]
+pub struct FileIo<'a> {
+    /// The file.
+    pub fd: BorrowedFd<'a>,
+    /// Writes go to the file's end, wherever the guest believes it to be: a host program may append too.
+    pub append: bool,
+}
+
+impl FileIo<'_> {
+    fn read_at(&self, buffers: &[FileVolatileSlice<'_>], offset: u64) -> io::Result<usize> {
+        let list = iovecs(buffers);
+        // SAFETY: the list describes guest memory that stays mapped during the call, and to which there are no references.
+        let count = unsafe {
+            libc::preadv64(
+                self.fd.as_raw_fd(),
+                list.as_ptr(),
+                list.len() as libc::c_int,
+                offset as i64,
+            )
+        };
+        usize::try_from(count).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn write_at(&self, buffers: &[FileVolatileSlice<'_>], offset: u64) -> io::Result<usize> {
+        let list = iovecs(buffers);
+        let flags = if self.append { libc::RWF_APPEND } else { 0 };
+        // SAFETY: as in `read_at`; the kernel only reads.
+        let count = unsafe {
+            libc::pwritev2(
+                self.fd.as_raw_fd(),
+                list.as_ptr(),
+                list.len() as libc::c_int,
+                offset as i64,
+                flags,
+            )
+        };
+        usize::try_from(count).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+fn iovecs(buffers: &[FileVolatileSlice<'_>]) -> Vec<libc::iovec> {
+    buffers
+        .iter()
+        .map(|slice| libc::iovec {
+            iov_base: slice.as_ptr().cast(),
+            iov_len: slice.len(),
+        })
+        .collect()
+}
+
+/// FUSE reads and writes at offsets; there is no current position.
+fn no_position() -> io::Error {
+    io::Error::from_raw_os_error(libc::ESPIPE)
+}
+
+impl FileReadWriteVolatile for FileIo<'_> {
+    fn read_volatile(&mut self, _slice: FileVolatileSlice) -> io::Result<usize> {
+        Err(no_position())
+    }
+
+    fn write_volatile(&mut self, _slice: FileVolatileSlice) -> io::Result<usize> {
+        Err(no_position())
+    }
+
+    fn read_at_volatile(&mut self, slice: FileVolatileSlice, offset: u64) -> io::Result<usize> {
+        self.read_at(&[slice], offset)
+    }
+
+    fn write_at_volatile(&mut self, slice: FileVolatileSlice, offset: u64) -> io::Result<usize> {
+        self.write_at(&[slice], offset)
+    }
+
+    fn read_vectored_at_volatile(
+        &mut self,
+        buffers: &[FileVolatileSlice],
+        offset: u64,
+    ) -> io::Result<usize> {
+        self.read_at(buffers, offset)
+    }
+
+    fn write_vectored_at_volatile(
+        &mut self,
+        buffers: &[FileVolatileSlice],
+        offset: u64,
+    ) -> io::Result<usize> {
+        self.write_at(buffers, offset)
+    }
+}

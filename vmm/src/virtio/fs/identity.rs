@@ -1,0 +1,157 @@
+//! Whose rights a system call is made with: what a file-system thread sets up once, and changes for single calls.
+//!
+//! All of this is per thread. The guest's kernel has checked permissions (the driver mounts with `default_permissions`), so the
+//! thread works as the VMM's own user, and takes the caller's identity only where a new file gets its owner from it.
+//! Its capabilities stay meanwhile: the guest has let the caller in by a supplementary group perhaps, of which the
+//! protocol says nothing.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use fuse_backend_rs::api::filesystem::Context;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Gid, Uid, fchdir, getegid, geteuid, setfsgid, setfsuid};
+
+/// Prepares the calling thread: its own working directory and umask, and capabilities that survive a change of identity.
+///
+/// The working directory becomes `proc_self_fd` (an open `/proc/self/fd`), where extended attributes are reached by
+/// descriptor: those system calls take no descriptors without access rights (`O_PATH`).
+pub fn prepare_thread(proc_self_fd: BorrowedFd<'_>) -> io::Result<()> {
+    unshare(CloneFlags::CLONE_FS)?;
+    umask(Mode::empty());
+    fchdir(proc_self_fd)?;
+    keep_capabilities();
+    Ok(())
+}
+
+fn keep_capabilities() {
+    // SAFETY: takes and returns plain numbers.
+    let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS) };
+    if bits >= 0 && bits & libc::SECBIT_NO_SETUID_FIXUP != 0 {
+        return;
+    }
+    // SAFETY: as above.
+    let done = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, bits | libc::SECBIT_NO_SETUID_FIXUP) };
+    if bits < 0 || done < 0 {
+        tracing::warn!(
+            "without CAP_SETPCAP, users of the guest can't create files in directories that only a supplementary group lets them write"
+        );
+    }
+}
+
+/// The identity of a request's caller, until dropped.
+#[derive(Debug)]
+#[must_use]
+pub struct AsCaller {
+    uid: Uid,
+    gid: Gid,
+}
+
+impl AsCaller {
+    /// Takes the caller's user and group for file-system accesses, and its umask.
+    pub fn new(context: &Context, mask: u32) -> io::Result<Self> {
+        let guard = Self {
+            uid: geteuid(),
+            gid: getegid(),
+        };
+        umask(Mode::from_bits_truncate(mask & 0o777));
+        let (uid, gid) = (Uid::from_raw(context.uid), Gid::from_raw(context.gid));
+        // These two calls do not say whether they worked. Asking again with the same value does.
+        setfsgid(gid);
+        setfsuid(uid);
+        if setfsgid(gid) != gid || setfsuid(uid) != uid {
+            return Err(io::Error::from_raw_os_error(libc::EPERM));
+        }
+        Ok(guard)
+    }
+}
+
+impl Drop for AsCaller {
+    fn drop(&mut self) {
+        setfsuid(self.uid);
+        setfsgid(self.gid);
+        umask(Mode::empty());
+        if setfsuid(self.uid) != self.uid || setfsgid(self.gid) != self.gid {
+            // Going back to the thread's own user is always allowed. Going on as another one is not an option.
+            tracing::error!("a file-system thread can't return to its own identity");
+            std::process::abort();
+        }
+    }
+}
+
+/// `CAP_FSETID`.
+const CAP_FSETID: u32 = 4;
+/// `_LINUX_CAPABILITY_VERSION_3`.
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+
+#[repr(C)]
+struct CapHeader {
+    version: u32,
+    pid: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct CapData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// `CAP_FSETID` dropped until this is: writes clear set-user-ID and set-group-ID bits, as they do for the guest's users.
+#[derive(Debug)]
+#[must_use]
+pub struct WithoutFsetid {
+    before: [CapData; 2],
+}
+
+impl WithoutFsetid {
+    /// Drops the capability if the guest asks for that.
+    pub fn when(wanted: bool) -> io::Result<Option<Self>> {
+        if !wanted {
+            return Ok(None);
+        }
+        let before = capget()?;
+        let mut after = before;
+        after[0].effective &= !(1 << CAP_FSETID);
+        capset(&after)?;
+        Ok(Some(Self { before }))
+    }
+}
+
+impl Drop for WithoutFsetid {
+    fn drop(&mut self) {
+        if let Err(error) = capset(&self.before) {
+            // Effective capabilities within the permitted ones can always be set.
+            tracing::error!(%error, "a file-system thread can't take CAP_FSETID back");
+        }
+    }
+}
+
+fn capget() -> io::Result<[CapData; 2]> {
+    let mut header = CapHeader {
+        version: CAPABILITY_VERSION,
+        pid: 0,
+    };
+    let mut data = [CapData::default(); 2];
+    // SAFETY: version 3 of the structure has one header and two data elements, which outlive the call.
+    let done = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(data)
+}
+
+fn capset(data: &[CapData; 2]) -> io::Result<()> {
+    let mut header = CapHeader {
+        version: CAPABILITY_VERSION,
+        pid: 0,
+    };
+    // SAFETY: as in `capget`; the kernel only reads the data.
+    let done = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, data.as_ptr()) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,1244 @@
+//! The device against a mock driver that speaks FUSE, with honest and hostile guests.
+
+use std::ffi::CString;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::path::PathBuf;
+
+use fuse_backend_rs::abi::fuse_abi::{
+    AttrOut, CreateIn, EntryOut, GetxattrIn, InHeader, InitIn, InitOut, LinkIn, MkdirIn, MknodIn,
+    Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, RenameIn, SetattrIn, SetxattrIn,
+    WriteIn, WriteOut,
+};
+use fuse_backend_rs::api::filesystem::{FsOptions, OpenOptions};
+use tempfile::TempDir;
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestAddressSpace};
+
+use super::*;
+use crate::virtio::Memory;
+use crate::virtio::mock_driver::{self, Line, Piece, Ring};
+
+const RING: u16 = 256;
+const HIGH: u64 = 0;
+const REQUESTS: u64 = HIGH + Ring::footprint(RING);
+const REQUEST: u64 = 0x10_0000;
+const REPLY: u64 = 0x40_0000;
+const ROOM: usize = (1 << 20) + 4096;
+const MEMORY: usize = 0x80_0000;
+const ROOT: u64 = 1;
+
+struct Guest {
+    fs: Fs,
+    memory: Memory,
+    line: Line,
+    high: Ring,
+    requests: Ring,
+    unique: u64,
+    uid: u32,
+    gid: u32,
+    dir: TempDir,
+}
+
+type Answer<T> = Result<T, i32>;
+
+fn share(dir: &TempDir) -> ShareConfig {
+    ShareConfig {
+        tag: "bulkhead".to_owned(),
+        directory: dir.path().to_owned(),
+        queues: 1,
+    }
+}
+
+impl Guest {
+    fn new() -> Self {
+        let dir = TempDir::new().unwrap();
+        let memory = mock_driver::memory(MEMORY);
+        let mut guest = Self {
+            fs: Fs::new(&share(&dir)).unwrap(),
+            high: Ring::new(&memory, HIGH, RING),
+            requests: Ring::new(&memory, REQUESTS, RING),
+            line: Line::new(),
+            memory,
+            unique: 0,
+            uid: 0,
+            gid: 0,
+            dir,
+        };
+        guest.activate();
+        guest.init();
+        guest
+    }
+
+    fn activate(&mut self) {
+        self.fs
+            .activate(Activation {
+                memory: self.memory.clone(),
+                features: self.fs.features(),
+                queues: vec![self.high.active(), self.requests.active()],
+                interrupt: self.line.interrupt.clone(),
+            })
+            .unwrap();
+    }
+
+    fn init(&mut self) -> InitOut {
+        let init = InitIn {
+            major: 7,
+            minor: 37,
+            max_readahead: 128 * 1024,
+            flags: !(FsOptions::INIT_EXT.bits() as u32),
+        };
+        self.call_for(Opcode::Init, 0, init.as_slice()).unwrap()
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn header(&mut self, opcode: u32, node: u64, len: usize) -> InHeader {
+        self.unique += 1;
+        InHeader {
+            len: (size_of::<InHeader>() + len) as u32,
+            opcode,
+            unique: self.unique,
+            nodeid: node,
+            uid: self.uid,
+            gid: self.gid,
+            pid: 1,
+            padding: 0,
+        }
+    }
+
+    /// Sends raw bytes; returns what was written as a reply.
+    fn exchange(&mut self, request: &[u8], room: usize) -> Vec<u8> {
+        self.memory
+            .memory()
+            .write_slice(request, GuestAddress(REQUEST))
+            .unwrap();
+        let mut pieces = vec![Piece::read(REQUEST, request.len())];
+        if room > 0 {
+            pieces.push(Piece::write(REPLY, room.min(16)));
+        }
+        if room > 16 {
+            pieces.push(Piece::write(REPLY + 16, room - 16));
+        }
+        let posted = self.requests.post(&pieces).unwrap();
+        self.requests.notify();
+        let (head, len) = self.requests.wait(&self.line);
+        assert_eq!(head, posted);
+        let mut reply = vec![0; len as usize];
+        self.memory
+            .memory()
+            .read_slice(&mut reply, GuestAddress(REPLY))
+            .unwrap();
+        reply
+    }
+
+    fn call(&mut self, opcode: Opcode, node: u64, body: &[u8]) -> Answer<Vec<u8>> {
+        let header = self.header(opcode as u32, node, body.len());
+        let reply = self.exchange(&[header.as_slice(), body].concat(), ROOM);
+        let (head, body) = reply.split_at(size_of::<OutHeader>());
+        let head = *OutHeader::from_slice(head).unwrap();
+        assert_eq!(head.unique, self.unique);
+        assert_eq!(head.len as usize, reply.len());
+        match head.error {
+            0 => Ok(body.to_vec()),
+            error => Err(-error),
+        }
+    }
+
+    fn call_for<T: ByteValued>(&mut self, opcode: Opcode, node: u64, body: &[u8]) -> Answer<T> {
+        let reply = self.call(opcode, node, body)?;
+        Ok(read(&reply))
+    }
+
+    fn lookup(&mut self, parent: u64, name: &str) -> Answer<EntryOut> {
+        self.call_for(Opcode::Lookup, parent, &c(name))
+    }
+
+    fn walk(&mut self, path: &str) -> u64 {
+        path.split('/')
+            .fold(ROOT, |node, name| self.lookup(node, name).unwrap().nodeid)
+    }
+
+    fn open(&mut self, node: u64, flags: i32) -> Answer<OpenOut> {
+        let open = OpenIn {
+            flags: flags as u32,
+            fuse_flags: 0,
+        };
+        self.call_for(Opcode::Open, node, open.as_slice())
+    }
+
+    fn opendir(&mut self, node: u64) -> Answer<OpenOut> {
+        let open = OpenIn {
+            flags: 0,
+            fuse_flags: 0,
+        };
+        self.call_for(Opcode::Opendir, node, open.as_slice())
+    }
+
+    fn create(
+        &mut self,
+        parent: u64,
+        name: &str,
+        flags: i32,
+        mode: u32,
+    ) -> Answer<(EntryOut, OpenOut)> {
+        let create = CreateIn {
+            flags: flags as u32,
+            mode: mode | libc::S_IFREG,
+            umask: 0o022,
+            fuse_flags: 0,
+        };
+        let reply = self.call(
+            Opcode::Create,
+            parent,
+            &[create.as_slice(), &c(name)].concat(),
+        )?;
+        Ok((read(&reply), read(&reply[size_of::<EntryOut>()..])))
+    }
+
+    fn mkdir(&mut self, parent: u64, name: &str) -> Answer<EntryOut> {
+        let mkdir = MkdirIn {
+            mode: 0o777,
+            umask: 0o022,
+        };
+        self.call_for(
+            Opcode::Mkdir,
+            parent,
+            &[mkdir.as_slice(), &c(name)].concat(),
+        )
+    }
+
+    fn mknod(&mut self, parent: u64, name: &str, mode: u32, rdev: u32) -> Answer<EntryOut> {
+        let mknod = MknodIn {
+            mode,
+            rdev,
+            umask: 0,
+            padding: 0,
+        };
+        self.call_for(
+            Opcode::Mknod,
+            parent,
+            &[mknod.as_slice(), &c(name)].concat(),
+        )
+    }
+
+    fn read(&mut self, node: u64, fh: u64, offset: u64, size: u32) -> Answer<Vec<u8>> {
+        let read = ReadIn {
+            fh,
+            offset,
+            size,
+            ..ReadIn::default()
+        };
+        self.call(Opcode::Read, node, read.as_slice())
+    }
+
+    fn write(&mut self, node: u64, fh: u64, offset: u64, data: &[u8], flags: i32) -> Answer<u32> {
+        self.write_with(node, fh, offset, data, flags, 0)
+    }
+
+    fn write_with(
+        &mut self,
+        node: u64,
+        fh: u64,
+        offset: u64,
+        data: &[u8],
+        flags: i32,
+        fuse_flags: u32,
+    ) -> Answer<u32> {
+        let write = WriteIn {
+            fh,
+            offset,
+            size: data.len() as u32,
+            flags: flags as u32,
+            fuse_flags,
+            ..WriteIn::default()
+        };
+        let out: WriteOut =
+            self.call_for(Opcode::Write, node, &[write.as_slice(), data].concat())?;
+        Ok(out.size)
+    }
+
+    fn release(&mut self, opcode: Opcode, node: u64, fh: u64) -> Answer<()> {
+        let release = ReleaseIn {
+            fh,
+            ..ReleaseIn::default()
+        };
+        self.call(opcode, node, release.as_slice()).map(|_| ())
+    }
+
+    fn forget(&mut self, node: u64, count: u64) {
+        let header = self.header(Opcode::Forget as u32, node, 8);
+        let request = [header.as_slice(), &count.to_le_bytes()].concat();
+        self.memory
+            .memory()
+            .write_slice(&request, GuestAddress(REQUEST))
+            .unwrap();
+        self.high
+            .post(&[Piece::read(REQUEST, request.len())])
+            .unwrap();
+        self.high.notify();
+        assert_eq!(self.high.wait(&self.line).1, 0);
+    }
+
+    /// All entries of a directory: name, inode number, node (for the plus variant).
+    fn list(&mut self, node: u64, plus: bool, size: u32) -> Vec<(String, u64, u64)> {
+        let fh = self.opendir(node).unwrap().fh;
+        let mut found = Vec::new();
+        let mut offset = 0;
+        loop {
+            let read_in = ReadIn {
+                fh,
+                offset,
+                size,
+                ..ReadIn::default()
+            };
+            let opcode = if plus {
+                Opcode::Readdirplus
+            } else {
+                Opcode::Readdir
+            };
+            let reply = self.call(opcode, node, read_in.as_slice()).unwrap();
+            if reply.is_empty() {
+                break;
+            }
+            let mut rest = reply.as_slice();
+            while !rest.is_empty() {
+                let mut inode = 0;
+                if plus {
+                    inode = read::<EntryOut>(rest).nodeid;
+                    rest = &rest[size_of::<EntryOut>()..];
+                }
+                let ino = u64::from_le_bytes(rest[0..8].try_into().unwrap());
+                offset = u64::from_le_bytes(rest[8..16].try_into().unwrap());
+                let len = u32::from_le_bytes(rest[16..20].try_into().unwrap()) as usize;
+                let name = String::from_utf8(rest[24..24 + len].to_vec()).unwrap();
+                found.push((name, ino, inode));
+                rest = &rest[(24 + len).next_multiple_of(8)..];
+            }
+        }
+        self.release(Opcode::Releasedir, node, fh).unwrap();
+        found.sort();
+        found
+    }
+
+    fn known(&self) -> usize {
+        self.fs.share.inode_count()
+    }
+}
+
+fn c(name: &str) -> Vec<u8> {
+    CString::new(name).unwrap().into_bytes_with_nul()
+}
+
+fn read<T: ByteValued>(bytes: &[u8]) -> T {
+    let mut value = T::zeroed();
+    value
+        .as_mut_slice()
+        .copy_from_slice(&bytes[..size_of::<T>()]);
+    value
+}
+
+/// Whether tests that need root's rights can run.
+fn root() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        eprintln!("skipped: needs root");
+    }
+    root
+}
+
+#[test]
+fn the_configuration_space_holds_tag_and_queues() {
+    let dir = TempDir::new().unwrap();
+    let fs = Fs::new(&ShareConfig {
+        queues: 3,
+        ..share(&dir)
+    })
+    .unwrap();
+    let mut bytes = [0xff; 44];
+    fs.read_config(0, &mut bytes);
+    assert_eq!(&bytes[..9], b"bulkhead\0");
+    assert_eq!(bytes[36..], [3, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(fs.queue_sizes().len(), 4);
+    fs.read_config(u64::MAX, &mut bytes);
+    assert_eq!(bytes, [0; 44]);
+}
+
+#[test]
+fn bad_shares_are_refused_with_the_reason() {
+    let dir = TempDir::new().unwrap();
+    let bad = |change: fn(&mut ShareConfig)| {
+        let mut config = share(&dir);
+        change(&mut config);
+        Fs::new(&config).err().unwrap()
+    };
+    assert!(matches!(bad(|c| c.tag.clear()), FsError::Tag(_)));
+    assert!(matches!(bad(|c| c.tag = "x".repeat(37)), FsError::Tag(_)));
+    assert!(matches!(bad(|c| c.queues = 0), FsError::Queues(0)));
+    assert!(matches!(bad(|c| c.queues = 9), FsError::Queues(9)));
+    let error = bad(|c| c.directory.push("missing"));
+    assert!(error.to_string().contains("missing"), "{error}");
+}
+
+#[test]
+fn the_protocol_is_negotiated() {
+    let mut guest = Guest::new();
+    let out = guest.init();
+    assert_eq!((out.major, out.max_write, out.max_pages), (7, 1 << 20, 256));
+    let flags = FsOptions::from_bits_truncate(out.flags.into());
+    assert!(flags.contains(FsOptions::PARALLEL_DIROPS | FsOptions::HANDLE_KILLPRIV_V2));
+    assert!(!flags.intersects(
+        FsOptions::WRITEBACK_CACHE
+            | FsOptions::POSIX_LOCKS
+            | FsOptions::FLOCK_LOCKS
+            | FsOptions::EXPORT_SUPPORT
+            | FsOptions::ZERO_MESSAGE_OPEN
+    ));
+}
+
+#[test]
+fn files_are_looked_up_and_read() {
+    let mut guest = Guest::new();
+    fs::create_dir(guest.path("dir")).unwrap();
+    fs::write(guest.path("dir/file"), "content").unwrap();
+    let node = guest.walk("dir/file");
+    let open = guest.open(node, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(node, open.fh, 0, 100).unwrap(), b"content");
+    assert_eq!(guest.read(node, open.fh, 3, 2).unwrap(), b"te");
+    assert_eq!(guest.read(node, open.fh, 7, 100).unwrap(), b"");
+    guest.release(Opcode::Release, node, open.fh).unwrap();
+    assert_eq!(guest.read(node, open.fh, 0, 1), Err(libc::EBADF));
+    assert_eq!(guest.lookup(ROOT, "missing").err(), Some(libc::ENOENT));
+    let attr: AttrOut = guest.call_for(Opcode::Getattr, node, &[0; 16]).unwrap();
+    assert_eq!(attr.attr.size, 7);
+    assert_eq!(attr.attr_valid, 1);
+}
+
+#[test]
+fn files_are_created_written_and_removed() {
+    let mut guest = Guest::new();
+    let (entry, open) = guest.create(ROOT, "new", libc::O_RDWR, 0o666).unwrap();
+    let big: Vec<u8> = (0..1 << 20).map(|i| (i % 253) as u8).collect();
+    assert_eq!(
+        guest.write(entry.nodeid, open.fh, 10, &big, 0).unwrap(),
+        1 << 20
+    );
+    assert_eq!(fs::read(guest.path("new")).unwrap()[10..], big);
+    assert_eq!(guest.read(entry.nodeid, open.fh, 10, 1 << 20).unwrap(), big);
+    assert_eq!(
+        fs::metadata(guest.path("new")).unwrap().mode() & 0o7777,
+        0o644
+    );
+    // The file exists now.
+    assert!(guest.create(ROOT, "new", libc::O_RDWR, 0o666).is_ok());
+    assert_eq!(
+        guest.create(ROOT, "new", libc::O_EXCL, 0o666).err(),
+        Some(libc::EEXIST)
+    );
+    guest.call(Opcode::Unlink, ROOT, &c("new")).unwrap();
+    assert!(!guest.path("new").exists());
+    // It is still open.
+    assert_eq!(guest.read(entry.nodeid, open.fh, 10, 4).unwrap(), big[..4]);
+    let attr: AttrOut = guest
+        .call_for(Opcode::Getattr, entry.nodeid, &[0; 16])
+        .unwrap();
+    assert_eq!(attr.attr.nlink, 0);
+}
+
+#[test]
+fn appends_go_to_the_files_end() {
+    let mut guest = Guest::new();
+    let (entry, open) = guest
+        .create(ROOT, "log", libc::O_WRONLY | libc::O_APPEND, 0o644)
+        .unwrap();
+    guest
+        .write(entry.nodeid, open.fh, 0, b"guest ", libc::O_APPEND)
+        .unwrap();
+    fs::write(guest.path("log"), "guest host ").unwrap();
+    // The guest does not know of the host's part yet.
+    guest
+        .write(entry.nodeid, open.fh, 6, b"guest", libc::O_APPEND)
+        .unwrap();
+    assert_eq!(fs::read(guest.path("log")).unwrap(), b"guest host guest");
+}
+
+#[test]
+fn directories_are_made_listed_and_removed() {
+    let mut guest = Guest::new();
+    for i in 0..300 {
+        fs::write(guest.path(&format!("file-{i:03}")), "").unwrap();
+    }
+    guest.mkdir(ROOT, "sub").unwrap();
+    for plus in [false, true] {
+        let all = guest.list(ROOT, plus, 4096);
+        assert_eq!(all.len(), 303, "plus: {plus}");
+        assert_eq!(all[0].0, ".");
+        assert_eq!(all[1].0, "..");
+        let (name, ino, node) = &all[2];
+        assert_eq!(name, "file-000");
+        assert_eq!(*ino, fs::metadata(guest.path(name)).unwrap().ino());
+        assert_eq!(*node != 0, plus);
+        assert_eq!(all[0].2, 0, "no node for dots");
+    }
+    // The plus variant told of 301 files; the lookups of the mkdir were one.
+    assert_eq!(guest.known(), 302);
+    assert_eq!(
+        guest.call(Opcode::Rmdir, ROOT, &c("file-000")).err(),
+        Some(libc::ENOTDIR)
+    );
+    guest.call(Opcode::Rmdir, ROOT, &c("sub")).unwrap();
+    assert!(!guest.path("sub").exists());
+}
+
+#[test]
+fn links_and_renames_work() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("a"), "a").unwrap();
+    let node = guest.lookup(ROOT, "a").unwrap().nodeid;
+    let link = LinkIn { oldnodeid: node };
+    let linked: EntryOut = guest
+        .call_for(Opcode::Link, ROOT, &[link.as_slice(), &c("b")].concat())
+        .unwrap();
+    assert_eq!((linked.nodeid, linked.attr.nlink), (node, 2));
+
+    let entry: EntryOut = guest
+        .call_for(
+            Opcode::Symlink,
+            ROOT,
+            &[c("link"), c("some/target")].concat(),
+        )
+        .unwrap();
+    assert_eq!(
+        guest.call(Opcode::Readlink, entry.nodeid, &[]).unwrap(),
+        b"some/target"
+    );
+    // A hard link to the symbolic link, not to its target.
+    let link = LinkIn {
+        oldnodeid: entry.nodeid,
+    };
+    let linked: EntryOut = guest
+        .call_for(Opcode::Link, ROOT, &[link.as_slice(), &c("link2")].concat())
+        .unwrap();
+    assert_eq!(linked.nodeid, entry.nodeid);
+
+    let sub = guest.mkdir(ROOT, "sub").unwrap().nodeid;
+    let rename = RenameIn { newdir: sub };
+    guest
+        .call(
+            Opcode::Rename,
+            ROOT,
+            &[rename.as_slice(), &c("a"), &c("c")].concat(),
+        )
+        .unwrap();
+    assert_eq!(fs::read(guest.path("sub/c")).unwrap(), b"a");
+    assert_eq!(
+        guest.lookup(sub, "c").unwrap().nodeid,
+        node,
+        "still the same file"
+    );
+}
+
+#[test]
+fn attributes_are_set() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "0123456789").unwrap();
+    let node = guest.lookup(ROOT, "f").unwrap().nodeid;
+    // FATTR_MODE, FATTR_SIZE, FATTR_MTIME.
+    let set = SetattrIn {
+        valid: 1 | 8 | 32,
+        mode: 0o100_640,
+        size: 4,
+        mtime: 1_000_000,
+        mtimensec: 5,
+        ..SetattrIn::default()
+    };
+    let out: AttrOut = guest
+        .call_for(Opcode::Setattr, node, set.as_slice())
+        .unwrap();
+    assert_eq!((out.attr.mode, out.attr.size), (0o100_640, 4));
+    let metadata = fs::metadata(guest.path("f")).unwrap();
+    assert_eq!((metadata.mtime(), metadata.mtime_nsec()), (1_000_000, 5));
+    assert_eq!(fs::read(guest.path("f")).unwrap(), b"0123");
+
+    // Times of a symbolic link are its own.
+    symlink("f", guest.path("l")).unwrap();
+    let link = guest.lookup(ROOT, "l").unwrap().nodeid;
+    let set = SetattrIn {
+        valid: 32,
+        mtime: 7,
+        ..SetattrIn::default()
+    };
+    guest.call(Opcode::Setattr, link, set.as_slice()).unwrap();
+    assert_eq!(fs::symlink_metadata(guest.path("l")).unwrap().mtime(), 7);
+    assert_eq!(fs::metadata(guest.path("f")).unwrap().mtime(), 1_000_000);
+    // And it has no size to set.
+    let set = SetattrIn {
+        valid: 8,
+        ..SetattrIn::default()
+    };
+    assert_eq!(
+        guest.call(Opcode::Setattr, link, set.as_slice()).err(),
+        Some(libc::ELOOP)
+    );
+}
+
+#[test]
+fn new_files_belong_to_the_caller_whose_supplementary_groups_count() {
+    if !root() {
+        return;
+    }
+    let mut guest = Guest::new();
+    // Only root may write here. The guest's kernel has let the caller in, by a group that the host does not hear of.
+    fs::create_dir(guest.path("shared")).unwrap();
+    fs::set_permissions(guest.path("shared"), fs::Permissions::from_mode(0o770)).unwrap();
+    let dir = guest.walk("shared");
+    (guest.uid, guest.gid) = (1234, 2345);
+    guest.create(dir, "file", libc::O_WRONLY, 0o666).unwrap();
+    guest.mkdir(dir, "dir").unwrap();
+    guest.mknod(dir, "fifo", libc::S_IFIFO | 0o600, 0).unwrap();
+    guest
+        .call(Opcode::Symlink, dir, &[c("link"), c("x")].concat())
+        .unwrap();
+    for name in ["file", "dir", "fifo", "link"] {
+        let metadata = fs::symlink_metadata(guest.path("shared").join(name)).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (1234, 2345), "{name}");
+    }
+    // Others' files are reached as the guest's kernel sees fit: it has checked.
+    (guest.uid, guest.gid) = (0, 0);
+    guest.create(dir, "roots", libc::O_WRONLY, 0o666).unwrap();
+    assert_eq!(fs::metadata(guest.path("shared/roots")).unwrap().uid(), 0);
+}
+
+#[test]
+fn writes_clear_privileges_when_the_guest_asks() {
+    if !root() {
+        return;
+    }
+    const KILL: u32 = 4;
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "").unwrap();
+    let node = guest.lookup(ROOT, "f").unwrap().nodeid;
+    let open = guest.open(node, libc::O_WRONLY).unwrap();
+    let mode = |guest: &Guest| fs::metadata(guest.path("f")).unwrap().mode() & 0o7777;
+    fs::set_permissions(guest.path("f"), fs::Permissions::from_mode(0o6755)).unwrap();
+    guest.write(node, open.fh, 0, b"x", 0).unwrap();
+    assert_eq!(mode(&guest), 0o6755, "root's writes do not");
+    guest.write_with(node, open.fh, 0, b"x", 0, KILL).unwrap();
+    assert_eq!(mode(&guest), 0o755);
+
+    fs::set_permissions(guest.path("f"), fs::Permissions::from_mode(0o4755)).unwrap();
+    // FATTR_SIZE, FATTR_KILL_SUIDGID.
+    let set = SetattrIn {
+        valid: 8 | (1 << 11),
+        ..SetattrIn::default()
+    };
+    guest.call(Opcode::Setattr, node, set.as_slice()).unwrap();
+    assert_eq!(mode(&guest), 0o755);
+}
+
+#[test]
+fn extended_attributes_of_users_are_shared_and_the_hosts_are_not() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "").unwrap();
+    let node = guest.lookup(ROOT, "f").unwrap().nodeid;
+    let set = |guest: &mut Guest, name: &str, value: &[u8]| {
+        let set = SetxattrIn {
+            size: value.len() as u32,
+            flags: 0,
+        };
+        guest.call(
+            Opcode::Setxattr,
+            node,
+            &[set.as_slice(), &c(name), value].concat(),
+        )
+    };
+    let get = |guest: &mut Guest, name: &str, size: u32| {
+        let get = GetxattrIn { size, padding: 0 };
+        guest.call(Opcode::Getxattr, node, &[get.as_slice(), &c(name)].concat())
+    };
+    match set(&mut guest, "user.colour", b"blue") {
+        Err(libc::EOPNOTSUPP) => {
+            eprintln!("skipped: the file system has no extended attributes");
+            return;
+        }
+        answer => drop(answer.unwrap()),
+    }
+    assert_eq!(get(&mut guest, "user.colour", 100).unwrap(), b"blue");
+    assert_eq!(
+        get(&mut guest, "user.colour", 0).unwrap()[..4],
+        4u32.to_le_bytes()
+    );
+    assert_eq!(get(&mut guest, "user.colour", 2).err(), Some(libc::ERANGE));
+    assert_eq!(
+        get(&mut guest, "user.missing", u32::MAX).err(),
+        Some(libc::ENODATA)
+    );
+    for name in [
+        "trusted.overlay.opaque",
+        "security.selinux",
+        "security.ima",
+        "system.x",
+    ] {
+        assert_eq!(
+            set(&mut guest, name, b"x").err(),
+            Some(libc::EOPNOTSUPP),
+            "{name}"
+        );
+        assert_eq!(
+            get(&mut guest, name, 10).err(),
+            Some(libc::EOPNOTSUPP),
+            "{name}"
+        );
+        assert_eq!(
+            guest.call(Opcode::Removexattr, node, &c(name)).err(),
+            Some(libc::EOPNOTSUPP)
+        );
+    }
+    let list = |guest: &mut Guest, size| {
+        let get = GetxattrIn { size, padding: 0 };
+        guest.call(Opcode::Listxattr, node, get.as_slice())
+    };
+    assert_eq!(list(&mut guest, 100).unwrap(), b"user.colour\0");
+    assert_eq!(list(&mut guest, 5).err(), Some(libc::ERANGE));
+    guest
+        .call(Opcode::Removexattr, node, &c("user.colour"))
+        .unwrap();
+    assert_eq!(list(&mut guest, u32::MAX).unwrap(), b"");
+}
+
+#[test]
+fn pages_are_kept_over_an_open_only_if_the_file_is_unchanged() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "one").unwrap();
+    let node = guest.lookup(ROOT, "f").unwrap().nodeid;
+    let keeps = |guest: &mut Guest| {
+        let open = guest.open(node, libc::O_RDONLY).unwrap();
+        OpenOptions::from_bits_truncate(open.open_flags).contains(OpenOptions::KEEP_CACHE)
+    };
+    assert!(!keeps(&mut guest), "first seen");
+    assert!(keeps(&mut guest));
+    fs::write(guest.path("f"), "other").unwrap();
+    assert!(!keeps(&mut guest), "changed by the host");
+    assert!(keeps(&mut guest));
+}
+
+#[test]
+fn names_are_single_components() {
+    let mut guest = Guest::new();
+    fs::create_dir(guest.path("sub")).unwrap();
+    fs::write(guest.path("sub/f"), "").unwrap();
+    let sub = guest.lookup(ROOT, "sub").unwrap().nodeid;
+    let long = "x".repeat(256);
+    let cases = [
+        ("", libc::EINVAL),
+        (".", libc::EINVAL),
+        ("..", libc::EINVAL),
+        ("sub/f", libc::EINVAL),
+        ("/", libc::EINVAL),
+        ("/etc/passwd", libc::EINVAL),
+        ("../../etc/passwd", libc::EINVAL),
+        ("sub/", libc::EINVAL),
+        (&long, libc::ENAMETOOLONG),
+    ];
+    for (name, errno) in cases {
+        for parent in [ROOT, sub] {
+            let wrong = Some(errno);
+            assert_eq!(guest.lookup(parent, name).err(), wrong, "lookup {name:?}");
+            assert_eq!(
+                guest.create(parent, name, libc::O_RDWR, 0o600).err(),
+                wrong,
+                "create {name:?}"
+            );
+            assert_eq!(guest.mkdir(parent, name).err(), wrong, "mkdir {name:?}");
+            assert_eq!(
+                guest.mknod(parent, name, libc::S_IFREG, 0).err(),
+                wrong,
+                "mknod {name:?}"
+            );
+            assert_eq!(
+                guest.call(Opcode::Unlink, parent, &c(name)).err(),
+                wrong,
+                "unlink {name:?}"
+            );
+            assert_eq!(
+                guest.call(Opcode::Rmdir, parent, &c(name)).err(),
+                wrong,
+                "rmdir {name:?}"
+            );
+            let link = LinkIn { oldnodeid: sub };
+            let body = [link.as_slice(), &c(name)].concat();
+            assert_eq!(
+                guest.call(Opcode::Link, parent, &body).err(),
+                wrong,
+                "link {name:?}"
+            );
+            for names in [[c(name), c("ok")], [c("ok"), c(name)]] {
+                let rename = RenameIn { newdir: ROOT };
+                let body = [rename.as_slice(), &names.concat()].concat();
+                assert_eq!(
+                    guest.call(Opcode::Rename, parent, &body).err(),
+                    wrong,
+                    "rename {name:?}"
+                );
+            }
+            if !name.is_empty() {
+                let body = [c(name), c("target")].concat();
+                assert_eq!(
+                    guest.call(Opcode::Symlink, parent, &body).err(),
+                    wrong,
+                    "symlink {name:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn special_files_are_shown_and_never_opened() {
+    if !root() {
+        return;
+    }
+    let mut guest = Guest::new();
+    let null = libc::makedev(1, 3) as u32;
+    let kinds = [
+        ("fifo", libc::S_IFIFO, 0),
+        ("null", libc::S_IFCHR, null),
+        ("disk", libc::S_IFBLK, libc::makedev(254, 0) as u32),
+        ("socket", libc::S_IFSOCK, 0),
+    ];
+    for (name, kind, rdev) in kinds {
+        let entry = guest.mknod(ROOT, name, kind | 0o666, rdev).unwrap();
+        assert_eq!(entry.attr.mode & libc::S_IFMT, kind);
+        assert_eq!(entry.attr.rdev, rdev);
+        // A FIFO without a reader would block the thread for ever, if it were opened.
+        for flags in [
+            libc::O_RDONLY,
+            libc::O_WRONLY,
+            libc::O_RDWR | libc::O_NONBLOCK,
+            libc::O_PATH,
+        ] {
+            assert_eq!(
+                guest.open(entry.nodeid, flags).err(),
+                Some(libc::ENXIO),
+                "{name}"
+            );
+        }
+        assert_eq!(
+            guest.create(ROOT, name, libc::O_WRONLY, 0o600).err(),
+            Some(libc::ENXIO)
+        );
+        assert_eq!(guest.opendir(entry.nodeid).err(), Some(libc::ENOTDIR));
+        let truncate = SetattrIn {
+            valid: 8,
+            ..SetattrIn::default()
+        };
+        assert_eq!(
+            guest
+                .call(Opcode::Setattr, entry.nodeid, truncate.as_slice())
+                .err(),
+            Some(libc::ENXIO)
+        );
+    }
+    let metadata = fs::metadata(guest.path("null")).unwrap();
+    assert!(metadata.file_type().is_char_device());
+    // `create` on an existing name leaves no reference behind: one for each mknod, and the root.
+    assert_eq!(guest.known(), 1 + kinds.len());
+}
+
+#[test]
+fn symbolic_links_lead_nowhere_on_the_host() {
+    let mut guest = Guest::new();
+    let outside = TempDir::new().unwrap();
+    fs::write(outside.path().join("secret"), "secret").unwrap();
+    symlink(outside.path().join("secret"), guest.path("file")).unwrap();
+    symlink(outside.path(), guest.path("dir")).unwrap();
+    symlink("/proc/self/root", guest.path("magic")).unwrap();
+
+    for name in ["file", "dir", "magic"] {
+        let entry = guest.lookup(ROOT, name).unwrap();
+        assert_eq!(entry.attr.mode & libc::S_IFMT, libc::S_IFLNK);
+        assert_eq!(
+            guest.open(entry.nodeid, libc::O_RDONLY).err(),
+            Some(libc::ELOOP)
+        );
+        assert_eq!(guest.opendir(entry.nodeid).err(), Some(libc::ENOTDIR));
+        assert_eq!(
+            guest.lookup(entry.nodeid, "secret").err(),
+            Some(libc::ENOTDIR)
+        );
+        assert_eq!(guest.mkdir(entry.nodeid, "new").err(), Some(libc::ENOTDIR));
+        for flags in [
+            0,
+            libc::O_PATH,
+            libc::O_PATH | libc::O_EXCL,
+            libc::O_TRUNC | libc::O_WRONLY,
+        ] {
+            assert!(
+                guest.create(ROOT, name, flags, 0o600).is_err(),
+                "{name} {flags:#x}"
+            );
+        }
+        let chmod = SetattrIn {
+            valid: 1,
+            mode: 0o777,
+            ..SetattrIn::default()
+        };
+        let _ = guest.call(Opcode::Setattr, entry.nodeid, chmod.as_slice());
+    }
+    assert_eq!(fs::read(outside.path().join("secret")).unwrap(), b"secret");
+    assert_eq!(
+        fs::metadata(outside.path().join("secret")).unwrap().mode() & 0o777,
+        0o644
+    );
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+
+    // A directory that the host turns into a link between two requests of the guest stays what was looked up.
+    fs::create_dir(guest.path("d")).unwrap();
+    let d = guest.lookup(ROOT, "d").unwrap().nodeid;
+    fs::rename(guest.path("d"), guest.path("moved")).unwrap();
+    symlink(outside.path(), guest.path("d")).unwrap();
+    guest.create(d, "new", libc::O_WRONLY, 0o600).unwrap();
+    assert!(guest.path("moved/new").exists());
+    assert!(!outside.path().join("new").exists());
+}
+
+#[test]
+fn flags_that_would_change_an_opens_meaning_are_dropped() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "content").unwrap();
+    let node = guest.lookup(ROOT, "f").unwrap().nodeid;
+    let open = guest
+        .open(
+            node,
+            libc::O_PATH | libc::O_DIRECTORY | libc::O_DIRECT | libc::O_CREAT | libc::O_ASYNC,
+        )
+        .unwrap();
+    assert_eq!(guest.read(node, open.fh, 0, 7).unwrap(), b"content");
+    assert_eq!(guest.open(node, libc::O_ACCMODE).err(), Some(libc::EINVAL));
+    assert_eq!(
+        guest.open(ROOT, libc::O_TMPFILE | libc::O_RDWR).err(),
+        Some(libc::EISDIR)
+    );
+    assert_eq!(guest.open(ROOT, libc::O_RDONLY).err(), Some(libc::EISDIR));
+    let (entry, open) = guest
+        .create(
+            ROOT,
+            "g",
+            libc::O_PATH | libc::O_TMPFILE | libc::O_RDWR,
+            0o600,
+        )
+        .unwrap();
+    assert_eq!(guest.write(entry.nodeid, open.fh, 0, b"x", 0), Ok(1));
+}
+
+#[test]
+fn unknown_numbers_are_refused() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "x").unwrap();
+    fs::write(guest.path("g"), "y").unwrap();
+    let f = guest.lookup(ROOT, "f").unwrap().nodeid;
+    let g = guest.lookup(ROOT, "g").unwrap().nodeid;
+    let open = guest.open(f, libc::O_RDWR).unwrap();
+    let wrong = Some(libc::EBADF);
+    for node in [0, 2_000, u64::MAX] {
+        assert_eq!(guest.lookup(node, "f").err(), wrong);
+        assert_eq!(guest.open(node, 0).err(), wrong);
+        assert_eq!(guest.opendir(node).err(), wrong);
+        assert_eq!(guest.call(Opcode::Getattr, node, &[0; 16]).err(), wrong);
+        assert_eq!(guest.call(Opcode::Statfs, node, &[]).err(), wrong);
+        assert_eq!(guest.call(Opcode::Readlink, node, &[]).err(), wrong);
+        guest.forget(node, u64::MAX);
+    }
+    // A handle goes with its inode only.
+    assert_eq!(guest.read(g, open.fh, 0, 1).err(), wrong);
+    assert_eq!(guest.write(g, open.fh, 0, b"z", 0).err(), wrong);
+    assert_eq!(guest.release(Opcode::Release, g, open.fh).err(), wrong);
+    // Files are not directories, nor the reverse.
+    let list = ReadIn {
+        fh: open.fh,
+        size: 4096,
+        ..ReadIn::default()
+    };
+    assert_eq!(
+        guest.call(Opcode::Readdir, f, list.as_slice()).err(),
+        Some(libc::ENOTDIR)
+    );
+    let dir = guest.opendir(ROOT).unwrap();
+    assert_eq!(guest.read(ROOT, dir.fh, 0, 10).err(), Some(libc::EISDIR));
+}
+
+#[test]
+fn forgotten_inodes_are_closed_and_the_root_never_is() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "x").unwrap();
+    let node = guest.lookup(ROOT, "f").unwrap().nodeid;
+    guest.lookup(ROOT, "f").unwrap();
+    assert_eq!(guest.known(), 2);
+    guest.forget(node, 1);
+    assert_eq!(guest.known(), 2);
+    guest.forget(node, u64::MAX);
+    assert_eq!(guest.known(), 1);
+    assert_eq!(guest.open(node, 0).err(), Some(libc::EBADF));
+    guest.forget(ROOT, u64::MAX);
+    assert_ne!(
+        guest.lookup(ROOT, "f").unwrap().nodeid,
+        node,
+        "numbers are never used again"
+    );
+}
+
+#[test]
+fn open_files_are_bounded() {
+    let dir = TempDir::new().unwrap();
+    let share = Share::new(dir.path(), 4).unwrap();
+    let context = Default::default();
+    use fuse_backend_rs::api::filesystem::FileSystem;
+    for name in ["a", "b", "c", "d"] {
+        fs::write(dir.path().join(name), "").unwrap();
+    }
+    // The root is one.
+    let a = share.lookup(&context, ROOT, c"a").unwrap().inode;
+    share.lookup(&context, ROOT, c"b").unwrap();
+    let (handle, ..) = share.open(&context, a, 0, 0).unwrap();
+    let full =
+        |result: io::Result<()>| assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::ENFILE));
+    full(share.lookup(&context, ROOT, c"c").map(|_| ()));
+    full(share.open(&context, a, 0, 0).map(|_| ()));
+    full(share.opendir(&context, ROOT, 0).map(|_| ()));
+    // Known ones go on.
+    share.lookup(&context, ROOT, c"a").unwrap();
+    share
+        .release(&context, a, 0, handle.unwrap(), false, false, None)
+        .unwrap();
+    share.lookup(&context, ROOT, c"c").unwrap();
+}
+
+#[test]
+fn absurd_messages_are_survived() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "x").unwrap();
+    let node = guest.lookup(ROOT, "f").unwrap().nodeid;
+    let _open = guest.open(node, libc::O_RDWR).unwrap();
+
+    // Every opcode with every short length, with and without room for a reply.
+    for opcode in (0..60).chain([4096, 1_048_576, u32::MAX]) {
+        for len in [0, 1, 7, 8, 16, 40, 64, 200] {
+            for room in [0, 8, 16, 64, 4096] {
+                let header = guest.header(opcode, node, len);
+                let body: Vec<u8> = (0..len).map(|i| (i * 37 + opcode as usize) as u8).collect();
+                guest.exchange(&[header.as_slice(), &body].concat(), room);
+            }
+        }
+    }
+    // Lengths that lie.
+    for len in [0, 1, 39, 40, 41, 1 << 20, u32::MAX] {
+        for opcode in [
+            Opcode::Lookup,
+            Opcode::Setxattr,
+            Opcode::Write,
+            Opcode::BatchForget,
+            Opcode::Ioctl,
+        ] {
+            let header = InHeader {
+                len,
+                ..guest.header(opcode as u32, ROOT, 0)
+            };
+            guest.exchange(&[header.as_slice(), &[0xff; 64]].concat(), 4096);
+        }
+    }
+    // No header at all, no readable part, outside of memory, too long for any message.
+    guest.exchange(&[1, 2, 3], 4096);
+    for pieces in [
+        vec![Piece::write(REPLY, 4096)],
+        vec![Piece::read(MEMORY as u64 - 10, 100)],
+        vec![Piece::read(u64::MAX - 10, 100)],
+        (0..200)
+            .map(|_| Piece::read(REQUEST, MEMORY - REQUEST as usize))
+            .collect(),
+        vec![
+            Piece::read(REQUEST, 40),
+            Piece::write(REPLY, u32::MAX as usize),
+        ],
+    ] {
+        guest.requests.post(&pieces).unwrap();
+        guest.requests.notify();
+        guest.requests.wait(&guest.line);
+    }
+    // A DESTROY was among them, and who knows what became of the file.
+    fs::write(guest.path("f"), "x").unwrap();
+    let node = guest.lookup(ROOT, "f").unwrap().nodeid;
+    let open = guest.open(node, libc::O_RDWR).unwrap();
+    // Sizes that lie.
+    assert_eq!(
+        guest
+            .read(node, open.fh, 0, u32::MAX)
+            .map(|data| data.len()),
+        Ok(1)
+    );
+    assert!(guest.read(node, open.fh, u64::MAX, 10).is_err());
+    let write = WriteIn {
+        fh: open.fh,
+        size: u32::MAX,
+        ..WriteIn::default()
+    };
+    let out: WriteOut = guest
+        .call_for(Opcode::Write, node, &[write.as_slice(), b"abc"].concat())
+        .unwrap();
+    assert_eq!(out.size, 3);
+
+    // A second INIT is lawful.
+    guest.init();
+    assert_eq!(fs::read(guest.path("f")).unwrap(), b"abc");
+}
+
+#[test]
+fn a_driver_that_breaks_its_ring_is_ignored_and_the_device_still_stops() {
+    let mut guest = Guest::new();
+    guest.requests.set_avail_idx(RING + 77);
+    guest.requests.kick();
+    guest.high.set_avail_idx(5000);
+    guest.high.kick();
+    guest.fs.reset();
+}
+
+#[test]
+fn one_slow_request_does_not_hold_up_the_others() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "x").unwrap();
+    // Many requests at once, answered in any order.
+    let mut heads = std::collections::HashSet::new();
+    for i in 0..50u64 {
+        let header = guest.header(Opcode::Lookup as u32, ROOT, 2);
+        let request = [header.as_slice(), &c("f")].concat();
+        let at = REQUEST + i * 256;
+        guest
+            .memory
+            .memory()
+            .write_slice(&request, GuestAddress(at))
+            .unwrap();
+        let pieces = [
+            Piece::read(at, request.len()),
+            Piece::write(REPLY + i * 4096, 4096),
+        ];
+        heads.insert(guest.requests.post(&pieces).unwrap());
+    }
+    guest.requests.notify();
+    while !heads.is_empty() {
+        let (head, len) = guest.requests.wait(&guest.line);
+        assert!(heads.remove(&head));
+        assert_eq!(len as usize, size_of::<OutHeader>() + size_of::<EntryOut>());
+    }
+    assert_eq!(guest.known(), 2);
+}
+
+#[test]
+fn a_reset_forgets_everything_and_the_device_starts_again() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "x").unwrap();
+    let node = guest.lookup(ROOT, "f").unwrap().nodeid;
+    guest.open(node, 0).unwrap();
+    guest.fs.reset();
+    assert_eq!(guest.known(), 1);
+
+    let rings = vec![0; REQUEST as usize];
+    guest
+        .memory
+        .memory()
+        .write_slice(&rings, GuestAddress(0))
+        .unwrap();
+    guest.high = Ring::new(&guest.memory, HIGH, RING);
+    guest.requests = Ring::new(&guest.memory, REQUESTS, RING);
+    guest.activate();
+    guest.init();
+    assert_eq!(guest.open(node, 0).err(), Some(libc::EBADF));
+    guest.lookup(ROOT, "f").unwrap();
+}
+
+#[test]
+fn mounts_below_the_share_belong_to_it_and_are_told_apart() {
+    // A mount namespace of this test's own: the device's threads are made by this thread and inherit it.
+    if !root() || nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).is_err() {
+        eprintln!("skipped: cannot make mounts");
+        return;
+    }
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+
+    let mut guest = Guest::new();
+    for name in ["one", "two", "bind", "readonly"] {
+        fs::create_dir(guest.path(name)).unwrap();
+    }
+    let one = guest.lookup(ROOT, "one").unwrap();
+    // The guest has seen the directory before something is mounted there.
+    for name in ["one", "two"] {
+        mount(
+            Some("tmpfs"),
+            &guest.path(name),
+            Some("tmpfs"),
+            MsFlags::empty(),
+            none,
+        )
+        .unwrap();
+        fs::write(guest.path(name).join("file"), name).unwrap();
+    }
+    let mounted = guest.lookup(ROOT, "one").unwrap();
+    assert_ne!(mounted.nodeid, one.nodeid);
+    let a = guest.walk("one/file");
+    let b = guest.walk("two/file");
+    // New tmpfs instances number their files alike.
+    let host = |name: &str| fs::metadata(guest.path(name)).unwrap();
+    assert_eq!(host("one/file").ino(), host("two/file").ino());
+    assert_ne!(a, b);
+    let attr = |guest: &mut Guest, node| {
+        let attr: AttrOut = guest.call_for(Opcode::Getattr, node, &[0; 16]).unwrap();
+        attr.attr.ino
+    };
+    assert_ne!(
+        attr(&mut guest, a),
+        attr(&mut guest, b),
+        "shown inode numbers differ"
+    );
+    let open = guest.open(b, 0).unwrap();
+    assert_eq!(guest.read(b, open.fh, 0, 10).unwrap(), b"two");
+    let listed = guest.list(mounted.nodeid, true, 4096);
+    assert_eq!((listed[2].1, listed[2].2), (attr(&mut guest, a), a));
+
+    // The same directory by two mounts, one of them read-only: what one allows, the other does not.
+    mount(
+        Some(&guest.path("one")),
+        &guest.path("bind"),
+        none,
+        MsFlags::MS_BIND,
+        none,
+    )
+    .unwrap();
+    mount(
+        Some(&guest.path("one")),
+        &guest.path("readonly"),
+        none,
+        MsFlags::MS_BIND,
+        none,
+    )
+    .unwrap();
+    let remount = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(none, &guest.path("readonly"), none, remount, none).unwrap();
+    let writable = guest.walk("bind/file");
+    let readonly = guest.walk("readonly/file");
+    guest.open(writable, libc::O_RDWR).unwrap();
+    assert_eq!(guest.open(readonly, libc::O_RDWR).err(), Some(libc::EROFS));
+    let dir = guest.walk("readonly");
+    assert_eq!(
+        guest.create(dir, "new", libc::O_RDWR, 0o600).err(),
+        Some(libc::EROFS)
+    );
+    assert_eq!(
+        guest.call(Opcode::Unlink, dir, &c("file")).err(),
+        Some(libc::EROFS)
+    );
+    for name in ["readonly", "bind", "two", "one"] {
+        umount2(&guest.path(name), MntFlags::MNT_DETACH).unwrap();
+    }
+    assert_eq!(guest.lookup(ROOT, "one").unwrap().nodeid, one.nodeid);
+}
