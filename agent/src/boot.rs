@@ -85,12 +85,7 @@ pub fn open_console() -> anyhow::Result<()> {
 /// Logs to the console, at the level that `bulkhead.log=` on the kernel's command line asks for.
 pub fn start_log() {
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    tracing_subscriber::fmt()
-        .with_max_level(log_level(&command_line))
-        .with_timer(tracing_subscriber::fmt::time::uptime())
-        .with_ansi(false)
-        .with_writer(std::io::stderr)
-        .init();
+    crate::log::start(log_level(&command_line));
 }
 
 fn log_level(command_line: &str) -> LevelFilter {
@@ -101,7 +96,7 @@ fn log_level(command_line: &str) -> LevelFilter {
         .unwrap_or(LevelFilter::INFO)
 }
 
-/// What containers need: cgroups, the loopback interface, the share.
+/// What containers need: cgroups and the share.
 pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Hierarchy> {
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(
@@ -115,9 +110,6 @@ pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Hierarc
     let hierarchy =
         Hierarchy::set_up(Path::new(CGROUP_ROOT)).context("cannot set up the cgroups")?;
     timeline.mark("cgroups");
-    if let Err(errno) = crate::sys::loopback_up() {
-        tracing::warn!(%errno, "cannot bring up the loopback interface");
-    }
     // More descriptors than the kernel's 1024: each stream takes two.
     if let Err(errno) = setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES) {
         tracing::warn!(%errno, "cannot raise the limit of open files");

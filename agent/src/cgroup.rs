@@ -173,22 +173,21 @@ fn weight_of_shares(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
 }
 
-/// Where containers' cgroups are, and what the guest's kernel can limit.
+/// Where containers' cgroups are.
 #[derive(Debug)]
 pub struct Hierarchy {
-    containers: PathBuf,
+    root: PathBuf,
 }
 
 impl Hierarchy {
-    /// Enables every controller below the root of the unified hierarchy at `root`, down to the containers' leaves.
+    /// Enables every controller for the children of the cgroup at `root`.
     ///
     /// The agent stays in the root cgroup, which may hold processes beside children: moving it to a leaf would
-    /// cost an RCU grace period at boot, and there is nothing to limit it with.
+    /// cost an RCU grace period at boot, and there is nothing to limit it with. Containers are direct children: a
+    /// level in between would double the work for each controller.
     pub fn set_up(root: &Path) -> io::Result<Self> {
-        let containers = root.join("bulkhead");
-        fs::create_dir_all(&containers)?;
         let available = fs::read_to_string(root.join("cgroup.controllers"))?;
-        let mut enable = String::with_capacity(available.len() + 8);
+        let mut enable = String::with_capacity(2 * available.len());
         for controller in available.split_ascii_whitespace() {
             enable.push('+');
             enable.push_str(controller);
@@ -196,14 +195,16 @@ impl Hierarchy {
         }
         if !enable.is_empty() {
             write_file(&root.join("cgroup.subtree_control"), &enable)?;
-            write_file(&containers.join("cgroup.subtree_control"), &enable)?;
         }
-        Ok(Self { containers })
+        Ok(Self {
+            root: root.to_owned(),
+        })
     }
 
     /// Makes the cgroup of a container and sets its limits.
     pub fn make(&self, id: &str, limits: &Limits) -> Result<Cgroup> {
-        let path = self.containers.join(id);
+        // The prefix keeps ids and the kernel's own files apart.
+        let path = self.root.join(format!("container-{id}"));
         fs::create_dir(&path).what(|| "cannot make the container's cgroup")?;
         let dir = open(&path, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
             .what(|| "cannot open the container's cgroup");

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use bulkhead_protocol::agent::{CreateContainerRequest, StreamHeader};
 use nix::errno::Errno;
@@ -28,6 +28,7 @@ pub struct Containers {
     table: Mutex<HashMap<String, Entry>>,
     reaper: Reaper,
     hierarchy: Hierarchy,
+    loopback: Once,
 }
 
 #[derive(Debug)]
@@ -70,6 +71,7 @@ impl Containers {
             table: Mutex::default(),
             reaper,
             hierarchy,
+            loopback: Once::new(),
         }
     }
 
@@ -91,6 +93,9 @@ impl Containers {
         check_id(id)?;
         let plan = Plan::from_json(&request.spec_json)?;
         let reservation = Reservation::take(self, id)?;
+        if plan.namespaces & libc::CLONE_NEWNET as u64 == 0 {
+            self.loopback.call_once(guest_loopback_up);
+        }
         let cgroup = self.hierarchy.make(id, &plan.limits)?;
         let (streams, ends) = Streams::open(&request.stdio)?;
         let stdio = &request.stdio;
@@ -367,6 +372,13 @@ impl Drop for Reservation<'_> {
         if matches!(table.get(self.id), Some(Entry::Reserved)) {
             table.remove(self.id);
         }
+    }
+}
+
+/// The guest's own network namespace needs a loopback interface once a container shares it, and not at boot.
+fn guest_loopback_up() {
+    if let Err(errno) = sys::loopback_up() {
+        tracing::warn!(%errno, "cannot bring up the loopback interface");
     }
 }
 

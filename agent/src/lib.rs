@@ -13,6 +13,8 @@ pub mod error;
 pub mod handshake;
 pub mod hotplug;
 pub mod init;
+pub mod json_path;
+pub mod log;
 pub mod mount_options;
 pub mod mounts;
 pub mod paths;

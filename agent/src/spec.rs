@@ -14,6 +14,7 @@ use oci_spec::runtime as oci;
 
 use crate::cgroup::Limits;
 use crate::error::{Error, Result};
+use crate::json_path;
 use crate::mount_options::{MountOptions, rootfs_propagation};
 
 /// Everything that a container's init does, in checked form.
@@ -207,18 +208,44 @@ impl Plan {
 /// Parses config.json. Capabilities that nobody knows are dropped with a warning, as the spec asks
 /// (config.md, "Linux process": "Runtimes SHOULD NOT fail").
 fn parse(json: &[u8]) -> Result<oci::Spec> {
-    if let Ok(spec) = serde_json::from_slice(json) {
-        return Ok(spec);
+    let error = match serde_json::from_slice(json) {
+        Ok(spec) => return Ok(spec),
+        Err(error) => error,
+    };
+    if error.is_data()
+        && json
+            .windows(CAPABILITY.len())
+            .any(|window| window == CAPABILITY)
+    {
+        // Perhaps an unknown capability; the slow way, taken for such specs only.
+        let mut value = serde_json::from_slice(json).map_err(|error| broken(json, &error))?;
+        drop_unknown_capabilities(&mut value);
+        let cleaned = value.to_string();
+        return serde_json::from_str(&cleaned).map_err(|error| broken(cleaned.as_bytes(), &error));
     }
-    // The slow way, taken for broken specs only: it can say where.
-    let mut value: serde_json::Value = serde_json::from_slice(json)
-        .map_err(|error| Error::Request(format!("spec_json is not JSON: {error}")))?;
-    drop_unknown_capabilities(&mut value);
-    serde_path_to_error::deserialize(value).map_err(|error| {
-        let field = error.path().to_string();
-        // Enums of the spec name their variants, never the contents of args or env.
-        Error::spec(field, error.into_inner().to_string())
-    })
+    Err(broken(json, &error))
+}
+
+const CAPABILITY: &[u8] = b"\"CAP_";
+
+fn broken(json: &[u8], error: &serde_json::Error) -> Error {
+    if !error.is_data() {
+        return Error::Request(format!("spec_json is not JSON: {error}"));
+    }
+    let field = json_path::path_at(json, error.line(), error.column());
+    // Without the position, which means nothing to somebody who wrote another file than this one.
+    let text = error.to_string();
+    let problem = text
+        .rsplit_once(" at line ")
+        .map_or(text.as_str(), |(problem, _)| problem);
+    Error::spec(
+        if field.is_empty() {
+            "config.json"
+        } else {
+            &field
+        },
+        problem,
+    )
 }
 
 fn drop_unknown_capabilities(spec: &mut serde_json::Value) {

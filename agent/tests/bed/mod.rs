@@ -40,10 +40,7 @@ pub fn be_the_agent(dir: &Path, cgroup: &Path) {
     let none: Option<&str> = None;
     let private = nix::mount::MsFlags::MS_PRIVATE | nix::mount::MsFlags::MS_REC;
     nix::mount::mount(none, "/", none, private, none).unwrap();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_max_level(tracing::level_filters::LevelFilter::WARN)
-        .init();
+    bulkhead_agent::log::start(tracing::level_filters::LevelFilter::WARN);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -129,9 +126,17 @@ impl Bed {
         self.dir.path().join("rootfs")
     }
 
-    /// Where the containers' cgroups are.
-    pub fn cgroups(&self) -> PathBuf {
-        self.cgroup.join("bulkhead")
+    /// A container's cgroup.
+    pub fn cgroup_of(&self, id: &str) -> PathBuf {
+        self.cgroup.join(format!("container-{id}"))
+    }
+
+    /// How many cgroups there are.
+    pub fn cgroups(&self) -> usize {
+        let entries = fs::read_dir(&self.cgroup).unwrap();
+        entries
+            .filter(|entry| entry.as_ref().unwrap().path().is_dir())
+            .count()
     }
 
     /// A spec like runc's default one, for a shell command.
