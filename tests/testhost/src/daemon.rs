@@ -233,11 +233,7 @@ pub fn exec(name: &str, fresh: bool, keep: bool, command: &cli::RunOptions) -> R
         let outcome = client::run(&link, &order);
         if let Outcome::HostFailed(reason, tail) = &outcome {
             failures += 1;
-            let mut text = format!("TEST HOST FAILURE (not the command's): {reason}\n");
-            for line in tail.lines() {
-                text += &format!("console| {line}\n");
-            }
-            io::stderr().write_all(text.as_bytes())?;
+            run::show_failure(reason, tail);
             if !input.replayable() {
                 say("its input was too long to be kept: no second attempt");
                 break;

@@ -332,11 +332,12 @@ impl Apt {
             run(Command::new("dpkg").arg("-x").arg(&deb).arg(&partial))?;
         }
         finish(&partial)?;
-        fs::remove_dir_all(&downloads).map_err(file("removing", &downloads))?;
         if let Some(parent) = target.parent() {
             fs::create_dir_all(parent).map_err(file("making", parent))?;
         }
-        fs::rename(&partial, target).map_err(file("placing", target))
+        fs::rename(&partial, target).map_err(file("placing", target))?;
+        // The lists alone are larger than what was fetched by them.
+        fs::remove_dir_all(&self.work).map_err(file("removing", &self.work))
     }
 }
 

@@ -203,6 +203,14 @@ pub fn conclude(outcome: Outcome, command: &cli::RunOptions) -> u8 {
 
 /// Shows a failure of the emulated host so that nobody takes it for the command's, and keeps its console.
 pub fn report_failure(cache: &std::path::Path, folder: &Folder, reason: &str, tail: &str) {
+    show_failure(reason, tail);
+    if let Err(error) = keep(cache, folder, reason) {
+        say(&format!("the failure could not be recorded: {error}"));
+    }
+}
+
+/// The frame that nobody overlooks.
+pub fn show_failure(reason: &str, tail: &str) {
     let bar = "=".repeat(72);
     let mut text = format!("{bar}\nTEST HOST FAILURE (not the command's): {reason}\n");
     for line in tail.lines() {
@@ -210,9 +218,6 @@ pub fn report_failure(cache: &std::path::Path, folder: &Folder, reason: &str, ta
     }
     text += &bar;
     let _ = writeln!(io::stderr(), "{text}");
-    if let Err(error) = keep(cache, folder, reason) {
-        say(&format!("the failure could not be recorded: {error}"));
-    }
 }
 
 /// One line in `failures.log`, and the console's log beside it.

@@ -127,14 +127,18 @@ impl Host {
             pid: Mutex::new(Some(Pid::from_raw(child.id() as i32))),
         });
 
+        let console_end = console.try_clone();
         let to_console = (shared.clone(), events.clone());
         let console_thread =
             thread::spawn(move || read_console(console, console_log, &to_console.0, &to_console.1));
         let ended = (shared.clone(), events.clone());
         thread::spawn(move || {
             let how = ended.0.wait_for(&mut child);
-            // The last words must be in before the end is announced.
-            let _ = console_thread.join();
+            // The last words must be in before the end is announced; what was sent is read in spite of this.
+            if let Ok(console) = console_end {
+                let _ = console.shutdown(std::net::Shutdown::Read);
+                let _ = console_thread.join();
+            }
             let _ = ended.1.send(Event::MachineEnded(how));
         });
         match reader {
@@ -215,6 +219,11 @@ impl Host {
         drop(to_client);
         let _ = client_writer.join();
         Ok(())
+    }
+
+    /// The console's last lines.
+    pub fn console_tail(&self) -> String {
+        held(&self.shared.watch).tail()
     }
 
     /// The failure that ended the host, if one did.
@@ -303,8 +312,8 @@ fn read_console(mut console: UnixStream, mut log: File, shared: &Shared, events:
         let bytes = &buffer[..count];
         // A full disk must not hide what the console says.
         let _ = log.write_all(bytes);
-        let findings = held(&shared.watch).feed(bytes);
-        for finding in findings {
+        let mut watch = held(&shared.watch);
+        for finding in watch.feed(bytes) {
             if finding.severity == Severity::Suspect {
                 shared.suspects.fetch_add(1, Ordering::Relaxed);
             }
