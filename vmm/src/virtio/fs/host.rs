@@ -105,13 +105,71 @@ pub fn name_of(fd: BorrowedFd<'_>) -> io::Result<CString> {
     Ok(CString::new(fd.as_raw_fd().to_string())?)
 }
 
-/// Reads directory entries at an offset into a buffer; returns how many bytes. The caller keeps others from moving the offset.
-pub fn read_directory(fd: BorrowedFd<'_>, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-    // SAFETY: takes plain numbers.
-    let at = unsafe { libc::lseek64(fd.as_raw_fd(), offset as i64, libc::SEEK_SET) };
-    if at < 0 {
-        return Err(io::Error::last_os_error());
+/// Room for directory entries: for more than one with the longest name.
+const LISTING: usize = 4096;
+
+/// How far an open directory has been read, with the entries that were read ahead.
+///
+/// On some file systems (tmpfs before Linux 6.6) an offset counts entries: after a removal it leads past one that was never seen. Only the
+/// kernel's own position is safe, so it is moved only if the reader really goes somewhere else.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// Entries read ahead; empty while there are none, so that an idle directory takes no memory.
+    ahead: Vec<u8>,
+    used: usize,
+    offset: u64,
+}
+
+impl Listing {
+    /// Hands over the entries from an offset on, until `add` has no more room for one (it returns zero) or fails.
+    pub fn read(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        add: &mut dyn FnMut(&RawEntry<'_>) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        if offset != self.offset {
+            self.ahead = Vec::new();
+            self.used = 0;
+            // SAFETY: takes plain numbers.
+            let at = unsafe { libc::lseek64(fd.as_raw_fd(), offset as i64, libc::SEEK_SET) };
+            if at < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            self.offset = offset;
+        }
+        let mut first = true;
+        loop {
+            if self.used >= self.ahead.len() {
+                self.used = 0;
+                self.ahead = read_entries(fd)?;
+                if self.ahead.is_empty() {
+                    return Ok(());
+                }
+            }
+            let Some((entry, len)) = first_entry(self.ahead.get(self.used..).unwrap_or_default())
+            else {
+                // Not what the kernel writes.
+                self.ahead = Vec::new();
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            };
+            match add(&entry) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(error) if first => return Err(error),
+                // What is in the reply already has to be sent: the guest holds those inodes from now on.
+                Err(_) => return Ok(()),
+            }
+            first = false;
+            self.offset = entry.offset;
+            self.used += len;
+        }
     }
+}
+
+/// Reads the next entries of a directory.
+fn read_entries(fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let mut buffer = vec![0; LISTING];
     // SAFETY: the kernel writes at most as many bytes as the buffer, which outlives the call, has.
     let len = unsafe {
         libc::syscall(
@@ -121,7 +179,9 @@ pub fn read_directory(fd: BorrowedFd<'_>, offset: u64, buffer: &mut [u8]) -> io:
             buffer.len(),
         )
     };
-    usize::try_from(len).map_err(|_| io::Error::last_os_error())
+    let len = usize::try_from(len).map_err(|_| io::Error::last_os_error())?;
+    buffer.truncate(len);
+    Ok(buffer)
 }
 
 /// A directory entry as `getdents64` gives it.
@@ -137,25 +197,22 @@ pub struct RawEntry<'a> {
     pub name: &'a CStr,
 }
 
-/// Walks over what [`read_directory`] read.
-pub fn directory_entries(mut bytes: &[u8]) -> impl Iterator<Item = RawEntry<'_>> {
+/// The first entry of what `getdents64` wrote, and its length.
+fn first_entry(bytes: &[u8]) -> Option<(RawEntry<'_>, usize)> {
     // struct linux_dirent64: u64 d_ino, i64 d_off, u16 d_reclen, u8 d_type, char d_name[].
     const NAME: usize = 19;
-    std::iter::from_fn(move || {
-        let ino = u64::from_ne_bytes(bytes.get(0..8)?.try_into().ok()?);
-        let offset = u64::from_ne_bytes(bytes.get(8..16)?.try_into().ok()?);
-        let len = u16::from_ne_bytes(bytes.get(16..18)?.try_into().ok()?);
-        let kind = *bytes.get(18)?;
-        let (entry, rest) = bytes.split_at_checked(len.into())?;
-        let name = CStr::from_bytes_until_nul(entry.get(NAME..)?).ok()?;
-        bytes = rest;
-        Some(RawEntry {
-            ino,
-            offset,
-            kind,
-            name,
-        })
-    })
+    let ino = u64::from_ne_bytes(bytes.get(0..8)?.try_into().ok()?);
+    let offset = u64::from_ne_bytes(bytes.get(8..16)?.try_into().ok()?);
+    let len = usize::from(u16::from_ne_bytes(bytes.get(16..18)?.try_into().ok()?));
+    let kind = *bytes.get(18)?;
+    let name = CStr::from_bytes_until_nul(bytes.get(NAME..len)?).ok()?;
+    let entry = RawEntry {
+        ino,
+        offset,
+        kind,
+        name,
+    };
+    Some((entry, len))
 }
 
 /// Extended attributes of a file, by its name in `/proc/self/fd`, which is the thread's working directory.

@@ -44,11 +44,6 @@ use crate::sync::lock;
 /// How long the guest may believe names and attributes without asking again.
 pub const CACHE_TIME: Duration = Duration::from_secs(1);
 
-/// Most bytes of directory entries in one reply.
-const MAX_LISTING: u32 = 128 * 1024;
-/// Least room for `getdents64`: one entry with the longest name.
-const MIN_LISTING: usize = 512;
-
 /// Flags of an open that are passed on. Not among them: what would make files, follow links, give descriptors without
 /// rights (`O_PATH`, `O_TMPFILE`), or bind the guest's buffers to the host's disk (`O_DIRECT`).
 const OPEN_FLAGS: i32 =
@@ -167,32 +162,6 @@ impl Share {
             Ok(metadata) if inode.unchanged(Stamp::from(&metadata)) => OpenOptions::KEEP_CACHE,
             _ => OpenOptions::empty(),
         }
-    }
-
-    /// Reads a part of a directory and hands its entries over until there is no more room.
-    fn list(
-        &self,
-        handle: &Handle,
-        size: usize,
-        offset: u64,
-        add: &mut dyn FnMut(&host::RawEntry<'_>) -> io::Result<usize>,
-    ) -> io::Result<()> {
-        let mut buffer = vec![0; size.max(MIN_LISTING)];
-        let len = {
-            let _position = lock(&handle.position);
-            host::read_directory(handle.as_fd(), offset, &mut buffer)?
-        };
-        let mut first = true;
-        for entry in host::directory_entries(&buffer[..len]) {
-            match add(&entry) {
-                Ok(0) => break,
-                Ok(_) => first = false,
-                Err(error) if first => return Err(error),
-                // What is in the reply already has to be sent: the guest holds those inodes from now on.
-                Err(_) => break,
-            }
-        }
-        Ok(())
     }
 
     fn directory(&self, inode: u64, handle: u64) -> io::Result<(Arc<Inode>, Arc<Handle>)> {
@@ -702,14 +671,13 @@ impl FileSystem for Share {
         _context: &Context,
         inode: u64,
         handle: u64,
-        size: u32,
+        _size: u32,
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry) -> io::Result<usize>,
     ) -> io::Result<()> {
         let (inode, handle) = self.directory(inode, handle)?;
         let dev = inode.device();
-        let size = size.min(MAX_LISTING) as usize;
-        self.list(&handle, size, offset, &mut |entry| {
+        lock(&handle.listing).read(handle.as_fd(), offset, &mut |entry| {
             add_entry(self.listed(dev, entry))
         })
     }
@@ -719,15 +687,13 @@ impl FileSystem for Share {
         _context: &Context,
         inode: u64,
         handle: u64,
-        size: u32,
+        _size: u32,
         offset: u64,
         add_entry: &mut dyn FnMut(DirEntry, Entry) -> io::Result<usize>,
     ) -> io::Result<()> {
         let (inode, handle) = self.directory(inode, handle)?;
         let dev = inode.device();
-        // An entry takes several times the room that it has in the host's listing.
-        let size = (size.min(MAX_LISTING) / 4) as usize;
-        self.list(&handle, size, offset, &mut |entry| {
+        lock(&handle.listing).read(handle.as_fd(), offset, &mut |entry| {
             // Without an inode the guest gets the name alone, and looks it up if it wants more.
             let found = match component(entry.name) {
                 Ok(name) => self.look_up(&inode, name).unwrap_or_default(),
@@ -781,7 +747,8 @@ impl FileSystem for Share {
             // The guest's kernel keeps positions itself.
             _ => return Err(error(libc::EINVAL)),
         };
-        let _position = lock(&handle.position);
+        // Directories have a position of their own.
+        let _listing = lock(&handle.listing);
         Ok(lseek(&*handle, offset as i64, whence)? as u64)
     }
 }

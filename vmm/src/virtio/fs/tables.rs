@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
-use super::host::Metadata;
+use super::host::{Listing, Metadata};
 use crate::sync::lock;
 
 /// How many descriptors the guest may make the VMM hold.
@@ -255,8 +255,8 @@ impl Inodes {
 pub struct Handle {
     /// The inode it was opened by.
     pub inode: u64,
-    /// Held while a directory's position is in use.
-    pub position: Mutex<()>,
+    /// How far a directory has been read.
+    pub listing: Mutex<Listing>,
     fd: OwnedFd,
     _permit: Permit,
 }
@@ -303,7 +303,7 @@ impl Handles {
             id,
             Arc::new(Handle {
                 inode,
-                position: Mutex::new(()),
+                listing: Mutex::default(),
                 fd,
                 _permit: permit,
             }),
