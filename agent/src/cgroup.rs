@@ -11,82 +11,95 @@ use nix::sys::stat::Mode;
 use oci_spec::runtime::LinuxResources;
 use tokio::io::Interest;
 
+use crate::device_filter::DeviceFilter;
 use crate::error::{Context, Error, Kind, Result, errno_of};
 
-/// Values to write to a cgroup's files, translated from the spec's v1 terms as runc does.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Limits(Vec<(String, String)>);
+/// What a cgroup limits: values to write to its files, translated from the spec's v1 terms as runc does, and the
+/// devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    files: Vec<(String, String)>,
+    devices: DeviceFilter,
+}
 
 impl Limits {
     /// Translates `linux.resources`; refuses what is not done.
-    pub fn from_spec(resources: &LinuxResources) -> Result<Self> {
-        let mut files = Vec::new();
-        let mut set = |file: &str, value: String| files.push((file.to_owned(), value));
-
-        if let Some(memory) = resources.memory() {
-            let limit = memory.limit();
-            if let Some(limit) = limit {
-                set("memory.max", limit_or_max(limit));
-            }
-            if let Some(swap) = memory.swap() {
-                set("memory.swap.max", swap_limit(swap, limit)?);
-            }
-            if let Some(reservation) = memory.reservation() {
-                set("memory.low", limit_or_max(reservation));
-            }
-        }
-        if let Some(cpu) = resources.cpu() {
-            if let Some(shares) = cpu.shares().filter(|&shares| shares != 0) {
-                set("cpu.weight", weight_of_shares(shares).to_string());
-            }
-            let quota = cpu.quota().filter(|&quota| quota != 0);
-            if quota.is_some() || cpu.period().is_some() {
-                let quota = quota.map_or_else(|| "max".to_owned(), limit_or_max);
-                let period = cpu
-                    .period()
-                    .filter(|&period| period != 0)
-                    .unwrap_or(100_000);
-                set("cpu.max", format!("{quota} {period}"));
-            }
-            if let Some(burst) = cpu.burst() {
-                set("cpu.max.burst", burst.to_string());
-            }
-            if let Some(idle) = cpu.idle() {
-                set("cpu.idle", idle.to_string());
-            }
-            if cpu.realtime_runtime().is_some_and(|value| value != 0)
-                || cpu.realtime_period().is_some_and(|value| value != 0)
-            {
-                return Err(Error::spec(
-                    "linux.resources.cpu.realtimeRuntime",
-                    "cgroup v2 has no realtime limits",
-                ));
-            }
-            for (file, list) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
-                if let Some(list) = list.as_ref().filter(|list| !list.is_empty()) {
-                    set(file, list.clone());
-                }
-            }
-        }
-        if let Some(pids) = resources.pids() {
-            // 0 is what clients write that mean "unlimited".
-            if pids.limit() != 0 {
-                set("pids.max", limit_or_max(pids.limit()));
-            }
-        }
-        refuse_what_is_not_done(resources)?;
-        for (file, value) in resources.unified().iter().flatten() {
-            let plain = file.contains('.') && !file.contains('/') && !file.starts_with('.');
-            if !plain || file.starts_with("cgroup.") {
-                return Err(Error::spec(
-                    format!("linux.resources.unified[{file:?}]"),
-                    "not the name of a controller's file",
-                ));
-            }
-            set(file, value.clone());
-        }
-        Ok(Self(files))
+    pub fn from_spec(resources: Option<&LinuxResources>) -> Result<Self> {
+        let devices = resources.and_then(|resources| resources.devices().as_deref());
+        Ok(Self {
+            files: resources.map(files).transpose()?.unwrap_or_default(),
+            devices: DeviceFilter::from_spec(devices.unwrap_or_default())?,
+        })
     }
+}
+
+fn files(resources: &LinuxResources) -> Result<Vec<(String, String)>> {
+    let mut files = Vec::new();
+    let mut set = |file: &str, value: String| files.push((file.to_owned(), value));
+
+    if let Some(memory) = resources.memory() {
+        let limit = memory.limit();
+        if let Some(limit) = limit {
+            set("memory.max", limit_or_max(limit));
+        }
+        if let Some(swap) = memory.swap() {
+            set("memory.swap.max", swap_limit(swap, limit)?);
+        }
+        if let Some(reservation) = memory.reservation() {
+            set("memory.low", limit_or_max(reservation));
+        }
+    }
+    if let Some(cpu) = resources.cpu() {
+        if let Some(shares) = cpu.shares().filter(|&shares| shares != 0) {
+            set("cpu.weight", weight_of_shares(shares).to_string());
+        }
+        let quota = cpu.quota().filter(|&quota| quota != 0);
+        if quota.is_some() || cpu.period().is_some() {
+            let quota = quota.map_or_else(|| "max".to_owned(), limit_or_max);
+            let period = cpu
+                .period()
+                .filter(|&period| period != 0)
+                .unwrap_or(100_000);
+            set("cpu.max", format!("{quota} {period}"));
+        }
+        if let Some(burst) = cpu.burst() {
+            set("cpu.max.burst", burst.to_string());
+        }
+        if let Some(idle) = cpu.idle() {
+            set("cpu.idle", idle.to_string());
+        }
+        if cpu.realtime_runtime().is_some_and(|value| value != 0)
+            || cpu.realtime_period().is_some_and(|value| value != 0)
+        {
+            return Err(Error::spec(
+                "linux.resources.cpu.realtimeRuntime",
+                "cgroup v2 has no realtime limits",
+            ));
+        }
+        for (file, list) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+            if let Some(list) = list.as_ref().filter(|list| !list.is_empty()) {
+                set(file, list.clone());
+            }
+        }
+    }
+    if let Some(pids) = resources.pids() {
+        // 0 is what clients write that mean "unlimited".
+        if pids.limit() != 0 {
+            set("pids.max", limit_or_max(pids.limit()));
+        }
+    }
+    refuse_what_is_not_done(resources)?;
+    for (file, value) in resources.unified().iter().flatten() {
+        let plain = file.contains('.') && !file.contains('/') && !file.starts_with('.');
+        if !plain || file.starts_with("cgroup.") {
+            return Err(Error::spec(
+                format!("linux.resources.unified[{file:?}]"),
+                "not the name of a controller's file",
+            ));
+        }
+        set(file, value.clone());
+    }
+    Ok(files)
 }
 
 fn refuse_what_is_not_done(resources: &LinuxResources) -> Result<()> {
@@ -216,9 +229,10 @@ impl Hierarchy {
             }
         };
         // Dropping the cgroup on a failure removes it.
-        for (file, value) in &limits.0 {
+        for (file, value) in &limits.files {
             cgroup.limit(file, value)?;
         }
+        limits.devices.attach(cgroup.dir())?;
         Ok(cgroup)
     }
 }
@@ -355,7 +369,7 @@ mod tests {
 
     fn limits(json: serde_json::Value) -> Result<Vec<(String, String)>> {
         let resources: LinuxResources = serde_json::from_value(json).unwrap();
-        Limits::from_spec(&resources).map(|limits| limits.0)
+        Limits::from_spec(Some(&resources)).map(|limits| limits.files)
     }
 
     fn pairs(list: &[(&str, &str)]) -> Vec<(String, String)> {

@@ -194,12 +194,7 @@ impl Plan {
                 spec.hostname().is_some(),
             )?,
             personality: linux.personality().as_ref().map(personality).transpose()?,
-            limits: linux
-                .resources()
-                .as_ref()
-                .map(Limits::from_spec)
-                .transpose()?
-                .unwrap_or_default(),
+            limits: Limits::from_spec(linux.resources().as_ref())?,
             process: Process::from_spec(process)?,
         })
     }

@@ -88,6 +88,7 @@ tests![
     the_user_the_groups_and_the_home_are_the_specs,
     capabilities_and_limits_are_the_specs,
     the_default_devices_and_links_are_there,
+    devices_outside_the_rules_cannot_be_used,
     paths_are_masked_and_read_only,
     a_read_only_root_is_read_only,
     binds_of_files_and_directories,
@@ -261,6 +262,30 @@ async fn the_default_devices_and_links_are_there() {
         "null 1:3 666\nzero 1:5 666\nfull 1:7 666\nrandom 1:8 666\nurandom 1:9 666\ntty 5:0 666\nextra a:e5 640\n\
          /proc/self/fd\n/proc/self/fd/0\n/proc/self/fd/1\n/proc/self/fd/2\npts/ptmx\n3\nmqueue\npts\nshm\n"
     );
+}
+
+async fn devices_outside_the_rules_cannot_be_used() {
+    let bed = Bed::new().await;
+    // The kernel's log: present everywhere, and no default device.
+    let mut spec =
+        bed.spec("head -c 1 /dev/log-node > /dev/null && echo read; head -c 1 /dev/zero | wc -c");
+    spec["linux"]["devices"] =
+        json!([{"path": "/dev/log-node", "type": "c", "major": 1, "minor": 11}]);
+    for set in ["bounding", "effective", "permitted"] {
+        spec["process"]["capabilities"][set] = json!(["CAP_SYSLOG"]);
+    }
+    let denied = bed.run(&spec).await;
+    assert_eq!(denied.stdout, "1\n");
+    assert!(
+        denied.stderr.contains("Operation not permitted"),
+        "{}",
+        denied.stderr
+    );
+    spec["linux"]["resources"]["devices"] = json!([
+        {"allow": false, "access": "rwm"},
+        {"allow": true, "type": "c", "major": 1, "minor": 11, "access": "r"}
+    ]);
+    assert_eq!(bed.output(&spec).await, "read\n1\n");
 }
 
 async fn paths_are_masked_and_read_only() {
