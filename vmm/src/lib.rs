@@ -12,6 +12,7 @@ pub mod loader;
 pub mod machine;
 pub mod memory;
 pub mod mptable;
+pub mod probe;
 pub mod serial;
 pub mod server;
 pub mod socket;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use std::thread::{self, Builder};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use tracing::info;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot;
@@ -24,12 +25,14 @@ use crate::layout;
 use crate::loader::{self, LoadError};
 use crate::memory::{self, MemoryError};
 use crate::mptable;
+use crate::probe;
 use crate::serial::SerialPort;
 use crate::sync::lock;
 use crate::timeline::Timeline;
 use crate::vcpu::{self, MAX_VCPUS, VcpuError, VcpuSet};
 use crate::virtio::console::Console;
 use crate::virtio::event::{QueueHandler, QueueSubscriber};
+use crate::virtio::fs::{Fs, FsError};
 use crate::virtio::mmio::{QUEUE_NOTIFY, Transport};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
@@ -70,7 +73,7 @@ pub enum MachineError {
     },
     /// KVM lacks something.
     #[error("this host's KVM lacks {0}")]
-    Missing(&'static str),
+    Missing(String),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -86,6 +89,9 @@ pub enum MachineError {
     /// vCPUs.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// The file-system device.
+    #[error("share")]
+    Share(#[from] FsError),
     /// An eventfd could not be made.
     #[error("cannot make a device's eventfd")]
     Event(#[source] io::Error),
@@ -107,9 +113,6 @@ pub enum MachineError {
     /// No empty slot is left.
     #[error("no spare virtio-mmio slot is left")]
     NoSlot,
-    /// The device kind can't be attached.
-    #[error("{0} devices are not supported")]
-    Unsupported(&'static str),
 }
 
 /// The open files a machine is built from.
@@ -149,6 +152,10 @@ impl Machine {
         check(config, &files)?;
         let memory_bytes = config.memory_mib << 20;
         let kvm = open_kvm(files.kvm);
+        let missing = probe::missing_capabilities(&kvm);
+        if !missing.is_empty() {
+            return Err(MachineError::Missing(missing.join(", ")));
+        }
         let guest_memory = memory::create(config.memory_mib)?;
         timeline.mark("memory mapped");
 
@@ -184,6 +191,9 @@ impl Machine {
             None => None,
         };
         let mut devices = vec![Device::own_threads(vsock(&config.vsock_path)?)];
+        if let Some(share) = &config.share {
+            devices.push(Device::own_threads(Fs::new(share)?));
+        }
         let console = Console::new();
         devices.push(Device::served(console.handler(), console));
         let rng = Rng::new();
@@ -250,9 +260,14 @@ impl Machine {
                 let rng = Rng::new();
                 Device::served(rng.handler(), rng)
             }
-            AttachConfig::Fs(_) => return Err(MachineError::Unsupported("file-system")),
+            AttachConfig::Fs(share) => Device::own_threads(Fs::new(share)?),
         };
         self.plug(device)
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> impl Deref<Target = GuestMemoryMmap> + use<> {
+        self.memory.memory()
     }
 
     /// Subscribers for the event loop, of the devices added since the last call.

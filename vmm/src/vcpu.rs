@@ -160,21 +160,21 @@ pub struct VcpuSet {
 }
 
 /// The `immediate_exit` byte of a vCPU's `kvm_run`.
-struct Kick(*const AtomicU8);
+pub(crate) struct Kick(*const AtomicU8);
 
-// SAFETY: the byte is only accessed atomically, and lives as long as the VcpuFd, which its thread gives back at its end;
-// `VcpuSet` drops the `Kick` before that.
+// SAFETY: the byte is only accessed atomically, and lives as long as the VcpuFd, which its thread gives back at its end to the one
+// who has the `Kick`.
 unsafe impl Send for Kick {}
 // SAFETY: as above.
 unsafe impl Sync for Kick {}
 
 impl Kick {
-    fn new(fd: &mut VcpuFd) -> Self {
+    pub(crate) fn new(fd: &mut VcpuFd) -> Self {
         let flag: *mut u8 = &mut fd.get_kvm_run().immediate_exit;
         Self(flag.cast_const().cast())
     }
 
-    fn set(&self, value: u8) {
+    pub(crate) fn set(&self, value: u8) {
         // SAFETY: see the `Send` implementation; an AtomicU8 has the layout of the u8 that the kernel reads.
         unsafe { (*self.0).store(value, Ordering::SeqCst) }
     }
@@ -466,7 +466,7 @@ impl Vcpu {
 }
 
 /// Describes KVM_EXIT_INTERNAL_ERROR with KVM's own data.
-fn internal_error(fd: &mut VcpuFd) -> String {
+pub(crate) fn internal_error(fd: &mut VcpuFd) -> String {
     // SAFETY: KVM fills `internal` for KVM_EXIT_INTERNAL_ERROR.
     let internal = unsafe { fd.get_kvm_run().__bindgen_anon_1.internal };
     let name = match internal.suberror {
@@ -488,7 +488,8 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
     // Nothing: its arrival makes KVM_RUN return.
 }
 
-fn install_kick_handler() -> Result<(), VcpuError> {
+/// Makes SIGRTMIN interrupt KVM_RUN instead of ending the process.
+pub(crate) fn install_kick_handler() -> Result<(), VcpuError> {
     static INSTALLED: OnceLock<Option<i32>> = OnceLock::new();
     let failed = INSTALLED.get_or_init(|| {
         register_signal_handler(SIGRTMIN(), on_kick)
