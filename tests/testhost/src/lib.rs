@@ -6,6 +6,7 @@
 //! [`supervisor`] watches over it, [`client`] runs a command. Inside: [`guest`] is the init. Both sides speak
 //! [`frame`]s.
 
+mod autopsy;
 pub mod client;
 pub mod console;
 pub mod cpio;

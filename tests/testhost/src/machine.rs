@@ -46,7 +46,7 @@ impl Hardware {
     }
 }
 
-/// A running QEMU and our ends of its two channels.
+/// A running QEMU and our ends of its channels.
 #[derive(Debug)]
 pub struct Machine {
     /// The process; it dies with the thread that made it.
@@ -55,6 +55,8 @@ pub struct Machine {
     pub port: UnixStream,
     /// The serial console.
     pub console: UnixStream,
+    /// QEMU's own control channel, to ask what the CPU does when nothing else answers.
+    pub monitor: UnixStream,
 }
 
 /// Starts QEMU. The calling thread must live as long as the machine shall: the kernel kills QEMU with it.
@@ -67,10 +69,12 @@ pub fn start(
 ) -> io::Result<Machine> {
     let (port, port_there) = UnixStream::pair()?;
     let (console, console_there) = UnixStream::pair()?;
+    let (monitor, monitor_there) = UnixStream::pair()?;
     let initrd = sealed_file(initramfs)?;
     let inherited = [
         port_there.as_raw_fd(),
         console_there.as_raw_fd(),
+        monitor_there.as_raw_fd(),
         initrd.as_raw_fd(),
     ];
     let log = File::create(log)?;
@@ -104,17 +108,16 @@ pub fn start(
         child: command.spawn()?,
         port,
         console,
+        monitor,
     })
 }
 
-fn arguments(hardware: &Hardware, vmlinux: &Path, fds: [RawFd; 3]) -> Vec<OsString> {
-    let [port, console, initrd] = fds;
+fn arguments(hardware: &Hardware, vmlinux: &Path, fds: [RawFd; 4]) -> Vec<OsString> {
+    let [port, console, monitor, initrd] = fds;
     let mut all: Vec<OsString> = [
         "-no-user-config",
         "-nodefaults",
         "-display",
-        "none",
-        "-monitor",
         "none",
         "-no-reboot",
         "-M",
@@ -138,6 +141,11 @@ fn arguments(hardware: &Hardware, vmlinux: &Path, fds: [RawFd; 3]) -> Vec<OsStri
         &format!("socket,id=console,fd={console},server=off"),
     );
     add("-serial", &"chardev:console");
+    add(
+        "-chardev",
+        &format!("socket,id=monitor,fd={monitor},server=off"),
+    );
+    add("-mon", &"chardev=monitor,mode=control");
     add("-device", &"virtio-serial-pci,max_ports=2");
     add("-chardev", &format!("socket,id=port,fd={port},server=off"));
     add("-device", &"virtserialport,chardev=port,nr=1,name=testhost");

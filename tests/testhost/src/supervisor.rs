@@ -2,6 +2,7 @@
 //! the commands they run, and watches the host's health. Three things can end a host: its console shows that
 //! the kernel has failed, its heartbeat stops, or QEMU ends.
 
+use crate::autopsy;
 use crate::console::{Finding, Severity, Watch};
 use crate::frame::{CONTROL, Configure, Frame, Message, VERSION};
 use crate::machine::Machine;
@@ -113,6 +114,7 @@ impl Host {
             mut child,
             port,
             console,
+            monitor,
         } = machine;
         let reader = port.try_clone();
         let shared = Arc::new(Shared {
@@ -153,6 +155,7 @@ impl Host {
         }
 
         let monitor = Monitor {
+            machine: monitor,
             shared: shared.clone(),
             inbox,
             patience,
@@ -350,6 +353,8 @@ fn read_port(port: UnixStream, shared: &Shared, events: &Sender<Event>) {
 
 /// The thread that decides whether the host lives.
 struct Monitor {
+    /// QEMU's control channel.
+    machine: UnixStream,
     shared: Arc<Shared>,
     inbox: Receiver<Event>,
     patience: Patience,
@@ -393,6 +398,7 @@ impl Monitor {
 
     fn until_closed(&self) {
         let mut last_beat = Instant::now();
+        let mut silent = false;
         let reason = loop {
             let left =
                 (last_beat + self.patience.heartbeat).saturating_duration_since(Instant::now());
@@ -408,6 +414,7 @@ impl Monitor {
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {
+                    silent = true;
                     break format!(
                         "no heartbeat from inside for {} s",
                         self.patience.heartbeat.as_secs()
@@ -416,7 +423,10 @@ impl Monitor {
                 Err(RecvTimeoutError::Disconnected) => break "its channels closed".into(),
             }
         };
-        let failure = self.shared.failed(reason);
+        let mut failure = self.shared.failed(reason);
+        if silent {
+            failure.tail += &autopsy::examine(&self.machine);
+        }
         *held(&self.shared.failure) = Some(failure.clone());
         for (_, stream) in held(&self.shared.streams).drain() {
             let _ = stream.to_client.send(failure.frame());

@@ -17,6 +17,7 @@ use testhost::supervisor::{Host, HostFailure, Patience};
 struct Inside {
     port: UnixStream,
     console: UnixStream,
+
     pid: i32,
 }
 
@@ -49,16 +50,19 @@ impl Inside {
 fn pretend(patience: Patience, init: impl FnOnce(&Inside)) -> (Result<Host, HostFailure>, Inside) {
     let (port, port_inside) = UnixStream::pair().unwrap();
     let (console, console_inside) = UnixStream::pair().unwrap();
+    let (monitor, _) = UnixStream::pair().unwrap();
     let child = Command::new("sleep").arg("1000").spawn().unwrap();
     let inside = Inside {
         port: port_inside,
         console: console_inside,
+
         pid: child.id() as i32,
     };
     let machine = Machine {
         child,
         port,
         console,
+        monitor,
     };
     let folder = tempfile::tempdir().unwrap();
     let log = std::fs::File::create(folder.path().join("console.log")).unwrap();
