@@ -119,7 +119,7 @@ impl Containers {
         });
         tokio::spawn(Arc::clone(&container).supervise());
         reservation.fill(container);
-        tracing::info!(id, %pid, "created");
+        tracing::debug!(id, %pid, "created");
         Ok(pid.as_raw().unsigned_abs())
     }
 
@@ -184,7 +184,7 @@ impl Containers {
         socket.start().what(what)?;
         match socket.report().await.what(what)? {
             Report::End => {
-                tracing::info!(id, "started");
+                tracing::debug!(id, "started");
                 Ok(())
             }
             Report::Failed(error) => Err(error),
@@ -240,7 +240,7 @@ impl Containers {
         container.init.streams.close();
         container.init.cgroup.remove()?;
         self.table().remove(id);
-        tracing::info!(id, "deleted");
+        tracing::debug!(id, "deleted");
         Ok(())
     }
 
@@ -301,7 +301,7 @@ impl Container {
             tracing::warn!(%error, "cannot kill what a container left");
         }
         self.init.streams.process_ended();
-        tracing::info!(pid = %self.init.pid, code = exit.map(|exit| exit.code), "ended");
+        tracing::debug!(pid = %self.init.pid, code = exit.map(|exit| exit.code), "ended");
     }
 }
 

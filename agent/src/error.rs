@@ -50,6 +50,7 @@ impl Kind {
             | Errno::EISDIR
             | Errno::ELOOP
             | Errno::ENODEV
+            | Errno::EROFS
             | Errno::ENAMETOOLONG => Self::InvalidArgument,
             _ => Self::Internal,
         }

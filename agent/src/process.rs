@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use caps::{CapSet, CapsHashSet};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
-use nix::sys::resource::setrlimit;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{
     AccessFlags, Gid, Uid, chdir, execve, faccessat, fchown, setgroups, setresgid, setresuid,
@@ -20,6 +20,9 @@ use nix::unistd::{
 
 use crate::error::{Context, Error, Kind, Result, errno_of, errno_text};
 use crate::spec::{Capabilities, Process};
+
+/// Soft limit of open files where the spec sets none.
+const DEFAULT_FILES: u64 = 1024;
 
 /// A program found and ready to be executed.
 #[derive(Debug)]
@@ -30,6 +33,17 @@ pub struct Program {
 
 /// Does everything to this process that the spec's `process` says, except the exec. The root is the container's.
 pub fn become_process(process: &Process) -> Result<Program> {
+    if !process
+        .rlimits
+        .iter()
+        .any(|(resource, ..)| *resource == Resource::RLIMIT_NOFILE)
+    {
+        // The agent's own is too high for programs that close, or select on, every descriptor there may be.
+        let (_, hard) =
+            getrlimit(Resource::RLIMIT_NOFILE).what(|| "cannot read a resource limit")?;
+        setrlimit(Resource::RLIMIT_NOFILE, hard.min(DEFAULT_FILES), hard)
+            .what(|| "cannot set a resource limit")?;
+    }
     for &(resource, soft, hard) in &process.rlimits {
         setrlimit(resource, soft, hard).what(|| format!("process.rlimits ({resource:?})"))?;
     }

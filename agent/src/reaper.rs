@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::time::ClockId;
 use nix::unistd::Pid;
 use tokio::io::Interest;
 use tokio::sync::watch;
 
+use crate::sys;
 use crate::timeline::nanoseconds;
 
 /// How a process ended.
@@ -46,22 +46,21 @@ impl Reaper {
     /// Reaps what has ended.
     fn reap(&self) {
         loop {
-            let (pid, code) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, u32::try_from(code).unwrap_or(255)),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as u32),
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-                Err(Errno::EINTR) | Ok(_) => continue,
+            match sys::reap_one() {
+                Ok(Some((pid, code))) => {
+                    if let Some(sender) = self.table().remove(&pid) {
+                        sender.send_replace(Some(Exit {
+                            code,
+                            at_ns: nanoseconds(ClockId::CLOCK_REALTIME),
+                        }));
+                    }
+                }
+                Ok(None) | Err(Errno::ECHILD) => return,
+                Err(Errno::EINTR) => {}
                 Err(errno) => {
                     tracing::error!(%errno, "cannot reap children");
                     return;
                 }
-            };
-            if let Some(sender) = self.table().remove(&pid) {
-                let exit = Exit {
-                    code,
-                    at_ns: nanoseconds(ClockId::CLOCK_REALTIME),
-                };
-                sender.send_replace(Some(exit));
             }
         }
     }
@@ -72,7 +71,7 @@ impl Reaper {
         mask.add(Signal::SIGCHLD);
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None)?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-        let signals = crate::sys::watch_fd(signals, Interest::READABLE)?;
+        let signals = sys::watch_fd(signals, Interest::READABLE)?;
         loop {
             // Also once before the first signal: a child may have ended before the signal was blocked.
             self.reap();

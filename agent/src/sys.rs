@@ -330,6 +330,24 @@ pub fn signal_process(pidfd: BorrowedFd<'_>, signal: i32) -> Result<()> {
     .map(drop)
 }
 
+/// Reaps one child that has ended, if there is one: its pid, and its status as shells count it: 0 to 255, or 128 + N
+/// when it was ended by signal N. (`nix` fails on the status of a real-time signal, after it has reaped the child.)
+pub fn reap_one() -> Result<Option<(Pid, u32)>> {
+    let mut status = 0;
+    // SAFETY: `status` lives across the call.
+    match Errno::result(unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) })? {
+        0 => Ok(None),
+        pid => {
+            let code = if libc::WIFSIGNALED(status) {
+                128 + libc::WTERMSIG(status)
+            } else {
+                libc::WEXITSTATUS(status)
+            };
+            Ok(Some((Pid::from_raw(pid), code.unsigned_abs())))
+        }
+    }
+}
+
 /// Registers a descriptor's owner with the runtime.
 pub fn watch_fd<T: OwnsFd>(owner: T, interest: Interest) -> std::io::Result<AsyncFd<T>> {
     // SAFETY: the types below own one descriptor, which neither changes nor is closed while they live, and AsyncFd
