@@ -36,9 +36,6 @@ pub use container::{Exit, Status};
 /// How long a guest may take to write back its dirty pages and power off before it is killed.
 const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long the VMM's word of its end may come after the loss of the agent's connection.
-const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(5);
-
 /// Exit code of a process whose VM ended under it.
 const LOST_EXIT_CODE: u32 = 255;
 
@@ -218,10 +215,9 @@ impl Sandbox {
             failure: None,
         })?;
         let agent = machine.agent().await?;
-        agent
-            .create(id.as_str(), spec_json, container.stdio.for_agent())
-            .await
-            .map_err(|e| self.explain(e))?;
+        let stdio = container.stdio.for_agent();
+        let answer = agent.create(id.as_str(), spec_json, stdio).await;
+        machine.explain(answer).await?;
         container.created();
         self.timeline.mark("server: container created");
         tokio::spawn(self.clone().watch_container(container.clone(), agent));
@@ -239,7 +235,7 @@ impl Sandbox {
             });
         }
         let agent = machine.agent().await?;
-        agent.start(id).await.map_err(|e| self.explain(e))?;
+        machine.explain(agent.start(id).await).await?;
         container.started();
         self.timeline.mark("server: container started");
         Ok(machine.vmm().pid())
@@ -263,10 +259,8 @@ impl Sandbox {
             });
         }
         let agent = machine.agent().await?;
-        agent
-            .signal(id, "", signal, all)
-            .await
-            .map_err(|e| self.explain(e))
+        let answer = agent.signal(id, "", signal, all).await;
+        machine.explain(answer).await
     }
 
     /// Forgets a container that does not run.
@@ -284,7 +278,7 @@ impl Sandbox {
         if !self.is_empty() && self.failure.get().is_none() {
             let machine = self.running_machine()?;
             let agent = machine.agent().await?;
-            agent.delete(id).await.map_err(|e| self.explain(e))?;
+            machine.explain(agent.delete(id).await).await?;
             machine
                 .share()
                 .remove_container(&container.id, &container.binds)?;
@@ -358,21 +352,17 @@ impl Sandbox {
 
     /// Follows a container to its end.
     async fn watch_container(self: Arc<Self>, container: Arc<Container>, agent: Agent) {
-        match agent.wait(container.id.as_str(), "").await {
+        let Some(machine) = self.machine.get() else {
+            return;
+        };
+        let answer = agent.wait(container.id.as_str(), "").await;
+        match machine.explain(answer).await {
             Ok(exit) => {
                 self.timeline.mark("server: container exited");
                 container.ended(exit.exit_code.min(255));
             }
             Err(error) => {
-                let Some(machine) = self.machine.get() else {
-                    return;
-                };
-                // A guest that ends cuts this connection first: its VMM knows why.
-                let end = tokio::time::timeout(LAST_WORD_TIMEOUT, machine.vmm().ended()).await;
-                match end {
-                    Ok(ended) => self.fail(&ended.to_string()),
-                    Err(_) => self.fail(&error.to_string()),
-                }
+                self.fail(&error.to_string());
                 machine.vmm().kill().await;
             }
         }
@@ -400,14 +390,6 @@ impl Sandbox {
         }
         for container in self.all_containers() {
             container.ended(LOST_EXIT_CODE);
-        }
-    }
-
-    /// The better reason of the two when a call fails because the VM has ended.
-    fn explain(&self, error: AgentError) -> SandboxError {
-        match (&error, self.failure.get()) {
-            (AgentError::Lost(_), Some(reason)) => SandboxError::Failed(reason.clone()),
-            _ => error.into(),
         }
     }
 

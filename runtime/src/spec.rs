@@ -481,7 +481,7 @@ pub(crate) mod tests {
         for (text, expected) in [
             ("", "EOF while parsing"),
             ("{", "EOF while parsing"),
-            ("[]", "invalid"),
+            ("5", "invalid type"),
             ("nonsense", "expected"),
             ("{}x", "trailing characters"),
         ] {

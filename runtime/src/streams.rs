@@ -91,6 +91,7 @@ fn header(stream: &Stream) -> io::Result<Vec<u8>> {
 
 /// Moves `input` into the guest until its end, and then closes the sending half.
 pub fn pump_in(input: BorrowedFd, socket: &UnixStream) -> io::Result<u64> {
+    socket.set_nonblocking(true)?;
     let result = pump(input, socket.as_fd());
     // The guest may have closed the connection already.
     let _ = socket.shutdown(Shutdown::Write);
@@ -100,6 +101,7 @@ pub fn pump_in(input: BorrowedFd, socket: &UnixStream) -> io::Result<u64> {
 /// Moves what the guest writes into `output` until its end. When nobody reads `output` any more the connection is closed,
 /// so that the writer in the guest learns of it.
 pub fn pump_out(socket: &UnixStream, output: BorrowedFd) -> io::Result<u64> {
+    socket.set_nonblocking(true)?;
     let result = pump(socket.as_fd(), output);
     if result.is_err() {
         let _ = socket.shutdown(Shutdown::Both);
@@ -107,12 +109,14 @@ pub fn pump_out(socket: &UnixStream, output: BorrowedFd) -> io::Result<u64> {
     result
 }
 
-/// Moves bytes until the end of `from`; in the kernel where one end is a pipe.
+/// Moves bytes until the end of `from`; in the kernel where one end is a pipe. `splice` holds the pipe's lock while it waits
+/// for the other end, and with it everybody else who uses the pipe, even a reader of what is in it already: so it must never
+/// wait, and the one of the two ends that is ours, the socket, is non-blocking.
 fn pump(from: BorrowedFd, to: BorrowedFd) -> io::Result<u64> {
     let mut total = 0;
     if is_pipe(from) || is_pipe(to) {
         loop {
-            match splice(from, None, to, None, CHUNK, SpliceFFlags::SPLICE_F_MOVE) {
+            match splice(from, None, to, None, CHUNK, SpliceFFlags::SPLICE_F_NONBLOCK) {
                 Ok(0) => return Ok(total),
                 Ok(n) => total += n as u64,
                 Err(Errno::EINTR) => {}
@@ -330,6 +334,21 @@ mod tests {
             };
             assert!(received == expected, "{kind}");
         }
+    }
+
+    #[test]
+    fn what_has_arrived_can_be_read_while_the_pump_waits_for_more() {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let (mut reader, output) = io::pipe().unwrap();
+        let pump = thread::spawn(move || pump_out(&here, output.as_fd()));
+        for line in [b"one\n", b"two\n"] {
+            there.write_all(line).unwrap();
+            let mut seen = [0; 4];
+            reader.read_exact(&mut seen).unwrap();
+            assert_eq!(&seen, line);
+        }
+        drop(there);
+        assert_eq!(pump.join().unwrap().unwrap(), 8);
     }
 
     #[test]

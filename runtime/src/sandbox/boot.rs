@@ -26,6 +26,9 @@ use crate::vmm::{Ended, Vmm, VmmError};
 /// Most request queues of the share; each is a thread of the VMM.
 const MAX_SHARE_QUEUES: u8 = 4;
 
+/// How long after the loss of the agent's connection the VMM may take to say that the VM has ended, and why.
+const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Why a guest did not come up.
 #[derive(Debug, Clone, Error)]
 pub enum BootError {
@@ -166,10 +169,28 @@ impl Machine {
         }
     }
 
+    /// An answer of the agent. When the connection is lost because the VM has ended, its VMM tells the reason.
+    pub async fn explain<T>(&self, answer: Result<T, AgentError>) -> Result<T, SandboxError> {
+        match answer {
+            Err(AgentError::Lost(message)) => Err(match last_word(&self.vmm).await {
+                Some(ended) => SandboxError::Failed(ended.to_string()),
+                None => AgentError::Lost(message).into(),
+            }),
+            answer => answer.map_err(SandboxError::from),
+        }
+    }
+
     /// The agent, if it has called already.
     pub fn agent_if_ready(&self) -> Option<Agent> {
         self.ready.borrow().as_ref()?.as_ref().ok().cloned()
     }
+}
+
+/// How the VM has ended, if it has: a guest's connections are cut a moment before.
+async fn last_word(vmm: &Vmm) -> Option<Ended> {
+    tokio::time::timeout(LAST_WORD_TIMEOUT, vmm.ended())
+        .await
+        .ok()
 }
 
 /// Boots the machine and takes the agent's call.
@@ -191,7 +212,12 @@ async fn bring_up(
     drop(listener);
     let _ = std::fs::remove_file(&port);
     sandbox.timeline.mark("server: agent called");
-    let (agent, hello) = Agent::greet(stream).await?;
+    let (agent, hello) = match Agent::greet(stream).await {
+        Err(error @ AgentError::Lost(_)) => {
+            return Err(last_word(vmm).await.map_or(error.into(), BootError::from));
+        }
+        greeted => greeted?,
+    };
     sandbox.timeline.mark("server: agent greeted");
     let guest = hello.timeline.iter().take(64).map(|entry| TimelineEntry {
         name: entry.name.chars().take(64).collect(),

@@ -1,0 +1,318 @@
+//! A stand-in for the VMM and its guest, for tests of the server and the command line where KVM can't boot a kernel: it
+//! speaks the control socket, the hybrid vsock and the agent's API, and runs the container's program as a plain process.
+//!
+//! `FAKE_VMM` chooses how it misbehaves.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+
+use async_trait::async_trait;
+use bulkhead_protocol::agent::{
+    CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest,
+    DeleteContainerResponse, HelloRequest, HelloResponse, ShutdownRequest, ShutdownResponse,
+    SignalProcessRequest, SignalProcessResponse, StartContainerRequest, StartContainerResponse,
+    StreamHeader, StreamKind, WaitProcessRequest, WaitProcessResponse,
+};
+use bulkhead_protocol::agent_ttrpc::{Agent, create_agent};
+use bulkhead_protocol::{CONTROL_PORT, PROTOCOL_VERSION};
+use bulkhead_vmm::control::{CONTROL_FD, Event, Message, Request, Response, exit_code};
+use bulkhead_vmm::socket::{recv_request, send_message};
+use protobuf::{Enum, Message as _};
+use serde_json::Value;
+use tokio::sync::watch;
+use ttrpc::asynchronous::transport::Listener;
+use ttrpc::asynchronous::{Server, TtrpcContext};
+use ttrpc::{Code, get_status};
+
+type Streams = Arc<(Mutex<HashMap<i32, UnixStream>>, Condvar)>;
+
+fn main() {
+    let mode = std::env::var("FAKE_VMM").unwrap_or_default();
+    // SAFETY: the parent has put the control socket here for this process alone.
+    let control = Arc::new(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) });
+    let Ok((Request::Boot(config), fds)) = recv_request(&*control) else {
+        std::process::exit(exit_code::SETUP);
+    };
+    assert_eq!(fds.len(), if config.serial { 4 } else { 3 });
+    match mode.as_str() {
+        "refuse" => {
+            let message = "memory is too small".into();
+            let _ = send_message(&*control, &Message::Response(Response::Error { message }));
+        }
+        "die" => std::process::exit(3),
+        _ => {
+            let _ = send_message(&*control, &Message::Response(Response::Ok));
+        }
+    }
+    match mode.as_str() {
+        "crash" => end(
+            &control,
+            exit_code::CRASH,
+            "vcpu 0: KVM internal error, suberror 1",
+        ),
+        "panic" => end(&control, exit_code::RESET, "the guest reset itself"),
+        "refuse" | "silent" => {}
+        _ => {
+            let streams = Streams::default();
+            serve_vsock(&config.vsock_path, &streams);
+            let control = control.clone();
+            thread::spawn(move || serve_agent(&mode, control, streams));
+        }
+    }
+    loop {
+        if recv_request(&*control).is_err() {
+            std::process::exit(exit_code::ORPHANED);
+        }
+    }
+}
+
+fn end(control: &OwnedFd, exit_code: i32, reason: &str) -> ! {
+    let event = Event::Ended {
+        exit_code,
+        reason: reason.into(),
+        timeline: vec![],
+    };
+    let _ = send_message(control, &Message::Event(event));
+    std::process::exit(exit_code);
+}
+
+/// Takes the streams' connections.
+fn serve_vsock(path: &Path, streams: &Streams) {
+    let listener = UnixListener::bind(path).unwrap();
+    let streams = streams.clone();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut line = String::new();
+            BufReader::with_capacity(1, &stream)
+                .read_line(&mut line)
+                .unwrap();
+            assert_eq!(line, "CONNECT 1025\n");
+            stream.write_all(b"OK 7\n").unwrap();
+            let mut length = [0; 4];
+            stream.read_exact(&mut length).unwrap();
+            let mut body = vec![0; u32::from_be_bytes(length) as usize];
+            stream.read_exact(&mut body).unwrap();
+            let header = StreamHeader::parse_from_bytes(&body).unwrap();
+            let (map, arrived) = &*streams;
+            map.lock().unwrap().insert(header.kind.value(), stream);
+            arrived.notify_all();
+        }
+    });
+}
+
+/// Dials the host and serves the agent's API on the connection.
+fn serve_agent(mode: &str, control: Arc<OwnedFd>, streams: Streams) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let path = format!("vsock_{CONTROL_PORT}");
+        let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
+        // Nobody else gets through to the host.
+        if tokio::net::UnixStream::connect(&path).await.is_ok() && mode == "dial twice" {
+            eprintln!("a second call was taken");
+        }
+        let (sender, exit) = watch::channel(None);
+        let agent = FakeAgent {
+            mode: mode.to_owned(),
+            control,
+            streams,
+            container: Mutex::default(),
+            exit,
+            sender,
+        };
+        let connection = futures_stream(stream);
+        let mut server = Server::new()
+            .add_listener(Listener::new(connection))
+            .register_service(create_agent(Arc::new(agent)));
+        server.start().await.unwrap();
+        std::future::pending::<()>().await;
+    });
+}
+
+/// A listener's stream of connections that has this one only.
+fn futures_stream(
+    stream: tokio::net::UnixStream,
+) -> impl futures::Stream<Item = std::io::Result<tokio::net::UnixStream>> + Send {
+    use futures::StreamExt;
+    futures::stream::iter([Ok(stream)]).chain(futures::stream::pending())
+}
+
+#[derive(Default)]
+struct Container {
+    args: Vec<String>,
+    wanted: Vec<i32>,
+    pid: Option<u32>,
+}
+
+struct FakeAgent {
+    mode: String,
+    control: Arc<OwnedFd>,
+    streams: Streams,
+    container: Mutex<Container>,
+    exit: watch::Receiver<Option<u32>>,
+    sender: watch::Sender<Option<u32>>,
+}
+
+fn status(code: Code, message: String) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(get_status(code, message))
+}
+
+#[async_trait]
+impl Agent for FakeAgent {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
+        assert_eq!(request.protocol_version, PROTOCOL_VERSION);
+        let skew = u32::from(self.mode == "version");
+        Ok(HelloResponse {
+            protocol_version: PROTOCOL_VERSION + skew,
+            agent_version: "9.9".into(),
+            ..Default::default()
+        })
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> ttrpc::Result<CreateContainerResponse> {
+        if self.mode == "slow create" {
+            std::future::pending::<()>().await;
+        }
+        let spec: Value = serde_json::from_slice(&request.spec_json).unwrap();
+        // What the guest would mount from the share has to be there.
+        let rootfs = spec["root"]["path"].as_str().unwrap();
+        let on_host = rootfs.replace("/run/bulkhead/share", "share");
+        if !Path::new(&on_host).join("marker").exists() {
+            return Err(status(Code::INTERNAL, format!("{on_host} has no marker")));
+        }
+        let args = spec["process"]["args"].as_array().unwrap();
+        let wanted = [
+            (request.stdio.stdin, StreamKind::STDIN),
+            (request.stdio.stdout, StreamKind::STDOUT),
+            (request.stdio.stderr, StreamKind::STDERR),
+        ];
+        let mut container = self.container.lock().unwrap();
+        container.args = args
+            .iter()
+            .map(|arg| arg.as_str().unwrap().to_owned())
+            .collect();
+        container.wanted = wanted.iter().filter(|w| w.0).map(|w| w.1.value()).collect();
+        Ok(CreateContainerResponse {
+            pid: 2,
+            ..Default::default()
+        })
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        _: StartContainerRequest,
+    ) -> ttrpc::Result<StartContainerResponse> {
+        if self.mode == "die at start" {
+            std::process::exit(3);
+        }
+        let mut container = self.container.lock().unwrap();
+        let (map, arrived) = &*self.streams;
+        let wanted = container.wanted.clone();
+        let mut streams = arrived
+            .wait_while(map.lock().unwrap(), |map| {
+                !wanted.iter().all(|kind| map.contains_key(kind))
+            })
+            .unwrap();
+        let mut stdio = |kind: StreamKind| match streams.remove(&kind.value()) {
+            Some(stream) => Stdio::from(OwnedFd::from(stream)),
+            None => Stdio::null(),
+        };
+        let mut command = Command::new(&container.args[0]);
+        command
+            .args(&container.args[1..])
+            .stdin(stdio(StreamKind::STDIN))
+            .stdout(stdio(StreamKind::STDOUT))
+            .stderr(stdio(StreamKind::STDERR));
+        // The processes of a guest end with it.
+        // SAFETY: one system call between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                Ok(nix::sys::prctl::set_pdeathsig(
+                    nix::sys::signal::Signal::SIGKILL,
+                )?)
+            });
+        }
+        let mut child = command.spawn().map_err(|_| {
+            let program = &container.args[0];
+            let message = format!("exec: {program:?}: executable file not found in $PATH");
+            status(Code::NOT_FOUND, message)
+        })?;
+        container.pid = Some(child.id());
+        let sender = self.sender.clone();
+        thread::spawn(move || {
+            let end = child.wait().unwrap();
+            let code = end
+                .code()
+                .or(end.signal().map(|signal| signal + 128))
+                .unwrap();
+            sender.send_replace(Some(code as u32));
+        });
+        Ok(StartContainerResponse::default())
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        _: WaitProcessRequest,
+    ) -> ttrpc::Result<WaitProcessResponse> {
+        let mut exit = self.exit.clone();
+        let exit_code = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        Ok(WaitProcessResponse {
+            exit_code,
+            ..Default::default()
+        })
+    }
+
+    async fn signal_process(
+        &self,
+        _: &TtrpcContext,
+        request: SignalProcessRequest,
+    ) -> ttrpc::Result<SignalProcessResponse> {
+        let pid = self.container.lock().unwrap().pid;
+        let pid = pid.ok_or_else(|| status(Code::NOT_FOUND, "no such process".into()))?;
+        let signal = nix::sys::signal::Signal::try_from(request.signal as i32).unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal).unwrap();
+        Ok(SignalProcessResponse::default())
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        _: DeleteContainerRequest,
+    ) -> ttrpc::Result<DeleteContainerResponse> {
+        Ok(DeleteContainerResponse::default())
+    }
+
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        _: ShutdownRequest,
+    ) -> ttrpc::Result<ShutdownResponse> {
+        if let Some(pid) = self
+            .container
+            .lock()
+            .unwrap()
+            .pid
+            .take_if(|_| self.exit.borrow().is_none())
+        {
+            let pid = nix::unistd::Pid::from_raw(pid as i32);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        end(&self.control, exit_code::POWER_OFF, "the guest powered off")
+    }
+}

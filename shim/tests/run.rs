@@ -1,0 +1,519 @@
+//! `bulkhead run` and the sandbox server from end to end, natively: the VMM and its guest are a stand-in
+//! (`examples/fake-vmm.rs`) that runs the container's program as a plain process. Needs root, for mounts.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Long enough for a loaded machine; nothing waits that long when all is well.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The command line, which another package builds.
+fn bulkhead() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let server = Path::new(env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2"));
+        let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
+        let status = Command::new(cargo)
+            .args([
+                "build",
+                "--quiet",
+                "-p",
+                "bulkhead-runtime",
+                "--bin",
+                "bulkhead",
+            ])
+            .status()
+            .unwrap();
+        assert!(status.success());
+        server.with_file_name("bulkhead")
+    })
+}
+
+struct Bed {
+    dir: TempDir,
+    mode: &'static str,
+}
+
+impl Bed {
+    /// A bundle that runs `args`, a configuration and a state root of its own; `None` (said aloud) without root.
+    fn new(args: &[&str]) -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: mounting needs root");
+            return None;
+        }
+        let bed = Self {
+            dir: tempfile::tempdir().unwrap(),
+            mode: "",
+        };
+        fs::create_dir_all(bed.path("bundle/rootfs")).unwrap();
+        fs::write(bed.path("bundle/rootfs/marker"), "").unwrap();
+        for file in ["kernel", "initramfs"] {
+            fs::write(bed.path(file), "").unwrap();
+        }
+        bed.configure("");
+        bed.spec(|spec| spec["process"]["args"] = json!(args));
+        Some(bed)
+    }
+
+    fn mode(mut self, mode: &'static str) -> Self {
+        self.mode = mode;
+        self
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn configure(&self, more: &str) {
+        let server = Path::new(env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2"));
+        let vmm = server.with_file_name("examples").join("fake-vmm");
+        let config = format!(
+            "kernel = {:?}\ninitramfs = {:?}\nvmm = {vmm:?}\nserver = {server:?}\nruntime_root = {:?}\n{more}",
+            self.path("kernel"),
+            self.path("initramfs"),
+            self.path("state"),
+        );
+        fs::write(self.path("config.toml"), config).unwrap();
+    }
+
+    fn spec(&self, change: impl FnOnce(&mut Value)) {
+        let mut spec = json!({
+            "ociVersion": "1.0.2",
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["/bin/true"], "cwd": "/"},
+            "root": {"path": "rootfs"},
+            "linux": {"namespaces": [
+                {"type": "mount"}, {"type": "pid"}, {"type": "network"}, {"type": "ipc"}
+            ]}
+        });
+        change(&mut spec);
+        fs::write(self.path("bundle/config.json"), spec.to_string()).unwrap();
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(bulkhead());
+        command
+            .env("FAKE_VMM", self.mode)
+            .arg("--config")
+            .arg(self.path("config.toml"))
+            .args(["run", "c1", "--bundle"])
+            .arg(self.path("bundle"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn run(&self) -> Output {
+        let output = self.command().output().unwrap();
+        self.assert_clean();
+        output
+    }
+
+    /// Nothing is left: no state, no mount, no process.
+    fn assert_clean(&self) {
+        let state = self.path("state");
+        if state.exists() {
+            let left: Vec<_> = fs::read_dir(&state).unwrap().collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(state.to_str().unwrap()), "{mounts}");
+        assert_eq!(self.processes(), Vec::<String>::new());
+    }
+
+    /// Servers and VMMs of this bed: their command lines or working directories name it.
+    fn processes(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let proc = entry.path();
+            let cwd = fs::read_link(proc.join("cwd")).unwrap_or_default();
+            let line = fs::read(proc.join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            let serves =
+                line.contains(" serve ") && line.contains(self.path("state").to_str().unwrap());
+            if cwd.starts_with(self.path("state")) || serves {
+                found.push(line);
+            }
+        }
+        found
+    }
+
+    /// Waits until everything is gone that was left to itself.
+    fn await_clean(&self) {
+        let start = Instant::now();
+        let state = self.path("state/c1");
+        while state.exists() || !self.processes().is_empty() {
+            assert!(start.elapsed() < PATIENCE, "{:?} is left", self.processes());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.assert_clean();
+    }
+
+    fn pid_of(&self, name: &str) -> Pid {
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let proc = entry.path();
+            let line = fs::read(proc.join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            let cwd = fs::read_link(proc.join("cwd")).unwrap_or_default();
+            let program = line.split('\0').next().unwrap_or_default();
+            if cwd == self.path("state/c1") && program.ends_with(name) {
+                return Pid::from_raw(entry.file_name().to_str().unwrap().parse().unwrap());
+            }
+        }
+        panic!("no {name}");
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A failed command says one line, and what is expected is in it.
+fn assert_sentence(output: &Output, expected: &str) {
+    let stderr = text(&output.stderr);
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with("bulkhead run failed: "), "{stderr}");
+    assert!(stderr.contains(expected), "{stderr}");
+}
+
+/// A command in the background. A test that fails must not leave it running.
+struct Running(Option<Child>);
+
+impl Running {
+    fn signal(&self, signal: Signal) {
+        let id = self.0.as_ref().unwrap().id();
+        kill(Pid::from_raw(id as i32), signal).unwrap();
+    }
+
+    fn output(mut self) -> Output {
+        self.0.take().unwrap().wait_with_output().unwrap()
+    }
+
+    fn wait(self) -> ExitStatus {
+        self.output().status
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Starts the command and reads the line that its program says first.
+fn start(bed: &Bed) -> (Running, BufReader<std::process::ChildStdout>) {
+    let mut child = bed.command().stdin(Stdio::piped()).spawn().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let running = Running(Some(child));
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    (running, stdout)
+}
+
+const READY: [&str; 3] = [
+    "/bin/sh",
+    "-c",
+    "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done",
+];
+
+#[test]
+fn output_and_exit_code_come_back_and_nothing_is_left() {
+    let Some(bed) = Bed::new(&["/bin/sh", "-c", "echo out; echo err >&2; exit 3"]) else {
+        return;
+    };
+    let output = bed.run();
+    assert_eq!(text(&output.stderr), "err\n");
+    assert_eq!(text(&output.stdout), "out\n");
+    assert_eq!(output.status.code(), Some(3));
+}
+
+#[test]
+fn a_death_by_signal_is_128_and_the_signal() {
+    let Some(bed) = Bed::new(&["/bin/sh", "-c", "kill -9 $$"]) else {
+        return;
+    };
+    assert_eq!(bed.run().status.code(), Some(137));
+}
+
+#[test]
+fn input_goes_in_and_its_end_is_an_end_of_file() {
+    let Some(bed) = Bed::new(&["/bin/sh", "-c", "wc -c"]) else {
+        return;
+    };
+    let mut child = bed.command().stdin(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(&vec![b'x'; 1_000_000]).unwrap();
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(text(&output.stdout).trim(), "1000000");
+    assert_eq!(output.status.code(), Some(0));
+    bed.assert_clean();
+}
+
+#[test]
+fn all_output_is_there_when_the_command_ends() {
+    let Some(bed) = Bed::new(&["/bin/sh", "-c", "head -c 20000000 /dev/zero"]) else {
+        return;
+    };
+    assert_eq!(bed.run().stdout.len(), 20_000_000);
+}
+
+#[test]
+fn an_exit_does_not_wait_for_input_that_nobody_reads() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let mut child = bed.command().stdin(Stdio::piped()).spawn().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    bed.assert_clean();
+}
+
+#[test]
+fn a_reader_of_output_that_goes_away_ends_the_writer() {
+    let Some(bed) = Bed::new(&["/bin/sh", "-c", "echo ready; exec cat /dev/zero"]) else {
+        return;
+    };
+    let (child, stdout) = start(&bed);
+    drop(stdout);
+    assert_eq!(child.wait().code(), Some(128 + Signal::SIGPIPE as i32));
+    bed.assert_clean();
+}
+
+#[test]
+fn signals_are_passed_on() {
+    let Some(bed) = Bed::new(&READY) else { return };
+    let (child, _stdout) = start(&bed);
+    child.signal(Signal::SIGTERM);
+    assert_eq!(child.wait().code(), Some(7));
+    bed.assert_clean();
+}
+
+#[test]
+fn a_signal_before_the_container_is_there_ends_the_start() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    for mode in ["silent", "slow create"] {
+        let bed = Bed::new(&["/bin/true"]).unwrap().mode(mode);
+        let child = Running(Some(bed.command().spawn().unwrap()));
+        while !bed.path("state/c1/state.json").exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        child.signal(Signal::SIGINT);
+        assert_eq!(child.wait().code(), Some(130));
+        bed.assert_clean();
+    }
+    drop(bed);
+}
+
+#[test]
+fn a_killed_client_takes_its_sandbox_along() {
+    let Some(bed) = Bed::new(&READY) else { return };
+    let (child, _stdout) = start(&bed);
+    child.signal(Signal::SIGKILL);
+    assert_eq!(child.wait().signal(), Some(9));
+    bed.await_clean();
+}
+
+#[test]
+fn a_killed_server_is_told_and_leaves_nothing() {
+    let Some(bed) = Bed::new(&READY) else { return };
+    let (child, _stdout) = start(&bed);
+    kill(bed.pid_of("containerd-shim-bulkhead-v2"), Signal::SIGKILL).unwrap();
+    let output = child.output();
+    assert_eq!(output.status.code(), Some(1));
+    assert_sentence(&output, "the sandbox server ended unexpectedly");
+    bed.await_clean();
+}
+
+#[test]
+fn a_killed_vmm_is_told_with_its_reason() {
+    let Some(bed) = Bed::new(&READY) else { return };
+    let (child, _stdout) = start(&bed);
+    kill(bed.pid_of("fake-vmm"), Signal::SIGKILL).unwrap();
+    let output = child.output();
+    assert_eq!(output.status.code(), Some(255));
+    assert_sentence(&output, "VMM was killed by SIGKILL");
+    bed.assert_clean();
+}
+
+#[test]
+fn a_guest_that_does_not_come_up_is_told_in_one_sentence() {
+    let Some(_) = Bed::new(&[]) else { return };
+    for (mode, expected) in [
+        ("crash", "suberror 1; `bulkhead check` tells"),
+        (
+            "panic",
+            "the guest ended while it booted: the guest reset itself",
+        ),
+        ("refuse", "the VMM refused: memory is too small"),
+        ("die", "exited with code 3"),
+        ("silent", "not ready within 1 s"),
+        ("version", "agent 9.9 speaks protocol version 2"),
+    ] {
+        let bed = Bed::new(&["/bin/true"]).unwrap().mode(mode);
+        bed.configure("boot_timeout_s = 1\n");
+        let output = bed.run();
+        assert_eq!(output.status.code(), Some(1));
+        assert_sentence(&output, expected);
+    }
+}
+
+#[test]
+fn a_vm_that_ends_at_start_is_told() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let output = bed.mode("die at start").run();
+    assert_eq!(output.status.code(), Some(1));
+    assert_sentence(&output, "exited with code 3");
+}
+
+#[test]
+fn bad_input_is_told_in_one_sentence_and_leaves_nothing() {
+    let Some(_) = Bed::new(&[]) else { return };
+    type Change = fn(&Bed);
+    let table: [(&str, Change); 10] = [
+        ("config.json not found", |bed| {
+            fs::remove_file(bed.path("bundle/config.json")).unwrap()
+        }),
+        ("not a valid runtime spec", |bed| {
+            fs::write(bed.path("bundle/config.json"), "{").unwrap()
+        }),
+        ("`root.path` names an invalid rootfs", |bed| {
+            fs::remove_dir_all(bed.path("bundle/rootfs")).unwrap();
+        }),
+        ("`process.args` must not be empty", |bed| {
+            bed.spec(|spec| spec["process"]["args"] = json!([]))
+        }),
+        ("`process.user.uid`: invalid", |bed| {
+            bed.spec(|spec| spec["process"]["user"]["uid"] = json!("nobody"))
+        }),
+        ("exec: \"foo\": executable file not found in $PATH", |bed| {
+            bed.spec(|spec| spec["process"]["args"] = json!(["foo"]));
+        }),
+        ("`mounts[0].source` names /nonexistent", |bed| {
+            bed.spec(|spec| {
+                spec["mounts"] =
+                    json!([{"destination": "/d", "type": "bind", "source": "/nonexistent"}]);
+            });
+        }),
+        ("set `kernel` in the configuration file", |bed| {
+            fs::remove_file(bed.path("kernel")).unwrap()
+        }),
+        ("set `initramfs` in the configuration file", |bed| {
+            fs::remove_file(bed.path("initramfs")).unwrap()
+        }),
+        ("unknown field `nonsense`", |bed| {
+            bed.configure("nonsense = 1\n")
+        }),
+    ];
+    for (expected, change) in table {
+        let bed = Bed::new(&["/bin/true"]).unwrap();
+        change(&bed);
+        let output = bed.run();
+        assert_eq!(output.status.code(), Some(1), "{expected}");
+        assert_sentence(&output, expected);
+    }
+}
+
+#[test]
+fn an_id_that_is_taken_is_refused_and_its_container_lives_on() {
+    let Some(bed) = Bed::new(&READY) else { return };
+    let (child, _stdout) = start(&bed);
+    let output = bed.command().output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_sentence(&output, "container with id c1 already exists");
+    child.signal(Signal::SIGTERM);
+    assert_eq!(child.wait().code(), Some(7));
+    bed.assert_clean();
+}
+
+#[test]
+fn only_the_first_call_to_the_host_is_taken() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let bed = bed.mode("dial twice");
+    let output = bed.run();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+}
+
+#[test]
+fn the_timeline_has_the_moments_of_client_and_server() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let output = bed
+        .command()
+        .arg("--timeline")
+        .arg(bed.path("t.json"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let record: Value =
+        serde_json::from_str(&fs::read_to_string(bed.path("t.json")).unwrap()).unwrap();
+    let names: Vec<_> = record["entries"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| e["name"].as_str().unwrap())
+        .collect();
+    for name in [
+        "client: started",
+        "server: started",
+        "server: agent called",
+        "server: cleaned",
+        "client: server ended",
+    ] {
+        assert!(names.contains(&name), "{names:?}");
+    }
+    bed.assert_clean();
+}
+
+#[test]
+fn errors_go_to_the_log_file_in_runcs_form() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    fs::remove_file(bed.path("kernel")).unwrap();
+    let log = bed.path("log.json");
+    let mut command = Command::new(bulkhead());
+    command.arg("--config").arg(bed.path("config.toml"));
+    command
+        .arg("--log")
+        .arg(&log)
+        .args(["--log-format", "json", "run", "--bundle"]);
+    let mut child = command
+        .arg(bed.path("bundle"))
+        .arg("c1")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stderr = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut stderr)
+        .unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let entry: Value = serde_json::from_str(&fs::read_to_string(log).unwrap()).unwrap();
+    assert_eq!(entry["level"], "error");
+    assert_eq!(entry["msg"], stderr.trim_end());
+    bed.assert_clean();
+}
