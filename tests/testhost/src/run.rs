@@ -1,7 +1,7 @@
 //! `testhost run`, and what it has in common with `up`: preparing, booting, reporting.
 
 use crate::cli;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -56,7 +56,7 @@ impl Prepared {
         })
     }
 
-    /// Boots a host in that folder.
+    /// Boots a host in that folder. The inner error is a failure of the bed.
     pub fn boot(&self, folder: &Folder, host: &cli::Host) -> Result<Result<Host, HostFailure>> {
         let initramfs = image::initramfs(&self.kernel)?;
         let hardware = host.hardware();
@@ -79,14 +79,20 @@ impl Prepared {
             &folder.qemu_log(),
         )
         .context("starting QEMU")?;
-        Ok(Host::boot(
+        let booted = Host::boot(
             machine,
             configure,
             host.patience(),
             console,
             folder.qemu_log(),
             Arc::new(say),
-        ))
+        );
+        match booted {
+            Err(failure) if failure.in_setup => {
+                bail!("setting up the host failed: {}", failure.reason)
+            }
+            other => Ok(other),
+        }
     }
 }
 

@@ -52,6 +52,8 @@ pub struct HostFailure {
     pub reason: String,
     /// The end of its console, and of QEMU's own words if there are any.
     pub tail: String,
+    /// Its init could not do what it was told: that is nobody's mishap, and would happen again.
+    pub in_setup: bool,
 }
 
 enum Event {
@@ -305,6 +307,7 @@ impl Shared {
         HostFailure {
             reason,
             tail: tail.split_off(cut),
+            in_setup: false,
         }
     }
 }
@@ -364,6 +367,7 @@ struct Monitor {
 impl Monitor {
     fn until_ready(&self, deadline: Instant, configure: Configure) -> Result<(), HostFailure> {
         let mut configure = Some(configure);
+        let mut in_setup = false;
         let reason = loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.inbox.recv_timeout(left) {
@@ -378,7 +382,8 @@ impl Monitor {
                 }
                 Ok(Event::Frame(Message::Ready(_))) => return Ok(()),
                 Ok(Event::Frame(Message::SetupFailed(why))) => {
-                    break format!("its init failed: {why}");
+                    in_setup = true;
+                    break why;
                 }
                 Ok(event) => {
                     if let Some(reason) = self.judge(event) {
@@ -390,7 +395,10 @@ impl Monitor {
                 }
             }
         };
-        let failure = self.shared.failed(reason);
+        let failure = HostFailure {
+            in_setup,
+            ..self.shared.failed(reason)
+        };
         *held(&self.shared.failure) = Some(failure.clone());
         self.end();
         Err(failure)

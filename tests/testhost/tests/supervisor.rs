@@ -215,7 +215,8 @@ fn a_boot_that_fails_says_why() {
     let (host, _inside) = pretend(patient(), |inside| {
         inside.say(Frame::control(Message::SetupFailed("no root".into())));
     });
-    assert!(host.err().unwrap().reason.contains("no root"));
+    let failure = host.err().unwrap();
+    assert!(failure.in_setup && failure.reason.contains("no root"));
     let (host, _inside) = pretend(patient(), |inside| {
         inside.say(Frame::control(Message::Hello(VERSION + 1)));
     });
@@ -225,7 +226,8 @@ fn a_boot_that_fails_says_why() {
         ..patient()
     };
     let (host, _inside) = pretend(patience, |_| ());
-    assert!(host.err().unwrap().reason.contains("not ready"));
+    let failure = host.err().unwrap();
+    assert!(!failure.in_setup && failure.reason.contains("not ready"));
 }
 
 #[test]
