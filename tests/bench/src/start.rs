@@ -53,7 +53,7 @@ pub fn measure(rounds: usize, qemu: Option<&Path>, probe: &Path) -> anyhow::Resu
             measure(name, &mut run_command(runtime(name), &bundle))?;
         }
         let mut ours = run_command(bulkhead(), &bundle);
-        measure("bulkhead", ours.env("BULKHEAD_TIMELINE", &timeline))?;
+        measure("bulkhead", ours.arg("--timeline").arg(&timeline))?;
         if let Some(qemu) = qemu {
             measure("qemu", &mut microvm(qemu, &initrd))?;
         }
@@ -147,15 +147,18 @@ fn microvm(qemu: &Path, initrd: &Path) -> Command {
 
 /// Adds one run's steps, in milliseconds since its first, to those of the runs before.
 fn read_timeline(path: &Path, steps: &mut Vec<(String, Vec<f64>)>) -> anyhow::Result<()> {
-    let entries: Vec<Value> =
+    let record: Value =
         serde_json::from_slice(&fs::read(path).context("no timeline was written")?)?;
+    let entries = record["entries"]
+        .as_array()
+        .context("a timeline without entries")?;
     let at = |entry: &Value| {
         entry["at_ns"]
             .as_f64()
             .context("a timeline entry without a time")
     };
     let began = at(entries.first().context("the timeline is empty")?)?;
-    for entry in &entries {
+    for entry in entries {
         let name = entry["name"]
             .as_str()
             .context("a timeline entry without a name")?;

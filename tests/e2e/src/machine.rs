@@ -9,6 +9,7 @@ use std::process::{Child, Stdio};
 
 use bulkhead_vmm::client::{Client, VmmProcess};
 use bulkhead_vmm::control::{BootConfig, Event};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
 
 use crate::{dist, initramfs};
@@ -138,6 +139,23 @@ impl Machine {
     /// When it can't be made.
     pub fn listen(&self, port: u32) -> UnixListener {
         UnixListener::bind(format!("{}_{port}", self.vsock_path().display())).unwrap()
+    }
+
+    /// Waits for the guest's call.
+    ///
+    /// # Panics
+    /// When the VM ends before.
+    pub fn accept(&mut self, listener: &UnixListener) -> UnixStream {
+        let mut polled = [
+            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+            // An event, or the end of the VMM.
+            PollFd::new(self.client.as_fd(), PollFlags::POLLIN),
+        ];
+        poll(&mut polled, PollTimeout::NONE).unwrap();
+        if polled[0].any() == Some(true) {
+            return listener.accept().unwrap().0;
+        }
+        panic!("the VM ended: {:?}", self.client.next_event());
     }
 
     /// Connects to a port of the guest; `None` when the guest refuses.

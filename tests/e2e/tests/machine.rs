@@ -188,7 +188,7 @@ fn boot_vsock_probe() -> (Machine, BufReader<UnixStream>) {
     let mut machine = Machine::spawn();
     let listener = machine.listen(COMMAND_PORT);
     machine.boot_probe("vsock", config_with_vsock());
-    let mut commands = BufReader::new(listener.accept().unwrap().0);
+    let mut commands = BufReader::new(machine.accept(&listener));
     assert_eq!(read_line(&mut commands), "ready");
     (machine, commands)
 }
@@ -246,10 +246,10 @@ fn hundreds_of_vsock_connections_from_the_host_carry_data_both_ways() {
 
 #[test]
 fn vsock_connections_from_the_guest_reach_the_hosts_listeners_or_are_refused() {
-    let (machine, mut commands) = boot_vsock_probe();
+    let (mut machine, mut commands) = boot_vsock_probe();
     let listener = machine.listen(DIAL_PORT);
     commands.get_mut().write_all(b"d").unwrap();
-    let streams: Vec<_> = (0..100).map(|_| listener.accept().unwrap().0).collect();
+    let streams: Vec<_> = (0..100).map(|_| machine.accept(&listener)).collect();
     for mut stream in streams {
         let mut number = Vec::new();
         stream.read_to_end(&mut number).unwrap();
@@ -313,7 +313,7 @@ fn boot_agent(config: BootConfig) -> (Machine, UnixStream) {
     let mut machine = Machine::spawn();
     let listener = machine.listen(CONTROL_PORT);
     machine.boot_agent(config);
-    let stream = listener.accept().unwrap().0;
+    let stream = machine.accept(&listener);
     stream.set_nonblocking(true).unwrap();
     (machine, stream)
 }
