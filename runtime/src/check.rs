@@ -1,8 +1,12 @@
 //! `bulkhead check`: can this machine run guests? Each finding is tried, not guessed, and says what to do.
 
+use std::error::Error;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use bulkhead_vmm::probe::probe;
 
 use crate::config::Config;
 use crate::preflight::{self, PreflightError};
@@ -18,21 +22,15 @@ pub struct Finding {
 
 /// Looks at everything that a guest needs.
 pub fn findings(config: &Config) -> Vec<Finding> {
-    let mut findings = vec![
-        finding("user", preflight::require_root().map(|()| "root".into())),
-        finding(
-            "/dev/kvm",
-            preflight::open_kvm().map(|_| "opens for reading and writing".into()),
-        ),
-    ];
-    findings.push(Finding {
-        what: "kernel",
-        result: kernel(config),
-    });
-    findings.push(Finding {
-        what: "initramfs",
-        result: initramfs(config),
-    });
+    let user = preflight::require_root().map(|()| "root".into());
+    let mut findings = vec![finding("user", user)];
+    for (what, result) in [
+        ("/dev/kvm", kvm()),
+        ("kernel", kernel(config)),
+        ("initramfs", initramfs(config)),
+    ] {
+        findings.push(Finding { what, result });
+    }
     for (what, key, path) in [
         ("VMM", "vmm", &config.vmm),
         ("sandbox server", "server", &config.server),
@@ -47,6 +45,25 @@ fn finding(what: &'static str, result: Result<String, PreflightError>) -> Findin
     Finding {
         what,
         result: result.map_err(|error| error.to_string()),
+    }
+}
+
+/// KVM has to run a guest's kernel code, and at a speed that is not an interpreter's.
+fn kvm() -> Result<String, String> {
+    match probe(Path::new(preflight::KVM)) {
+        Ok(report) => {
+            let ms = report.loop_time.as_secs_f64() * 1000.0;
+            Ok(format!(
+                "runs a guest's kernel code (trial loop: {ms:.1} ms)"
+            ))
+        }
+        Err(error) => {
+            let remedy = error.remedy();
+            Err(match error.source() {
+                Some(cause) => format!("{error}: {cause}: {remedy}"),
+                None => format!("{error}: {remedy}"),
+            })
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use thiserror::Error;
 use crate::config::Config;
 
 /// The device that guests run on.
-const KVM: &str = "/dev/kvm";
+pub const KVM: &str = "/dev/kvm";
 
 /// Why this host can't start a guest. Each message names the remedy.
 #[derive(Debug, Error)]

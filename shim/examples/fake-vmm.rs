@@ -3,6 +3,8 @@
 //!
 //! `FAKE_VMM` chooses how it misbehaves.
 
+#![allow(clippy::unwrap_used)] // a failure of a test is a panic
+
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};

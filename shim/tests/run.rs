@@ -1,6 +1,8 @@
 //! `bulkhead run` and the sandbox server from end to end, natively: the VMM and its guest are a stand-in
 //! (`examples/fake-vmm.rs`) that runs the container's program as a plain process. Needs root, for mounts.
 
+#![allow(clippy::unwrap_used)] // a failure of a test is a panic
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::ExitStatusExt;
