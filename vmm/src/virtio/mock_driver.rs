@@ -257,3 +257,45 @@ impl Ring {
         }
     }
 }
+
+/// Numbers that look random and are the same each time (xorshift64*): a failure names its seed and comes again.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A number below `limit`.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.below(choices.len() as u64) as usize]
+    }
+
+    /// A number that is small, large, or at an edge.
+    pub fn number(&mut self) -> u64 {
+        let any = self.next();
+        self.pick(&[
+            0,
+            1,
+            4096,
+            any % 100,
+            any % 0x2_0000,
+            u64::from(any as u32),
+            any,
+            u64::MAX,
+            1 << 31,
+            1 << 63,
+        ])
+    }
+}

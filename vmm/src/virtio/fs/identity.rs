@@ -34,9 +34,12 @@ fn keep_capabilities() {
     // SAFETY: as above.
     let done = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, bits | libc::SECBIT_NO_SETUID_FIXUP) };
     if bits < 0 || done < 0 {
-        tracing::warn!(
-            "without CAP_SETPCAP, users of the guest can't create files in directories that only a supplementary group lets them write"
-        );
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        ONCE.call_once(|| {
+            tracing::warn!(
+                "without CAP_SETPCAP, users of the guest can't create files in directories that only a supplementary group lets them write"
+            );
+        });
     }
 }
 

@@ -186,10 +186,7 @@ impl VirtioDevice for Fs {
                 share: self.share.clone(),
                 server: server.clone(),
             };
-            let spawned = std::thread::Builder::new()
-                .name(format!("fs-{index}"))
-                .spawn(move || worker.run());
-            match spawned {
+            match worker.spawn(format!("fs-{index}")) {
                 Ok(thread) => running.threads.push(thread),
                 Err(error) => {
                     running.end();
@@ -216,6 +213,8 @@ impl Running {
         for thread in self.threads {
             if thread.join().is_err() {
                 tracing::error!("a file-system thread had panicked");
+                #[cfg(test)]
+                assert!(std::thread::panicking(), "a file-system thread panicked");
             }
         }
     }

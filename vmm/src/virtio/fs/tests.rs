@@ -16,7 +16,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, GuestAddressSpace};
 
 use super::*;
 use crate::virtio::Memory;
-use crate::virtio::mock_driver::{self, Line, Piece, Ring};
+use crate::virtio::mock_driver::{self, Line, Piece, Random, Ring};
 
 const RING: u16 = 256;
 const HIGH: u64 = 0;
@@ -1292,4 +1292,159 @@ fn mounts_below_the_share_belong_to_it_and_are_told_apart() {
         umount2(&guest.path(name), MntFlags::MNT_DETACH).unwrap();
     }
     assert_eq!(guest.lookup(ROOT, "one").unwrap().nodeid, one.nodeid);
+}
+
+/// One random request, well-formed in its outline. Returns the inode and handle that the reply names, if any.
+fn random_request(
+    guest: &mut Guest,
+    nodes: &[u64],
+    handles: &[u64],
+    random: &mut Random,
+) -> (u64, u64) {
+    const NAMES: [&str; 9] = ["a", "b", "c", "dir", "..", "../canary", "a/b", "", "link"];
+    // The fixed parts of requests are at most this long; longer ones are payload.
+    const FIXED: [usize; 8] = [0, 4, 8, 16, 24, 32, 40, 88];
+    let opcode = random.pick(&[
+        Opcode::Lookup,
+        Opcode::Lookup,
+        Opcode::Getattr,
+        Opcode::Setattr,
+        Opcode::Readlink,
+        Opcode::Symlink,
+        Opcode::Mknod,
+        Opcode::Mkdir,
+        Opcode::Unlink,
+        Opcode::Rmdir,
+        Opcode::Rename,
+        Opcode::Link,
+        Opcode::Open,
+        Opcode::Read,
+        Opcode::Write,
+        Opcode::Statfs,
+        Opcode::Release,
+        Opcode::Fsync,
+        Opcode::Setxattr,
+        Opcode::Getxattr,
+        Opcode::Listxattr,
+        Opcode::Removexattr,
+        Opcode::Flush,
+        Opcode::Opendir,
+        Opcode::Readdir,
+        Opcode::Releasedir,
+        Opcode::Create,
+        Opcode::Ioctl,
+        Opcode::Poll,
+        Opcode::Fallocate,
+        Opcode::Readdirplus,
+        Opcode::Rename2,
+        Opcode::Lseek,
+        Opcode::Getlk,
+        Opcode::Setlk,
+        Opcode::BatchForget,
+        Opcode::Forget,
+    ]);
+    let natural = match opcode {
+        Opcode::Mknod | Opcode::Create | Opcode::Rename2 => 16,
+        Opcode::Mkdir
+        | Opcode::Rename
+        | Opcode::Link
+        | Opcode::Open
+        | Opcode::Opendir
+        | Opcode::Setxattr
+        | Opcode::Getxattr => 8,
+        Opcode::Read | Opcode::Write | Opcode::Readdir | Opcode::Readdirplus => 40,
+        Opcode::Setattr => 88,
+        Opcode::Getattr => 16,
+        Opcode::Fallocate => 32,
+        Opcode::Release | Opcode::Releasedir | Opcode::Lseek => 24,
+        _ => 0,
+    };
+    let fixed = if random.below(10) == 0 {
+        random.pick(&FIXED)
+    } else {
+        natural
+    };
+    let mut body = Vec::new();
+    while body.len() < fixed {
+        let handle = random.pick(handles);
+        let node = random.pick(nodes);
+        let number = random.number();
+        let value = random.pick(&[handle, handle, node, number, number & 0xfff, 0]);
+        body.extend(value.to_le_bytes());
+    }
+    body.truncate(fixed);
+    for _ in 0..random.below(3) {
+        body.extend(c(random.pick(&NAMES)));
+    }
+    if random.below(8) == 0 {
+        body.extend(vec![0x41; random.below(9000) as usize]);
+    }
+    let node = random.pick(nodes);
+    let header = guest.header(opcode as u32, node, body.len());
+    let room = random.pick(&[0, 15, 16, 100, 5000, ROOM, ROOM, ROOM]);
+    let reply = guest.exchange(&[header.as_slice(), &body].concat(), room);
+    let word = |at: usize| {
+        reply
+            .get(at..at + 8)
+            .map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap()))
+    };
+    match opcode {
+        Opcode::Open | Opcode::Opendir => (0, word(16)),
+        Opcode::Create => (word(16), word(16 + size_of::<EntryOut>())),
+        Opcode::Lookup | Opcode::Mkdir | Opcode::Mknod | Opcode::Symlink | Opcode::Link => {
+            (word(16), 0)
+        }
+        _ => (0, 0),
+    }
+}
+
+#[test]
+fn random_requests_stay_within_the_share() {
+    let seeds = std::env::var("SEEDS").map_or(20, |seeds| seeds.parse().unwrap());
+    for seed in 0..seeds {
+        let mut random = Random::new(seed);
+        let mut guest = Guest::new();
+        // What lies beside the shared directory must not change.
+        let outside = TempDir::new().unwrap();
+        let canary = outside.path().join("canary");
+        fs::write(&canary, "alive").unwrap();
+        symlink(&canary, guest.path("link")).unwrap();
+        fs::create_dir(guest.path("dir")).unwrap();
+        fs::write(guest.path("a"), vec![7; 10_000]).unwrap();
+        let before = fs::metadata(&canary).unwrap();
+        let (mut nodes, mut handles) = (vec![ROOT, ROOT, 2, u64::MAX], vec![1, 2]);
+        let steps = std::panic::AssertUnwindSafe(|| {
+            for _ in 0..600 {
+                let (node, handle) = random_request(&mut guest, &nodes, &handles, &mut random);
+                nodes.extend((node != 0).then_some(node));
+                handles.extend((handle != 0).then_some(handle));
+            }
+            guest.init();
+            fs::write(guest.path("fresh"), "").unwrap();
+            guest.lookup(ROOT, "fresh").unwrap();
+            guest.fs.reset();
+            let after = fs::metadata(&canary).unwrap();
+            assert_eq!(fs::read(&canary).unwrap(), b"alive");
+            assert_eq!(
+                (
+                    before.mode(),
+                    before.uid(),
+                    before.mtime(),
+                    before.ctime(),
+                    before.nlink()
+                ),
+                (
+                    after.mode(),
+                    after.uid(),
+                    after.mtime(),
+                    after.ctime(),
+                    after.nlink()
+                )
+            );
+            assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+        });
+        if std::panic::catch_unwind(steps).is_err() {
+            panic!("seed {seed}");
+        }
+    }
 }

@@ -7,7 +7,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
 
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
@@ -89,14 +90,27 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Works until the stop event.
-    pub fn run(self) {
-        if let Err(error) = self.serve() {
-            tracing::error!(%error, "a file-system thread ends");
+    /// Starts the thread. Returns once it serves, or with the reason why it can't.
+    pub fn spawn(self, name: String) -> io::Result<JoinHandle<()>> {
+        let (tell, told) = mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            let epoll = match self.prepare() {
+                Ok(epoll) => epoll,
+                Err(error) => return drop(tell.send(error)),
+            };
+            drop(tell);
+            if let Err(error) = self.serve(&epoll) {
+                tracing::error!(%error, "waiting for the file-system device's events failed");
+            }
+        })?;
+        match told.recv() {
+            Ok(error) => Err(error),
+            // The thread has dropped its end.
+            Err(mpsc::RecvError) => Ok(thread),
         }
     }
 
-    fn serve(&self) -> io::Result<()> {
+    fn prepare(&self) -> io::Result<Epoll> {
         identity::prepare_thread(self.share.proc_self_fd().as_fd())?;
         let epoll = Epoll::new()?;
         let stop = EpollEvent::new(EventSet::IN, STOP);
@@ -106,6 +120,10 @@ impl Worker {
             let event = EpollEvent::new(EventSet::IN | EventSet::EXCLUSIVE, index as u64);
             epoll.ctl(ControlOperation::Add, channel.kick.as_raw_fd(), event)?;
         }
+        Ok(epoll)
+    }
+
+    fn serve(&self, epoll: &Epoll) -> io::Result<()> {
         // The driver may have filled its queues before the thread was there.
         for channel in &self.channels {
             self.drain(channel);

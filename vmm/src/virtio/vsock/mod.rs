@@ -143,6 +143,8 @@ impl VirtioDevice for Vsock {
             let _ = stop.write(1);
             if thread.join().is_err() {
                 tracing::error!("the vsock device's thread had panicked");
+                #[cfg(test)]
+                assert!(std::thread::panicking(), "the vsock thread panicked");
             }
         }
     }
