@@ -13,7 +13,7 @@ pub const CHUNK: usize = 32 * 1024;
 /// How many bytes of one stdio stream may be under way without having been acknowledged.
 pub const WINDOW: usize = 8 * CHUNK;
 /// Said by the init in its first frame; a supervisor speaks with no other version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// The stream of frames that belong to no command.
 pub const CONTROL: u32 = 0;
 
@@ -120,6 +120,8 @@ pub enum Message {
     Bye,
     /// Supervisor to client: the emulated host itself failed: reason, tail of its console.
     HostFailed(String, String),
+    /// Supervisor to init, regularly: its only purpose is the interrupt that it causes.
+    Ping,
     /// Client to supervisor: what state are you in? The answer carries a sentence.
     Status(String),
 }
@@ -192,6 +194,7 @@ impl Frame {
             Message::Started
             | Message::Kill
             | Message::HangUp
+            | Message::Ping
             | Message::Shutdown
             | Message::Bye => {}
         }
@@ -285,6 +288,7 @@ impl Frame {
             16 => Message::HostFailed(body.text()?, body.text()?),
             17 => Message::Status(body.text()?),
             18 => Message::HangUp,
+            19 => Message::Ping,
             _ => return Err(FrameError::Kind(kind)),
         };
         if !body.rest.is_empty() {
@@ -315,6 +319,7 @@ impl Message {
             Self::HostFailed(..) => 16,
             Self::Status(_) => 17,
             Self::HangUp => 18,
+            Self::Ping => 19,
         }
     }
 }
@@ -443,6 +448,7 @@ mod tests {
             Message::Signal(15),
             Message::Kill,
             Message::HangUp,
+            Message::Ping,
             Message::Exit(-1),
             Message::Shutdown,
             Message::Bye,

@@ -41,6 +41,8 @@ impl Default for Patience {
 
 /// How long a failed kernel may go on printing its trace.
 const TRACE: Duration = Duration::from_secs(10);
+/// How often the host is sent an interrupt, see [`ping`].
+const PING: Duration = Duration::from_millis(200);
 /// How long the init may take to unmount the writable shares.
 const SHUTDOWN: Duration = Duration::from_secs(15);
 
@@ -164,9 +166,13 @@ impl Host {
             say,
         };
         monitor.until_ready(started + patience.boot, configure)?;
+        let (pinging, until) = mpsc::channel();
+        let pinged = shared.clone();
+        thread::spawn(move || ping(&pinged, &until));
         let (end, closed) = mpsc::channel();
         thread::spawn(move || {
             monitor.until_closed();
+            drop(pinging);
             drop(end);
         });
         Ok(Self {
@@ -351,6 +357,17 @@ fn read_port(port: UnixStream, shared: &Shared, events: &Sender<Event>) {
         if ends {
             streams.remove(&frame.stream);
         }
+    }
+}
+
+/// Keeps a lost timer interrupt from being the host's end. QEMU's VMRUN helper changes the CPU's set of pending
+/// interrupts without the lock that the thread of the local APIC's timer holds (`interrupt_request` in
+/// target/i386/tcg/system/svm_helper.c, fixed after 10.0); now and then that loses the timer's request. A kernel arms
+/// its timer anew only when it has rung, so that it would wait for ever; but any other interrupt makes the APIC
+/// request again all that is pending. An idle or computing host has no other interrupts. This makes some.
+fn ping(shared: &Shared, until: &Receiver<()>) {
+    while until.recv_timeout(PING) == Err(RecvTimeoutError::Timeout) {
+        shared.send(Frame::control(Message::Ping));
     }
 }
 

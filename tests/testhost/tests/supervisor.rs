@@ -27,7 +27,12 @@ impl Inside {
     }
 
     fn hear(&self) -> Frame {
-        Frame::read_from(&self.port).unwrap().unwrap()
+        loop {
+            let frame = Frame::read_from(&self.port).unwrap().unwrap();
+            if frame.message != Message::Ping {
+                return frame;
+            }
+        }
     }
 
     /// The init's side of a boot.

@@ -105,6 +105,7 @@ fn serve(port: &Port, reader: File) -> Result<()> {
                 mounts::unmount_binds(&configure);
                 send(port, &Frame::control(Message::Bye));
             }
+            Message::Ping => {}
             message => commands.handle(frame.stream, message),
         }
     }
