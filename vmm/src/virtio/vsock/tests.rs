@@ -1035,3 +1035,86 @@ fn random_guests_and_host_programs_do_no_harm() {
         }
     }
 }
+
+#[test]
+#[ignore = "a measurement: cargo test --release -- --ignored --nocapture throughput"]
+fn throughput_of_one_connection() {
+    let mut guest = Guest::new();
+    let listener = guest.listen(1);
+    let mut host = guest.connect(&listener, 1, 2);
+    let mut sink = host.try_clone().unwrap();
+    let total = 1usize << 30;
+    let reader = std::thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 18];
+        let mut seen = 0;
+        while seen < total {
+            seen += sink.read(&mut buffer).unwrap();
+        }
+    });
+    let header = data(1, 2, MAX_PAYLOAD);
+    guest
+        .memory
+        .memory()
+        .write_slice(&header.to_bytes(), GuestAddress(TX_BUFFERS))
+        .unwrap();
+    let start = std::time::Instant::now();
+    let (mut sent, mut forwarded, mut free) = (0usize, 0u32, 100);
+    while sent < total {
+        let credit = BUF_ALLOC - (sent as u32).wrapping_sub(forwarded);
+        if (credit as usize) < MAX_PAYLOAD || free == 0 {
+            forwarded = guest.receive().0.fwd_cnt;
+        } else {
+            guest
+                .tx
+                .post(&[
+                    Piece::read(TX_BUFFERS, HEADER_LEN),
+                    Piece::read(TX_BUFFERS + 4096, MAX_PAYLOAD),
+                ])
+                .unwrap();
+            guest.tx.notify();
+            free -= 1;
+            sent += MAX_PAYLOAD;
+        }
+        while guest.tx.take().is_some() {
+            free += 1;
+        }
+    }
+    reader.join().unwrap();
+    while free < 100 {
+        guest.tx.wait(&guest.line);
+        free += 1;
+    }
+    println!(
+        "guest to host: {:.0} MiB/s",
+        1024.0 / start.elapsed().as_secs_f64()
+    );
+
+    let start = std::time::Instant::now();
+    let writer = std::thread::spawn(move || {
+        let buffer = vec![1; 1 << 18];
+        for _ in 0..total / buffer.len() {
+            host.write_all(&buffer).unwrap();
+        }
+        host
+    });
+    let (mut received, mut told) = (0, 0);
+    while received < total {
+        let (header, payload) = guest.receive();
+        if header.op == op::RW {
+            received += payload.len();
+        }
+        if received - told > 128 * 1024 {
+            told = received;
+            let update = Header {
+                fwd_cnt: told as u32,
+                ..packet(op::CREDIT_UPDATE, 1, 2)
+            };
+            guest.send(update, &[]);
+        }
+    }
+    drop(writer.join().unwrap());
+    println!(
+        "host to guest: {:.0} MiB/s",
+        1024.0 / start.elapsed().as_secs_f64()
+    );
+}
