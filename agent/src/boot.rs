@@ -15,6 +15,7 @@ use nix::unistd::{chdir, chroot, mkdir};
 use tracing::level_filters::LevelFilter;
 
 use crate::cgroup::Hierarchy;
+use crate::container::Ground;
 use crate::timeline::Timeline;
 
 /// Where the unified hierarchy is mounted.
@@ -97,7 +98,7 @@ fn log_level(command_line: &str) -> LevelFilter {
 }
 
 /// What containers need: cgroups and the share.
-pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Hierarchy> {
+pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Ground> {
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(
         Some("cgroup2"),
@@ -116,19 +117,22 @@ pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Hierarc
     }
     make_dir("/run/bulkhead")?;
     make_dir(GUEST_SHARE)?;
-    match mount(
+    let share = mount(
         Some(SHARE_TAG),
         GUEST_SHARE,
         Some("virtiofs"),
         MsFlags::empty(),
         NO_DATA,
-    ) {
+    );
+    match &share {
         Ok(()) => timeline.mark("share"),
-        // A guest without a share can still be asked for its version, and shut down. A container's root.path will
-        // not be found, and the error says so.
-        Err(errno) => tracing::warn!(%errno, "no virtio-fs share {SHARE_TAG:?}"),
+        // A guest without a share can still be asked for its version, and shut down; containers are refused.
+        Err(errno) => tracing::warn!(%errno, "cannot mount the virtio-fs share {SHARE_TAG:?}"),
     }
-    Ok(hierarchy)
+    Ok(Ground {
+        hierarchy,
+        share: share.is_ok(),
+    })
 }
 
 /// Writes everything back and lets go of the share.

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use bulkhead_protocol::agent::{CreateContainerRequest, StreamHeader};
+use bulkhead_protocol::{GUEST_SHARE, SHARE_TAG};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -22,12 +23,21 @@ use crate::streams::{ProcessEnds, Streams};
 use crate::sys::{self, Fork};
 use crate::transport::Connection;
 
+/// What containers stand on.
+#[derive(Debug)]
+pub struct Ground {
+    /// Their cgroups.
+    pub hierarchy: Hierarchy,
+    /// Whether the host's share is mounted.
+    pub share: bool,
+}
+
 /// All containers of the guest.
 #[derive(Debug)]
 pub struct Containers {
     table: Mutex<HashMap<String, Entry>>,
     reaper: Reaper,
-    hierarchy: Hierarchy,
+    ground: Ground,
     loopback: Once,
 }
 
@@ -66,11 +76,11 @@ enum Phase {
 
 impl Containers {
     /// None yet.
-    pub fn new(reaper: Reaper, hierarchy: Hierarchy) -> Self {
+    pub fn new(reaper: Reaper, ground: Ground) -> Self {
         Self {
             table: Mutex::default(),
             reaper,
-            hierarchy,
+            ground,
             loopback: Once::new(),
         }
     }
@@ -92,11 +102,24 @@ impl Containers {
         let id = &request.container_id;
         check_id(id)?;
         let plan = Plan::from_json(&request.spec_json)?;
+        let terminal = &request.stdio.terminal;
+        if plan.process.terminal != *terminal {
+            return Err(Error::spec(
+                "process.terminal",
+                format!("the request's stdio says {terminal}"),
+            ));
+        }
+        if !self.ground.share && plan.root.starts_with(GUEST_SHARE) {
+            return Err(Error::State(format!(
+                "root.path ({}): the guest could not mount the virtio-fs share {SHARE_TAG:?}",
+                plan.root.display()
+            )));
+        }
         let reservation = Reservation::take(self, id)?;
         if plan.namespaces & libc::CLONE_NEWNET as u64 == 0 {
             self.loopback.call_once(guest_loopback_up);
         }
-        let cgroup = self.hierarchy.make(id, &plan.limits)?;
+        let cgroup = self.ground.hierarchy.make(id, &plan.limits)?;
         let (streams, ends) = Streams::open(&request.stdio)?;
         let stdio = &request.stdio;
         let terminal = stdio.terminal.then(|| {

@@ -31,7 +31,7 @@ fn live() -> anyhow::Result<()> {
     boot::start_log();
     // SAFETY: ignoring a signal installs no handler.
     unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) }.context("cannot ignore SIGPIPE")?;
-    let hierarchy = boot::prepare_for_containers(&mut timeline)?;
+    let ground = boot::prepare_for_containers(&mut timeline)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -48,6 +48,6 @@ fn live() -> anyhow::Result<()> {
         let control = Connection::dial_host(CONTROL_PORT)
             .await
             .context("cannot reach the host over vsock")?;
-        serve::serve(control, streams, hierarchy, timeline).await
+        serve::serve(control, streams, ground, timeline).await
     })
 }

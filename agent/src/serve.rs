@@ -7,8 +7,7 @@ use bulkhead_protocol::agent_ttrpc::create_agent;
 use tokio::sync::{Notify, Semaphore};
 use ttrpc::r#async::{Server, transport};
 
-use crate::cgroup::Hierarchy;
-use crate::container::Containers;
+use crate::container::{Containers, Ground};
 use crate::reaper::Reaper;
 use crate::service::Service;
 use crate::streams::read_header;
@@ -21,6 +20,9 @@ const UNNAMED_CONNECTIONS: usize = 64;
 /// How long a connection may take to say which stream it is.
 const HEADER_TIME: Duration = Duration::from_secs(10);
 
+/// Pause after a connection could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
 /// How long the host may take to read the last answer before the machine goes off.
 const FAREWELL_TIME: Duration = Duration::from_millis(100);
 
@@ -31,11 +33,11 @@ const KILL_TIME: Duration = Duration::from_secs(5);
 pub async fn serve(
     control: Connection,
     streams: Listener,
-    hierarchy: Hierarchy,
+    ground: Ground,
     mut timeline: Timeline,
 ) -> anyhow::Result<()> {
     let reaper = Reaper::default();
-    let containers = Arc::new(Containers::new(reaper.clone(), hierarchy));
+    let containers = Arc::new(Containers::new(reaper.clone(), ground));
     let reaping = tokio::spawn(reaper.run());
     tokio::spawn(accept_streams(streams, Arc::clone(&containers)));
 
@@ -78,9 +80,12 @@ async fn accept_streams(listener: Listener, containers: Arc<Containers>) {
         };
         let connection = match listener.accept().await {
             Ok(connection) => connection,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
             Err(error) => {
-                tracing::error!(%error, "cannot accept streams");
-                return;
+                // Out of descriptors or memory: the connection stays in the queue, so give others time to end.
+                tracing::error!(%error, "cannot accept a stream");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
             }
         };
         let containers = Arc::clone(&containers);

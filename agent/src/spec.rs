@@ -1,7 +1,7 @@
 //! From the OCI spec to a plan: what a container's init has to do, with every field checked.
 //!
 //! What the spec can hold and the agent can't do is refused here, with the field's name, before anything is made.
-//! `docs/` has the table of all fields.
+//! `agent/OCI.md` has the table of all fields.
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -87,6 +87,8 @@ pub struct Device {
 /// The spec's `process`.
 #[derive(Debug)]
 pub struct Process {
+    /// Whether it has a terminal.
+    pub terminal: bool,
     /// Arguments; the first is the program. Never empty.
     pub args: Vec<CString>,
     /// Environment, the last of equal names, in order.
@@ -618,6 +620,7 @@ impl Process {
         }
         let user = process.user();
         Ok(Self {
+            terminal: process.terminal().unwrap_or(false),
             args,
             env: environment(process.env().as_deref().unwrap_or_default())?,
             cwd,

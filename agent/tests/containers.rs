@@ -531,6 +531,13 @@ async fn mounts_that_fail_say_which_and_why() {
         assert_eq!(got, code, "{message}");
     }
     let mut spec = bed.spec("true");
+    spec["root"]["path"] = json!("/run/bulkhead/share/c1/rootfs");
+    let (code, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    assert!(message.contains("virtio-fs share"), "{message}");
     spec["root"]["path"] = json!(missing);
     let (code, message) = bed
         .create("box", &spec, Stdio::default())
@@ -743,6 +750,8 @@ async fn a_terminal_is_a_terminal() {
     };
     let mut spec = bed
         .spec("tty; stty size; test -c /dev/console && echo console; read line; echo \"<$line>\"");
+    let (_, message) = bed.create("box", &spec, stdio.clone()).await.unwrap_err();
+    assert_eq!(message, "process.terminal: the request's stdio says true");
     spec["process"]["terminal"] = json!(true);
     bed.create("box", &spec, stdio).await.unwrap();
     let mut terminal = bed.stream("box", StreamKind::TERMINAL).await;

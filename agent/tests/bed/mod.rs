@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio as Inherit};
 
 use bulkhead_agent::cgroup::Hierarchy;
+use bulkhead_agent::container::Ground;
 use bulkhead_agent::serve::serve;
 use bulkhead_agent::timeline::Timeline;
 use bulkhead_agent::transport::{Connection, Listener};
@@ -46,13 +47,16 @@ pub fn be_the_agent(dir: &Path, cgroup: &Path) {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let hierarchy = Hierarchy::set_up(cgroup).unwrap();
+        let ground = Ground {
+            hierarchy: Hierarchy::set_up(cgroup).unwrap(),
+            share: false,
+        };
         let streams = Listener::Unix(UnixListener::bind(dir.join("streams")).unwrap());
         let control = UnixStream::connect(dir.join("control")).await.unwrap();
         serve(
             Connection::Unix(control),
             streams,
-            hierarchy,
+            ground,
             Timeline::default(),
         )
         .await
