@@ -32,12 +32,12 @@ pub enum LaunchError {
     #[error(transparent)]
     State(#[from] StateError),
     /// A system call failed.
-    #[error("cannot start the sandbox server {}: {source}", program.display())]
+    #[error("cannot start the sandbox server {}: {cause}", program.display())]
     Start {
         /// The program.
         program: PathBuf,
         /// What went wrong.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -204,12 +204,12 @@ impl Launch<'_> {
         let program = &self.config.server;
         preflight::require_program("sandbox server", "server", program)?;
         let (state, listener) = StateDir::claim(self.root, self.id)?;
-        self.spawn(&state, &listener).map_err(|source| {
+        self.spawn(&state, &listener).map_err(|cause| {
             // Nobody else knows of the directory yet.
             let _ = state.remove();
             LaunchError::Start {
                 program: program.clone(),
-                source,
+                cause,
             }
         })
     }

@@ -26,7 +26,7 @@ pub enum PreflightError {
     Kvm(io::Error),
     /// A guest file or program is missing.
     #[error(
-        "cannot open the {what} {}: {source}: install it there or set `{key}` in the configuration file",
+        "cannot open the {what} {}: {cause}: install it there or set `{key}` in the configuration file",
         path.display()
     )]
     File {
@@ -37,7 +37,7 @@ pub enum PreflightError {
         /// The file.
         path: PathBuf,
         /// What went wrong.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -95,7 +95,7 @@ pub fn require_program(
             what,
             key,
             path: path.to_path_buf(),
-            source: errno.into(),
+            cause: errno.into(),
         }
     })
 }
@@ -113,11 +113,11 @@ pub fn open(what: &'static str, key: &'static str, path: &Path) -> Result<OwnedF
     });
     opened
         .map(OwnedFd::from)
-        .map_err(|source| PreflightError::File {
+        .map_err(|cause| PreflightError::File {
             what,
             key,
             path: path.to_path_buf(),
-            source,
+            cause,
         })
 }
 

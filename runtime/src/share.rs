@@ -23,19 +23,19 @@ use crate::id::ContainerId;
 
 /// What went wrong with the share.
 #[derive(Debug, Error)]
-#[error("cannot {what} {}: {source}", path.display())]
+#[error("cannot {what} {}: {cause}", path.display())]
 pub struct ShareError {
     what: &'static str,
     path: PathBuf,
-    source: io::Error,
+    cause: io::Error,
 }
 
 impl ShareError {
-    fn new(what: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
+    fn new(what: &'static str, path: &Path, cause: impl Into<io::Error>) -> Self {
         Self {
             what,
             path: path.to_path_buf(),
-            source: source.into(),
+            cause: cause.into(),
         }
     }
 }

@@ -34,12 +34,12 @@ pub enum SpecError {
     )]
     Missing(PathBuf),
     /// The file cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {cause}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// What went wrong.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The file is not a spec.
     #[error("{} is not a valid runtime spec: {message}", path.display())]
@@ -86,9 +86,9 @@ impl SpecError {
 impl Bundle {
     /// Loads the bundle in `dir` and checks it.
     pub fn load(dir: &Path) -> Result<Self, SpecError> {
-        let dir = fs::canonicalize(dir).map_err(|source| missing_or(dir, source))?;
+        let dir = fs::canonicalize(dir).map_err(|cause| missing_or(dir, cause))?;
         let path = dir.join(CONFIG_FILE);
-        let text = fs::read(&path).map_err(|source| missing_or(&path, source))?;
+        let text = fs::read(&path).map_err(|cause| missing_or(&path, cause))?;
         let spec = parse(&text).map_err(|message| SpecError::Parse {
             path: path.clone(),
             message,
@@ -99,11 +99,11 @@ impl Bundle {
     }
 }
 
-fn missing_or(path: &Path, source: io::Error) -> SpecError {
+fn missing_or(path: &Path, cause: io::Error) -> SpecError {
     let path = path.to_path_buf();
-    match source.kind() {
+    match cause.kind() {
         io::ErrorKind::NotFound => SpecError::Missing(path),
-        _ => SpecError::Read { path, source },
+        _ => SpecError::Read { path, cause },
     }
 }
 

@@ -30,14 +30,14 @@ pub enum StateError {
     #[error("container with id {0} already exists: choose another id or delete that container")]
     Exists(ContainerId),
     /// A file operation failed.
-    #[error("cannot {what} {}: {source}", path.display())]
+    #[error("cannot {what} {}: {cause}", path.display())]
     Io {
         /// The operation.
         what: &'static str,
         /// On what.
         path: PathBuf,
         /// What went wrong.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -78,7 +78,7 @@ impl StateDir {
             .recursive(true)
             .mode(0o700)
             .create(root)
-            .map_err(|source| this.error("make the directory", root, source))?;
+            .map_err(|cause| this.error("make the directory", root, cause))?;
         let lock = this.lock()?;
         if this.path.symlink_metadata().is_ok() {
             if sock::connect(&this.task_socket()).is_ok() {
@@ -89,11 +89,11 @@ impl StateDir {
         DirBuilder::new()
             .mode(0o700)
             .create(&this.path)
-            .map_err(|source| this.error("make the directory", &this.path, source))?;
+            .map_err(|cause| this.error("make the directory", &this.path, cause))?;
         let listener = match sock::bind(&this.task_socket()) {
             Ok(listener) => listener,
-            Err(source) => {
-                let error = this.error("bind the socket", &this.task_socket(), source);
+            Err(cause) => {
+                let error = this.error("bind the socket", &this.task_socket(), cause);
                 let _ = this.remove_locked(&lock);
                 return Err(error);
             }
@@ -112,8 +112,8 @@ impl StateDir {
 
     fn remove_locked(&self, _lock: &Flock<File>) -> Result<(), StateError> {
         match fs::remove_dir_all(&self.path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(self.error("remove", &self.path, source))
+            Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
+                Err(self.error("remove", &self.path, cause))
             }
             _ => Ok(()),
         }
@@ -121,8 +121,7 @@ impl StateDir {
 
     /// The lock under which directories come and go. It is held for a few file operations only.
     fn lock(&self) -> Result<Flock<File>, StateError> {
-        let dir =
-            File::open(&self.root).map_err(|source| self.error("open", &self.root, source))?;
+        let dir = File::open(&self.root).map_err(|cause| self.error("open", &self.root, cause))?;
         Flock::lock(dir, FlockArg::LockExclusive)
             .map_err(|(_, errno)| self.error("lock", &self.root, errno.into()))
     }
@@ -156,7 +155,7 @@ impl StateDir {
     pub fn save(&self, record: &Record) -> Result<(), StateError> {
         let path = self.path.join("state.json");
         let new = self.path.join("state.json.new");
-        let fail = |source: io::Error| self.error("write", &path, source);
+        let fail = |cause: io::Error| self.error("write", &path, cause);
         let text = serde_json::to_vec(record).map_err(|e| fail(e.into()))?;
         fs::write(&new, text).map_err(fail)?;
         fs::rename(&new, &path).map_err(fail)
@@ -165,15 +164,15 @@ impl StateDir {
     /// Reads `state.json`.
     pub fn load(&self) -> Result<Record, StateError> {
         let path = self.path.join("state.json");
-        let text = fs::read(&path).map_err(|source| self.error("read", &path, source))?;
+        let text = fs::read(&path).map_err(|cause| self.error("read", &path, cause))?;
         serde_json::from_slice(&text).map_err(|e| self.error("read", &path, e.into()))
     }
 
-    fn error(&self, what: &'static str, path: &Path, source: io::Error) -> StateError {
+    fn error(&self, what: &'static str, path: &Path, cause: io::Error) -> StateError {
         StateError::Io {
             what,
             path: path.to_path_buf(),
-            source,
+            cause,
         }
     }
 }

@@ -348,7 +348,9 @@ fn a_killed_vmm_is_told_with_its_reason() {
     let (child, _stdout) = start(&bed);
     kill(bed.pid_of("fake-vmm"), Signal::SIGKILL).unwrap();
     let output = child.output();
-    assert_eq!(output.status.code(), Some(255));
+    // The program may have spoken before its start was answered; then it is the start that failed.
+    let code = output.status.code().unwrap();
+    assert!([1, 255].contains(&code), "{code}");
     assert_sentence(&output, "VMM was killed by SIGKILL");
     bed.assert_clean();
 }
