@@ -63,7 +63,9 @@ fn main() {
         "refuse" | "silent" => {}
         _ => {
             let streams = Streams::default();
-            serve_vsock(&config.vsock_path, &streams);
+            if mode != "deaf" {
+                serve_vsock(&config.vsock_path, &streams);
+            }
             let control = control.clone();
             thread::spawn(move || serve_agent(&mode, control, streams));
         }
@@ -207,7 +209,11 @@ impl Agent for FakeAgent {
             .iter()
             .map(|arg| arg.as_str().unwrap().to_owned())
             .collect();
-        container.wanted = wanted.iter().filter(|w| w.0).map(|w| w.1.value()).collect();
+        container.wanted = wanted
+            .iter()
+            .filter(|w| w.0 && self.mode != "deaf")
+            .map(|w| w.1.value())
+            .collect();
         Ok(CreateContainerResponse {
             pid: 2,
             ..Default::default()

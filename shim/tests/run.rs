@@ -388,6 +388,16 @@ fn a_vm_that_ends_at_start_is_told() {
 }
 
 #[test]
+fn a_guest_that_takes_no_streams_is_told() {
+    let Some(bed) = Bed::new(&["/bin/sleep", "1000"]) else {
+        return;
+    };
+    let output = bed.mode("deaf").run();
+    assert_eq!(output.status.code(), Some(1));
+    assert_sentence(&output, "cannot attach STDOUT of the container");
+}
+
+#[test]
 fn bad_input_is_told_in_one_sentence_and_leaves_nothing() {
     let Some(_) = Bed::new(&[]) else { return };
     type Change = fn(&Bed);

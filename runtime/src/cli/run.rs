@@ -150,17 +150,24 @@ async fn container(
         signal = signals.next() => return Ok(Outcome::Signalled(signal)),
     };
     timeline.mark("client: container created");
-    let mut outputs = attach(stdio, &state.vsock(), id)?;
-    timeline.mark("client: streams attached");
+    // The streams are attached while the program starts: the guest keeps what comes before.
+    let mut streams = attach(stdio, &state.vsock(), id)?;
     server.start().await?;
     timeline.mark("client: container started");
 
     let code = {
         let wait = server.wait();
-        tokio::pin!(wait);
+        let attached = streams.attached();
+        tokio::pin!(wait, attached);
+        let mut all_attached = false;
         loop {
             tokio::select! {
                 code = &mut wait => break code?,
+                // Without its streams a process could wait for ever.
+                result = &mut attached, if !all_attached => {
+                    result?;
+                    all_attached = true;
+                }
                 // The process may be gone by now; that is no news.
                 signal = signals.next() => match server.kill(signal).await {
                     Ok(()) | Err(ServerError::Refused(_)) => {}
@@ -175,11 +182,9 @@ async fn container(
         return Err(Lost { reason, exit_code }.into());
     }
     // A reader of our output may be slow, and a second signal says not to wait for it.
-    for done in &mut outputs {
-        tokio::select! {
-            _ = done => {}
-            _ = signals.next() => break,
-        }
+    tokio::select! {
+        () = streams.drained() => {}
+        _ = signals.next() => {}
     }
     timeline.mark("client: output written");
     server.delete().await?;
@@ -202,13 +207,9 @@ fn own_stdio() -> Stdio {
     }
 }
 
-/// Connects the streams and gives each a thread that moves its bytes. Returns what to wait for until all output is written.
-fn attach(
-    stdio: Stdio,
-    vsock: &Path,
-    id: &ContainerId,
-) -> anyhow::Result<Vec<oneshot::Receiver<()>>> {
-    let mut outputs = Vec::new();
+/// Gives each stream a thread that connects it and moves its bytes.
+fn attach(stdio: Stdio, vsock: &Path, id: &ContainerId) -> anyhow::Result<Streams> {
+    let mut streams = Streams::default();
     for (attach, kind) in [
         (stdio.stdin, StreamKind::STDIN),
         (stdio.stdout, StreamKind::STDOUT),
@@ -217,27 +218,67 @@ fn attach(
         if attach == Attach::Nobody {
             continue;
         }
-        let stream = Stream {
-            container_id: id.as_str(),
-            exec_id: "",
-            kind,
-        };
-        let socket = streams::attach(vsock, &stream)
-            .with_context(|| format!("cannot attach {kind:?} of the container"))?;
-        let (done, receiver) = oneshot::channel();
+        let (vsock, id) = (vsock.to_path_buf(), id.clone());
+        let (attached, attached_receiver) = oneshot::channel();
+        let (drained, drained_receiver) = oneshot::channel();
         thread::Builder::new()
             .stack_size(PUMP_STACK)
             .spawn(move || {
-                // A closed end, ours or the guest's, is an end like any other.
-                let _ = pump(kind, &socket);
-                let _ = done.send(());
+                // Who waits for these may be gone, and the process with it in a moment.
+                match connect(&vsock, &id, kind) {
+                    Ok(socket) => {
+                        let _ = attached.send(Ok(()));
+                        // A closed end, ours or the guest's, is an end like any other.
+                        let _ = pump(kind, &socket);
+                    }
+                    Err(error) => {
+                        let _ = attached.send(Err(error));
+                    }
+                }
+                let _ = drained.send(());
             })
             .context("cannot start a thread")?;
+        streams.attached.push(attached_receiver);
         if kind != StreamKind::STDIN {
-            outputs.push(receiver);
+            streams.drained.push(drained_receiver);
         }
     }
-    Ok(outputs)
+    Ok(streams)
+}
+
+/// What the streams' threads have to say.
+#[derive(Default)]
+struct Streams {
+    attached: Vec<oneshot::Receiver<anyhow::Result<()>>>,
+    drained: Vec<oneshot::Receiver<()>>,
+}
+
+impl Streams {
+    /// Returns when every stream is attached, or one can't be.
+    async fn attached(&mut self) -> anyhow::Result<()> {
+        for attached in &mut self.attached {
+            // A thread that is gone without a word has nothing to tell.
+            attached.await.unwrap_or(Ok(()))?;
+        }
+        Ok(())
+    }
+
+    /// Returns when all output is written.
+    async fn drained(&mut self) {
+        for drained in &mut self.drained {
+            let _ = drained.await;
+        }
+    }
+}
+
+fn connect(vsock: &Path, id: &ContainerId, kind: StreamKind) -> anyhow::Result<UnixStream> {
+    let stream = Stream {
+        container_id: id.as_str(),
+        exec_id: "",
+        kind,
+    };
+    streams::attach(vsock, &stream)
+        .with_context(|| format!("cannot attach {kind:?} of the container"))
 }
 
 fn pump(kind: StreamKind, socket: &UnixStream) -> io::Result<u64> {
