@@ -48,6 +48,9 @@ struct Args {
     /// A directory to share.
     #[arg(long)]
     share: Option<PathBuf>,
+    /// Path of the hybrid vsock's unix socket; a temporary one if not given.
+    #[arg(long)]
+    vsock: Option<PathBuf>,
     /// The VMM's log level.
     #[arg(long, default_value = "info")]
     log_level: String,
@@ -77,7 +80,7 @@ fn main() -> Result<ExitCode> {
         vcpus: args.vcpus,
         memory_mib: args.memory,
         cmdline: args.cmdline,
-        vsock_path: directory.path().join("vsock"),
+        vsock_path: args.vsock.unwrap_or_else(|| directory.path().join("vsock")),
         share: args.share.map(|directory| ShareConfig {
             tag: "bulkhead".into(),
             directory,

@@ -6,11 +6,16 @@ use linux_loader::cmdline::{Cmdline, Error as InsertError};
 
 use crate::layout;
 
-/// Parameters of every guest. `guest-kernel-config/README.md` gives the reason of each.
-const ALWAYS: &str = "reboot=k panic=-1 tsc=reliable no_timer_check cryptomgr.notests \
-                      rcupdate.rcu_expedited=1 random.trust_cpu=on net.ifnames=0 \
-                      cpuidle_haltpoll.force=1";
-/// Console on virtio; no probing of serial ports.
+/// Parameters of every guest:
+/// - reset by the keyboard controller, at once after a panic;
+/// - the TSC is what kvmclock says, and needs no watchdog;
+/// - grace periods of RCU are waited for actively: the guest is small, and its namespaces and mounts wait for many of them;
+/// - the processor's random numbers seed the generator, so nothing waits for entropy;
+/// - an idle vCPU polls a little before it halts, which for a short wait is cheaper than an exit;
+/// - no bounce buffers for devices that cannot reach high memory: there are none.
+const ALWAYS: &str = "reboot=k panic=-1 tsc=reliable rcupdate.rcu_expedited=1 \
+                      random.trust_cpu=on cpuidle_haltpoll.force=1 swiotlb=noforce";
+/// Console on virtio; no serial ports.
 const QUIET: &str = "console=hvc0 quiet 8250.nr_uarts=0";
 /// Console on the serial port, with every message.
 const SERIAL: &str = "console=ttyS0 8250.nr_uarts=1";
