@@ -360,11 +360,12 @@ fn read_port(port: UnixStream, shared: &Shared, events: &Sender<Event>) {
     }
 }
 
-/// Keeps a lost timer interrupt from being the host's end. QEMU's VMRUN helper changes the CPU's set of pending
-/// interrupts without the lock that the thread of the local APIC's timer holds (`interrupt_request` in
-/// target/i386/tcg/system/svm_helper.c, fixed after 10.0); now and then that loses the timer's request. A kernel arms
-/// its timer anew only when it has rung, so that it would wait for ever; but any other interrupt makes the APIC
-/// request again all that is pending. An idle or computing host has no other interrupts. This makes some.
+/// Keeps a lost timer interrupt from being the host's end. In QEMU 10.0 the VMRUN helper changes the CPU's set of
+/// pending interrupts without the lock that the thread of the local APIC's timer holds (`interrupt_request` in
+/// target/i386/tcg/system/svm_helper.c), so that the timer's request can get lost. A kernel arms its timer anew only
+/// when it has rung, so that it would wait for ever; but any other interrupt makes the APIC request again all that is
+/// pending. An idle or computing host has no other interrupts. This makes some. (That this is what silenced the one host
+/// seen to fall silent is likely, not proven: it takes minutes to hours to happen.)
 fn ping(shared: &Shared, until: &Receiver<()>) {
     while until.recv_timeout(PING) == Err(RecvTimeoutError::Timeout) {
         shared.send(Frame::control(Message::Ping));
