@@ -26,6 +26,9 @@ struct Args {
 fn main() -> ExitCode {
     let timeline = Arc::new(Timeline::new());
     timeline.mark("vmm started");
+    // What the standard library gives threads whose builder names no size, those of dependencies among them.
+    // SAFETY: no other thread runs yet.
+    unsafe { std::env::set_var("RUST_MIN_STACK", bulkhead_vmm::STACK_SIZE.to_string()) };
     let args = Args::parse();
     let format = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
