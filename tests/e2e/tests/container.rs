@@ -127,7 +127,8 @@ fn thirty_two_mebibytes_pass_both_ways_whole_and_in_order() {
 
 #[test]
 fn output_that_nobody_reads_any_more_ends_the_writer() {
-    let bundle = Bundle::busybox(&["yes"]);
+    // A child of PID 1, since signals of its own making don't end the init of a pid namespace.
+    let bundle = Bundle::shell("yes; exit $?");
     let host = Host::now();
     let mut child = start(run_command(bulkhead(), &bundle).stdin(Stdio::null()));
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
