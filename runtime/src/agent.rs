@@ -15,7 +15,7 @@ use thiserror::Error;
 use tokio::net::UnixStream;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
-use ttrpc::context::{Context, with_duration};
+use ttrpc::context::Context;
 
 /// How long an answer may take that has nothing to wait for. Generous: emulated machines are 20 times slower.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -81,7 +81,6 @@ impl From<ttrpc::Error> for AgentError {
             ttrpc::Code::ALREADY_EXISTS => Refusal::Exists,
             ttrpc::Code::FAILED_PRECONDITION => Refusal::Precondition,
             ttrpc::Code::PERMISSION_DENIED => Refusal::Permission,
-            ttrpc::Code::DEADLINE_EXCEEDED => return Self::Timeout,
             _ => Refusal::Other,
         };
         Self::Refused {
@@ -118,7 +117,7 @@ impl Agent {
             wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
             ..Default::default()
         };
-        let hello = agent.client.hello(limited(), &request).await?;
+        let hello = limited(agent.client.hello(Context::default(), &request)).await?;
         if hello.protocol_version != PROTOCOL_VERSION {
             return Err(AgentError::Version {
                 agent: printable(&hello.agent_version),
@@ -141,7 +140,8 @@ impl Agent {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        Ok(self.client.create_container(limited(), &request).await?.pid)
+        let answer = limited(self.client.create_container(Context::default(), &request)).await?;
+        Ok(answer.pid)
     }
 
     /// Executes a created container's program.
@@ -150,7 +150,7 @@ impl Agent {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        self.client.start_container(limited(), &request).await?;
+        limited(self.client.start_container(Context::default(), &request)).await?;
         Ok(())
     }
 
@@ -169,7 +169,7 @@ impl Agent {
             all,
             ..Default::default()
         };
-        self.client.signal_process(limited(), &request).await?;
+        limited(self.client.signal_process(Context::default(), &request)).await?;
         Ok(())
     }
 
@@ -192,25 +192,26 @@ impl Agent {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        self.client.delete_container(limited(), &request).await?;
+        limited(self.client.delete_container(Context::default(), &request)).await?;
         Ok(())
     }
 
     /// Has the guest write back what is dirty and power itself off. The end of the connection is as good as an answer.
     pub async fn shutdown(&self) -> Result<(), AgentError> {
         let request = ShutdownRequest::default();
-        match self.client.shutdown(limited(), &request).await {
-            Ok(_) => Ok(()),
-            Err(error) => match error.into() {
-                AgentError::Lost(_) => Ok(()),
-                error => Err(error),
-            },
+        match limited(self.client.shutdown(Context::default(), &request)).await {
+            Ok(_) | Err(AgentError::Lost(_)) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 }
 
-fn limited() -> Context {
-    with_duration(ANSWER_TIMEOUT)
+/// Bounds the time of a call. (The client's own deadline can't be told from a lost connection.)
+async fn limited<T>(call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
+    match tokio::time::timeout(ANSWER_TIMEOUT, call).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(AgentError::Timeout),
+    }
 }
 
 #[cfg(test)]

@@ -81,10 +81,18 @@ impl StateDir {
             .map_err(|cause| this.error("make the directory", root, cause))?;
         let lock = this.lock()?;
         if this.path.symlink_metadata().is_ok() {
-            if sock::connect(&this.task_socket()).is_ok() {
-                return Err(StateError::Exists(id.clone()));
+            match sock::connect(&this.task_socket()) {
+                // Nobody listens, or there is no socket: what a killed server left.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+                    ) =>
+                {
+                    this.remove_locked(&lock)?;
+                }
+                _ => return Err(StateError::Exists(id.clone())),
             }
-            this.remove_locked(&lock)?;
         }
         DirBuilder::new()
             .mode(0o700)

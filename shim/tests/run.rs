@@ -531,3 +531,21 @@ fn errors_go_to_the_log_file_in_runcs_form() {
     assert_eq!(entry["msg"], stderr.trim_end());
     bed.assert_clean();
 }
+
+#[test]
+fn debug_logs_go_to_the_configured_directory() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let directory = bed.path("logs");
+    fs::create_dir(&directory).unwrap();
+    bed.configure(&format!("debug = true\ndebug_directory = {directory:?}\n"));
+    let output = bed.run();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(text(&output.stderr), "");
+    for log in ["c1-server.log", "c1-vmm.log", "c1-console.log"] {
+        assert!(directory.join(log).exists(), "{log}");
+    }
+    let server = fs::read_to_string(directory.join("c1-server.log")).unwrap();
+    assert!(server.contains("server: cleaned"), "{server}");
+}
