@@ -53,6 +53,8 @@ fn main() {
         }
         other => println!("probe: unknown mode {other:?}"),
     }
+    // What the serial port has not sent yet is lost with the power.
+    let _ = nix::sys::termios::tcdrain(std::io::stdout());
     write_port(POWER_OFF_PORT, 1);
 }
 
