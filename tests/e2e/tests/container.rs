@@ -356,12 +356,13 @@ fn masked_and_read_only_paths_hold() {
     assert_same_as_runc(&bundle);
 }
 
+/// But for /dev/core, which runc links where the kernel has a /proc/kcore; the guest's has none.
 #[test]
 fn devices_are_the_standard_ones() {
     assert_same_as_runc(&Bundle::shell(
         "for d in null zero full random urandom tty; do stat -c '%n %t %T %a %F' /dev/$d; done; \
          for l in fd stdin stdout stderr ptmx; do echo $l $(readlink /dev/$l); done; \
-         echo x > /dev/null; head -c 4 /dev/zero | wc -c; ls /dev",
+         echo x > /dev/null; head -c 4 /dev/zero | wc -c; ls /dev | grep -v '^core$'",
     ));
 }
 
