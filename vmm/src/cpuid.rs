@@ -43,8 +43,8 @@ pub fn common(supported: &CpuId, machine: Machine) -> Vec<kvm_cpuid_entry2> {
         .as_slice()
         .iter()
         .copied()
-        // Rebuilt below: topology and timing. The second generation of the topology leaf would have to agree with the first.
-        .filter(|entry| !matches!(entry.function, 0xb | 0x1f | LEAF_TIMING))
+        // Rebuilt below: topology and timing. Intel's and AMD's newer topology leaves would only have to say the same again.
+        .filter(|entry| !matches!(entry.function, 0xb | 0x1f | 0x8000_0026 | LEAF_TIMING))
         .collect();
     for entry in &mut entries {
         match entry.function {

@@ -17,10 +17,9 @@ pub mod serial;
 pub mod server;
 pub mod socket;
 pub mod sync;
+pub mod thread;
 pub mod timeline;
 pub mod vcpu;
 pub mod virtio;
 
-/// Stack of every thread that the VMM starts (`std::thread::Builder::stack_size`). The default of 2 MiB is what a huge page covers:
-/// where the host gives huge pages to all, the first touch of such a stack would clear 2 MiB and keep them.
-pub const STACK_SIZE: usize = 256 << 10;
+pub use thread::STACK_SIZE;

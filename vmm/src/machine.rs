@@ -7,9 +7,10 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::thread::{self, Builder};
 
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::{
+    KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use tracing::info;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap};
@@ -28,6 +29,7 @@ use crate::mptable;
 use crate::probe;
 use crate::serial::SerialPort;
 use crate::sync::lock;
+use crate::thread;
 use crate::timeline::Timeline;
 use crate::vcpu::{self, MAX_VCPUS, VcpuError, VcpuSet};
 use crate::virtio::console::Console;
@@ -173,11 +175,8 @@ impl Machine {
             timeline.mark("kernel loaded");
             Ok::<_, MachineError>((kernel, initramfs))
         };
-        let (vm, loaded) = thread::scope(|scope| {
-            let loader = Builder::new()
-                .name("loader".into())
-                .stack_size(crate::STACK_SIZE)
-                .spawn_scoped(scope, load)
+        let (vm, loaded) = std::thread::scope(|scope| {
+            let loader = thread::spawn_scoped(thread::Kind::Loader, scope, load)
                 .map_err(MachineError::Thread)?;
             let vm = create_vm(&kvm, &guest_memory)?;
             timeline.mark("vm created");
@@ -375,7 +374,23 @@ fn create_vm(kvm: &Kvm, memory: &GuestMemoryMmap) -> Result<VmFd, MachineError> 
     vm.create_irq_chip()
         .map_err(kvm_error("creating the interrupt controllers"))?;
     memory::register(&vm, memory)?;
+    hide_performance_monitor(&vm)?;
     Ok(vm)
+}
+
+/// Takes the performance counters from the guest, where KVM can (since Linux 5.18). CPUID alone does not hide AMD's oldest ones.
+fn hide_performance_monitor(vm: &VmFd) -> Result<(), MachineError> {
+    let offered = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    if offered & KVM_PMU_CAP_DISABLE as i32 == 0 {
+        return Ok(());
+    }
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        ..Default::default()
+    };
+    cap.args[0] = KVM_PMU_CAP_DISABLE.into();
+    vm.enable_cap(&cap)
+        .map_err(kvm_error("disabling the performance monitor"))
 }
 
 /// The socket device with its unix socket at `path`.

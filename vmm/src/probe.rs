@@ -6,7 +6,6 @@ use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread::Builder;
 use std::time::Duration;
 
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
@@ -16,6 +15,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use crate::boot;
 use crate::layout;
+use crate::thread::{self, Kind};
 use crate::vcpu::{self, Kick};
 
 /// Capabilities of KVM that every machine of ours needs, by their names in the kernel's documentation.
@@ -251,20 +251,17 @@ impl Trial {
         })?;
         let kick = Kick::new(&mut self.vcpu);
         let (done, is_done) = channel();
-        let thread = Builder::new()
-            .name("probe".into())
-            .stack_size(crate::STACK_SIZE)
-            .spawn(move || {
-                let result = run(&mut self.vcpu);
-                // Nobody listens any more after the time limit.
-                let _ = done.send(());
-                // The vCPU goes back to the thread that may still kick it.
-                (self, result)
-            })
-            .map_err(|source| ProbeError::Setup {
-                operation: "starting a thread",
-                source,
-            })?;
+        let thread = thread::spawn(Kind::Probe, move || {
+            let result = run(&mut self.vcpu);
+            // Nobody listens any more after the time limit.
+            let _ = done.send(());
+            // The vCPU goes back to the thread that may still kick it.
+            (self, result)
+        })
+        .map_err(|source| ProbeError::Setup {
+            operation: "starting a thread",
+            source,
+        })?;
         if is_done.recv_timeout(TIME_LIMIT) == Err(RecvTimeoutError::Timeout) {
             kick.set(1);
             // Fails only if the thread has ended by now.

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
@@ -22,6 +22,7 @@ use crate::control::exit_code;
 use crate::cpuid;
 use crate::end::EndSignal;
 use crate::sync::lock;
+use crate::thread::{self, Kind};
 use crate::timeline::Timeline;
 
 /// Most vCPUs of a machine.
@@ -210,10 +211,7 @@ impl VcpuSet {
                 shared: Arc::clone(&set.shared),
                 exits: Exits::default(),
             };
-            let thread = Builder::new()
-                .name(format!("vcpu-{id}"))
-                .stack_size(crate::STACK_SIZE)
-                .spawn(move || vcpu.run())
+            let thread = thread::spawn(Kind::Vcpu(id), move || vcpu.run())
                 .map_err(|source| VcpuError::Thread { vcpu: id, source })?;
             set.threads.push((kick, thread));
         }
@@ -222,7 +220,12 @@ impl VcpuSet {
 
     /// Stops every vCPU where it is. Returns when all stand still.
     pub fn pause(&self) -> Result<(), VcpuError> {
-        self.set_target(Target::Pause)
+        let result = self.set_target(Target::Pause);
+        if result.is_err() {
+            // All or none.
+            self.resume();
+        }
+        result
     }
 
     /// Lets the vCPUs run again.

@@ -766,6 +766,54 @@ mod tests {
     }
 
     #[test]
+    fn a_driver_that_writes_at_random_finds_no_way_around_the_rules() {
+        // A multiplicative generator (Knuth's MMIX): the same sequence each time.
+        let mut state = 1u64;
+        let mut random = move |below: u64| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % below
+        };
+        let mut driver = Driver::new();
+        let sequence = [0, 1, 3, 0xb, 0xf, 0x8f, u32::MAX];
+        let registers = [
+            0x14, 0x20, 0x24, 0x30, 0x38, 0x44, 0x50, 0x64, 0x70, 0x80, 0x84, 0x90, 0x94, 0xa0,
+            0xa4, 0x100,
+        ];
+        for _ in 0..200_000 {
+            match random(8) {
+                0..3 => {
+                    driver.status(sequence[random(sequence.len() as u64) as usize]);
+                }
+                3 => driver.features(VERSION_1 | random(2) << 5),
+                4 => {
+                    let area = |random: &mut dyn FnMut(u64) -> u64| random(0x120) << 12;
+                    let areas = [area(&mut random), area(&mut random), area(&mut random)];
+                    driver.queue(random(3) as u32, 1 << random(10), areas);
+                }
+                _ => {
+                    let register = registers[random(registers.len() as u64) as usize];
+                    driver.write(register, random(1 << 32) as u32);
+                    driver.read(random(0x200) as u32);
+                }
+            }
+        }
+        let log = driver.log.lock().unwrap();
+        assert!(log.activations.len() > 100 && log.resets > 100);
+        assert!(log.activations.len() - log.resets <= 1);
+        let memory = driver.transport.memory.memory();
+        for activation in &log.activations {
+            assert_eq!(activation.features & !(VERSION_1 | FEATURE), 0);
+            for ActiveQueue { queue, .. } in &activation.queues {
+                let length = 16 * usize::from(queue.size());
+                let inside = memory.check_range(GuestAddress(queue.desc_table()), length);
+                assert!(!queue.ready() || inside && queue.size() <= queue.max_size());
+            }
+        }
+    }
+
+    #[test]
     fn registers_take_nothing_but_aligned_words() {
         let mut driver = Driver::running();
         for length in [1, 2, 8] {
