@@ -210,7 +210,7 @@ pub fn conclude(outcome: Outcome, command: &cli::RunOptions) -> u8 {
 /// Shows a failure of the emulated host so that nobody takes it for the command's, and keeps its console.
 pub fn report_failure(cache: &std::path::Path, folder: &Folder, reason: &str, tail: &str) {
     show_failure(reason, tail);
-    if let Err(error) = keep(cache, folder, reason) {
+    if let Err(error) = keep(cache, folder, reason, tail) {
         say(&format!("the failure could not be recorded: {error}"));
     }
 }
@@ -227,7 +227,7 @@ pub fn show_failure(reason: &str, tail: &str) {
 }
 
 /// One line in `failures.log`, and the console's log beside it.
-fn keep(cache: &std::path::Path, folder: &Folder, reason: &str) -> io::Result<()> {
+fn keep(cache: &std::path::Path, folder: &Folder, reason: &str, tail: &str) -> io::Result<()> {
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |d| d.as_secs());
@@ -235,6 +235,12 @@ fn keep(cache: &std::path::Path, folder: &Folder, reason: &str) -> io::Result<()
     fs::create_dir_all(&kept)?;
     let console = kept.join(format!("{now}-{}.log", folder.name));
     fs::copy(folder.console(), &console)?;
+    // What QEMU said when asked stands nowhere else.
+    let mut whole = File::options().append(true).open(&console)?;
+    writeln!(whole, "--- {reason}")?;
+    for line in tail.lines().filter(|line| line.starts_with("qemu:")) {
+        writeln!(whole, "{line}")?;
+    }
     let mut log = File::options()
         .create(true)
         .append(true)

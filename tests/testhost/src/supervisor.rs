@@ -41,6 +41,8 @@ impl Default for Patience {
 
 /// How long a failed kernel may go on printing its trace.
 const TRACE: Duration = Duration::from_secs(10);
+/// How long the supervisor waits at a time for a sign of life.
+const LOOK: Duration = Duration::from_secs(1);
 /// How often the host is sent an interrupt, see [`ping`].
 const PING: Duration = Duration::from_millis(200);
 /// How long the init may take to unmount the writable shares.
@@ -423,13 +425,17 @@ impl Monitor {
     }
 
     fn until_closed(&self) {
-        let mut last_beat = Instant::now();
+        let mut silence = Duration::ZERO;
+        let mut looked = Instant::now();
         let mut silent = false;
         let reason = loop {
-            let left =
-                (last_beat + self.patience.heartbeat).saturating_duration_since(Instant::now());
-            match self.inbox.recv_timeout(left) {
-                Ok(Event::Frame(Message::Heartbeat(_))) => last_beat = Instant::now(),
+            let left = self.patience.heartbeat.saturating_sub(silence);
+            let event = self.inbox.recv_timeout(left.min(LOOK));
+            // Time in which this process itself stood still (stopped, the machine suspended) was no silence.
+            silence += looked.elapsed().min(2 * LOOK);
+            looked = Instant::now();
+            match event {
+                Ok(Event::Frame(Message::Heartbeat(_))) => silence = Duration::ZERO,
                 Ok(Event::Close) => {
                     self.close();
                     return;
@@ -439,6 +445,7 @@ impl Monitor {
                         break reason;
                     }
                 }
+                Err(RecvTimeoutError::Timeout) if silence < self.patience.heartbeat => {}
                 Err(RecvTimeoutError::Timeout) => {
                     silent = true;
                     break format!(
