@@ -72,8 +72,7 @@ fn look(client: &mut Child, sizes: &mut BTreeMap<String, Vec<f64>>) -> anyhow::R
     Ok(())
 }
 
-/// PSS of guest memory and of everything else. Guest memory is the one mapping of about its size: its first pages, which
-/// take no huge pages, are a mapping of their own and count as the VMM's.
+/// PSS of guest memory and of everything else. Guest memory is the one mapping of its size.
 fn pss_kib(pid: u32) -> anyhow::Result<(f64, f64)> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
     let kib = |line: &str| {
@@ -87,7 +86,7 @@ fn pss_kib(pid: u32) -> anyhow::Result<(f64, f64)> {
         if line.starts_with("Size:") {
             size = kib(line);
         } else if line.starts_with("Pss:") {
-            let share = if size >= (GUEST_MIB - 8) * 1024 {
+            let share = if size >= GUEST_MIB * 1024 {
                 &mut guest
             } else {
                 &mut rest
