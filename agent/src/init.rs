@@ -62,7 +62,7 @@ pub fn run(job: &Job<'_>) -> ! {
         }
     };
     if handshake::wait_for_start(socket) {
-        let error = process::execute(&job.plan.process, &program);
+        let error = process::execute(&job.plan.process, &program, job.plan.seccomp.as_deref());
         handshake::send_failure(socket, &error);
     }
     exit()
@@ -147,7 +147,7 @@ fn set_up(job: &Job<'_>) -> Result<(Program, Option<OwnedFd>)> {
 
     let terminal = build_root(job)?;
     take_terminal(job, terminal.as_ref())?;
-    let program = process::become_process(&plan.process)?;
+    let program = process::become_process(&plan.process, plan.seccomp.as_deref())?;
     Ok((program, terminal.map(|terminal| terminal.master)))
 }
 

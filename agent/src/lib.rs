@@ -23,6 +23,7 @@ pub mod pid1;
 pub mod power;
 pub mod process;
 pub mod reaper;
+pub mod seccomp;
 pub mod serve;
 pub mod service;
 pub mod spec;

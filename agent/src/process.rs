@@ -19,6 +19,7 @@ use nix::unistd::{
 };
 
 use crate::error::{Context, Error, Kind, Result, errno_of, errno_text};
+use crate::seccomp::Filter;
 use crate::spec::{Capabilities, Process};
 
 /// Soft limit of open files where the spec sets none.
@@ -32,7 +33,7 @@ pub struct Program {
 }
 
 /// Does everything to this process that the spec's `process` says, except the exec. The root is the container's.
-pub fn become_process(process: &Process) -> Result<Program> {
+pub fn become_process(process: &Process, seccomp: Option<&Filter>) -> Result<Program> {
     if !process
         .rlimits
         .iter()
@@ -62,6 +63,10 @@ pub fn become_process(process: &Process) -> Result<Program> {
 
     if process.no_new_privileges {
         nix::sys::prctl::set_no_new_privs().what(|| "process.noNewPrivileges")?;
+    } else if let Some(filter) = seccomp {
+        // Takes a capability that is gone in a moment. With no_new_privs it takes none, and waits for the exec, so
+        // that a profile needs to allow as little as possible.
+        filter.load()?;
     }
     // Once as root, which may reach what the user may not, and once more as the user, who may own what root may not
     // enter (a volume over NFS, say).
@@ -107,8 +112,13 @@ fn cwd_error(cwd: &Path, errno: Errno) -> Error {
     )
 }
 
-/// Replaces this process; returns only the error.
-pub fn execute(process: &Process, program: &Program) -> Error {
+/// Replaces this process; returns only the error. `seccomp` is what [`become_process`] was given.
+pub fn execute(process: &Process, program: &Program, seccomp: Option<&Filter>) -> Error {
+    if let Some(filter) = seccomp.filter(|_| process.no_new_privileges)
+        && let Err(error) = filter.load()
+    {
+        return error;
+    }
     let Err(errno) = execve(&program.path, &process.args, &program.env);
     Error::setup(
         Kind::of(errno),

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use caps::CapsHashSet;
 use nix::sys::resource::Resource;
@@ -16,6 +17,7 @@ use crate::cgroup::Limits;
 use crate::error::{Error, Result};
 use crate::json_path;
 use crate::mount_options::{MountOptions, rootfs_propagation};
+use crate::seccomp::Filter;
 
 /// Everything that a container's init does, in checked form.
 #[derive(Debug)]
@@ -46,6 +48,8 @@ pub struct Plan {
     pub personality: Option<libc::c_ulong>,
     /// `linux.resources`.
     pub limits: Limits,
+    /// `linux.seccomp`, for every process of the container, those that join it later too.
+    pub seccomp: Option<Arc<Filter>>,
     /// `process`.
     pub process: Process,
 }
@@ -198,6 +202,12 @@ impl Plan {
             personality: linux.personality().as_ref().map(personality).transpose()?,
             limits: Limits::from_spec(linux.resources().as_ref())?,
             process: Process::from_spec(process)?,
+            seccomp: linux
+                .seccomp()
+                .as_ref()
+                .map(Filter::from_spec)
+                .transpose()?
+                .map(Arc::new),
         })
     }
 }
@@ -302,7 +312,6 @@ fn refuse_what_is_not_done(
     }
     let no_lsm = "the guest's kernel has no such security module; remove it";
     let refused = [
-        ("linux.seccomp", linux.seccomp().is_some(), not_yet),
         ("linux.uidMappings", listed(linux.uid_mappings()), not_yet),
         ("linux.gidMappings", listed(linux.gid_mappings()), not_yet),
         ("linux.timeOffsets", mapped(linux.time_offsets()), not_yet),
@@ -848,8 +857,8 @@ mod tests {
             ("/linux", Value::Null, "linux"),
             (
                 "/linux/seccomp",
-                json!({"defaultAction": "SCMP_ACT_ALLOW"}),
-                "linux.seccomp",
+                json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
+                "linux.seccomp.defaultAction",
             ),
             ("/linux/uidMappings", mapping.clone(), "linux.uidMappings"),
             ("/linux/gidMappings", mapping.clone(), "linux.gidMappings"),

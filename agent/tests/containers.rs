@@ -114,6 +114,9 @@ tests![
     the_end_of_the_control_connection_ends_everything,
     shutdown_ends_everything_with_an_answer,
     a_hundred_life_cycles_leak_nothing,
+    a_profile_as_large_as_the_engines_default_lets_programs_run_and_refuses_the_rest,
+    a_profile_holds_with_and_without_new_privileges,
+    a_profile_that_forbids_the_exec_is_said_at_start,
 ];
 
 async fn output_errors_and_exit_code_come_back() {
@@ -824,4 +827,130 @@ async fn a_hundred_life_cycles_leak_nothing() {
     let children = format!("/proc/{0}/task/{0}/children", bed.agent.id());
     assert_eq!(fs::read_to_string(children).unwrap_or_default(), "");
     assert_eq!(bed.cgroups(), 0);
+}
+
+/// The shape and size of Docker's and Podman's default profile: some 400 calls allowed on three architectures, some
+/// by their arguments, and an errno for the rest.
+fn engine_profile() -> serde_json::Value {
+    const REFUSED: &[&str] = &[
+        "mount",
+        "umount2",
+        "ptrace",
+        "kexec_load",
+        "init_module",
+        "delete_module",
+        "finit_module",
+        "bpf",
+        "setns",
+        "unshare",
+        "swapon",
+        "swapoff",
+        "reboot",
+        "settimeofday",
+        "clock_settime",
+        "personality",
+        "clone",
+        "clone3",
+        "socket",
+        "open_by_handle_at",
+        "keyctl",
+        "add_key",
+        "request_key",
+        "userfaultfd",
+        "sethostname",
+    ];
+    let mut allowed: Vec<String> = (0..=450)
+        .filter_map(|number| libseccomp::ScmpSyscall::from(number).get_name().ok())
+        .filter(|name| !REFUSED.contains(&name.as_str()))
+        .collect();
+    // Calls of other architectures, and of none.
+    allowed.extend(
+        [
+            "_llseek",
+            "arm_fadvise64_64",
+            "sync_file_range2",
+            "no_such_call",
+        ]
+        .map(str::to_owned),
+    );
+    assert!(allowed.len() > 300, "{}", allowed.len());
+    let personality = |value: u64| {
+        json!({"names": ["personality"], "action": "SCMP_ACT_ALLOW",
+               "args": [{"index": 0, "value": value, "op": "SCMP_CMP_EQ"}]})
+    };
+    json!({
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "defaultErrnoRet": 1,
+        "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+        "syscalls": [
+            {"names": allowed, "action": "SCMP_ACT_ALLOW"},
+            personality(0), personality(8), personality(0x20000), personality(0x20008), personality(0xffff_ffff),
+            {"names": ["socket"], "action": "SCMP_ACT_ALLOW",
+             "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_NE"}]},
+            {"names": ["clone"], "action": "SCMP_ACT_ALLOW",
+             "args": [{"index": 0, "value": 0x7e02_0000, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}]},
+            {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}
+        ]
+    })
+}
+
+async fn a_profile_as_large_as_the_engines_default_lets_programs_run_and_refuses_the_rest() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec(
+        "grep -E 'Seccomp:' /proc/self/status; ls / | head -n 1; sleep 0; (echo forked); \
+         mount -t tmpfs x /tmp 2>&1; hostname other 2>&1; true",
+    );
+    spec["linux"]["seccomp"] = engine_profile();
+    for set in ["bounding", "effective", "permitted"] {
+        spec["process"]["capabilities"][set] = json!(["CAP_SYS_ADMIN"]);
+    }
+    assert_eq!(
+        bed.output(&spec).await,
+        "Seccomp:\t2\nbin\nforked\nmount: permission denied (are you root?)\n\
+         hostname: sethostname: Operation not permitted\n"
+    );
+}
+
+async fn a_profile_holds_with_and_without_new_privileges() {
+    let bed = Bed::new().await;
+    let mut spec =
+        bed.spec("grep -E 'NoNewPrivs|Seccomp:' /proc/self/status; mkdir /tmp/x 2>&1; true");
+    spec["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28}]
+    });
+    for (no_new_privileges, user) in [(true, 0), (false, 0), (true, 1000), (false, 1000)] {
+        spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
+        spec["process"]["user"] = json!({"uid": user, "gid": user});
+        assert_eq!(
+            bed.output(&spec).await,
+            format!(
+                "NoNewPrivs:\t{}\nSeccomp:\t2\nmkdir: can't create directory '/tmp/x': No space left on device\n",
+                u8::from(no_new_privileges)
+            )
+        );
+    }
+}
+
+async fn a_profile_that_forbids_the_exec_is_said_at_start() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("true");
+    spec["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{"names": ["execve"], "action": "SCMP_ACT_ERRNO"}]
+    });
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    let (code, message) = bed.start("box").await.unwrap_err();
+    assert_eq!(
+        (code, message.as_str()),
+        (
+            Code::PERMISSION_DENIED,
+            "exec /bin/sh: operation not permitted"
+        )
+    );
+    bed.delete("box").await.unwrap();
+    spec["linux"]["seccomp"]["syscalls"][0]["action"] = json!("SCMP_ACT_KILL_PROCESS");
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    bed.start("box").await.unwrap();
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 128 + 31);
 }
