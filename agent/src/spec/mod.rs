@@ -1,0 +1,554 @@
+//! From the OCI spec to a plan: what a container's init has to do, with every field checked.
+//!
+//! What the spec can hold and the agent can't do is refused here, with the field's name, before anything is made.
+//! `docs/oci-spec.md` has the table of all fields.
+
+mod devices;
+mod mounts;
+mod namespaces;
+mod parse;
+mod process;
+mod sysctl;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use oci_spec::runtime as oci;
+
+use crate::cgroup::Limits;
+use crate::error::{Error, Result};
+use crate::mount_options::rootfs_propagation;
+use crate::seccomp::Filter;
+
+pub use devices::Device;
+pub use mounts::Mount;
+pub use process::{Capabilities, Process};
+
+/// Everything that a container's init does, in checked form.
+#[derive(Debug)]
+pub struct Plan {
+    /// `CLONE_NEW*` of the namespaces to make.
+    pub namespaces: u64,
+    /// The root filesystem.
+    pub root: PathBuf,
+    /// `root.readonly`.
+    pub root_readonly: bool,
+    /// `linux.rootfsPropagation`, if given.
+    pub propagation: Option<(libc::c_ulong, bool)>,
+    /// `mounts`, in their order.
+    pub mounts: Vec<Mount>,
+    /// `linux.devices`.
+    pub devices: Vec<Device>,
+    /// `linux.maskedPaths`.
+    pub masked_paths: Vec<PathBuf>,
+    /// `linux.readonlyPaths`.
+    pub readonly_paths: Vec<PathBuf>,
+    /// `hostname`.
+    pub hostname: Option<String>,
+    /// `domainname`.
+    pub domainname: Option<String>,
+    /// `linux.sysctl`: name and value.
+    pub sysctl: Vec<(String, String)>,
+    /// `linux.personality`.
+    pub personality: Option<libc::c_ulong>,
+    /// `linux.resources`.
+    pub limits: Limits,
+    /// `linux.seccomp`, for every process of the container, those that join it later too.
+    pub seccomp: Option<Arc<Filter>>,
+    /// `process`.
+    pub process: Process,
+}
+
+impl Plan {
+    /// Parses and checks a spec.
+    pub fn from_json(json: &[u8]) -> Result<Self> {
+        Self::from_spec(&parse::parse(json)?)
+    }
+
+    /// Checks a parsed spec.
+    pub fn from_spec(spec: &oci::Spec) -> Result<Self> {
+        let root = spec
+            .root()
+            .as_ref()
+            .ok_or_else(|| Error::spec("root", "is missing"))?;
+        if !root.path().is_absolute() {
+            return Err(Error::spec(
+                "root.path",
+                "must be an absolute path of the guest",
+            ));
+        }
+        let process = spec
+            .process()
+            .as_ref()
+            .ok_or_else(|| Error::spec("process", "is missing"))?;
+        let linux = spec
+            .linux()
+            .as_ref()
+            .ok_or_else(|| Error::spec("linux", "is missing"))?;
+        refuse_what_is_not_done(spec, linux, process)?;
+
+        let namespaces = namespaces::from_spec(linux)?;
+        let new_uts = namespaces & libc::CLONE_NEWUTS as u64 != 0;
+        for (field, value) in [
+            ("hostname", spec.hostname()),
+            ("domainname", spec.domainname()),
+        ] {
+            if value.as_ref().is_some_and(|name| !name.is_empty()) && !new_uts {
+                return Err(Error::spec(
+                    field,
+                    "can't be set without a new uts namespace in linux.namespaces",
+                ));
+            }
+        }
+        let named = |name: &Option<String>| name.clone().filter(|name| !name.is_empty());
+
+        Ok(Self {
+            namespaces,
+            root: root.path().clone(),
+            root_readonly: root.readonly().unwrap_or(false),
+            propagation: match linux.rootfs_propagation().as_deref() {
+                None | Some("") => None,
+                Some(value) => Some(rootfs_propagation(value)?),
+            },
+            mounts: mounts::from_spec(spec.mounts().as_deref().unwrap_or_default())?,
+            devices: devices::from_spec(linux.devices().as_deref().unwrap_or_default())?,
+            masked_paths: absolute_paths(linux.masked_paths().as_deref(), "linux.maskedPaths")?,
+            readonly_paths: absolute_paths(
+                linux.readonly_paths().as_deref(),
+                "linux.readonlyPaths",
+            )?,
+            hostname: named(spec.hostname()),
+            domainname: named(spec.domainname()),
+            sysctl: sysctl::from_spec(
+                linux.sysctl().as_ref(),
+                namespaces,
+                spec.hostname().is_some(),
+            )?,
+            personality: linux.personality().as_ref().map(personality).transpose()?,
+            limits: Limits::from_spec(linux.resources().as_ref())?,
+            process: Process::from_spec(process)?,
+            seccomp: linux
+                .seccomp()
+                .as_ref()
+                .map(Filter::from_spec)
+                .transpose()?
+                .map(Arc::new),
+        })
+    }
+}
+
+fn absolute_paths(paths: Option<&[String]>, field: &str) -> Result<Vec<PathBuf>> {
+    let paths = paths.unwrap_or_default();
+    match paths.iter().position(|path| !Path::new(path).is_absolute()) {
+        Some(index) => Err(Error::spec(format!("{field}[{index}]"), "must be absolute")),
+        None => Ok(paths.iter().map(PathBuf::from).collect()),
+    }
+}
+
+fn refuse_what_is_not_done(
+    spec: &oci::Spec,
+    linux: &oci::Linux,
+    process: &oci::Process,
+) -> Result<()> {
+    fn listed<T>(list: &Option<Vec<T>>) -> bool {
+        list.as_ref().is_some_and(|list| !list.is_empty())
+    }
+    fn mapped<K, V>(map: &Option<HashMap<K, V>>) -> bool {
+        map.as_ref().is_some_and(|map| !map.is_empty())
+    }
+    fn named(text: &Option<String>) -> bool {
+        text.as_ref().is_some_and(|text| !text.is_empty())
+    }
+    let not_yet = "not supported yet; remove it";
+    let hooks = spec.hooks().as_ref();
+    #[allow(deprecated)]
+    let hook_lists = hooks.map(|hooks| {
+        [
+            ("hooks.prestart", listed(hooks.prestart())),
+            ("hooks.createRuntime", listed(hooks.create_runtime())),
+            ("hooks.createContainer", listed(hooks.create_container())),
+            ("hooks.startContainer", listed(hooks.start_container())),
+            ("hooks.poststart", listed(hooks.poststart())),
+            ("hooks.poststop", listed(hooks.poststop())),
+        ]
+    });
+    let hook = hook_lists
+        .into_iter()
+        .flatten()
+        .find(|(_, present)| *present);
+    if let Some((field, _)) = hook {
+        return Err(Error::spec(
+            field,
+            "hooks don't run in the guest; remove it",
+        ));
+    }
+    let no_lsm = "the guest's kernel has no such security module; remove it";
+    let refused = [
+        ("linux.uidMappings", listed(linux.uid_mappings()), not_yet),
+        ("linux.gidMappings", listed(linux.gid_mappings()), not_yet),
+        ("linux.timeOffsets", mapped(linux.time_offsets()), not_yet),
+        (
+            "linux.netDevices",
+            mapped(linux.net_devices()),
+            "the guest has no such device; remove it",
+        ),
+        (
+            "linux.intelRdt",
+            linux.intel_rdt().is_some(),
+            "not available in a guest; remove it",
+        ),
+        (
+            "linux.memoryPolicy",
+            linux.memory_policy().is_some(),
+            not_yet,
+        ),
+        ("linux.mountLabel", named(linux.mount_label()), no_lsm),
+        (
+            "process.selinuxLabel",
+            named(process.selinux_label()),
+            no_lsm,
+        ),
+        (
+            "process.apparmorProfile",
+            process
+                .apparmor_profile()
+                .as_deref()
+                .is_some_and(|name| !name.is_empty() && name != "unconfined"),
+            no_lsm,
+        ),
+        ("process.scheduler", process.scheduler().is_some(), not_yet),
+        (
+            "process.execCPUAffinity",
+            process
+                .exec_cpu_affinity()
+                .as_ref()
+                .is_some_and(|affinity| {
+                    named(affinity.initial()) || named(affinity.cpu_affinity_final())
+                }),
+            not_yet,
+        ),
+    ];
+    match refused.into_iter().find(|(_, present, _)| *present) {
+        Some((field, _, why)) => Err(Error::spec(field, why)),
+        None => Ok(()),
+    }
+}
+
+fn personality(personality: &oci::LinuxPersonality) -> Result<libc::c_ulong> {
+    if personality
+        .flags()
+        .as_ref()
+        .is_some_and(|flags| !flags.is_empty())
+    {
+        return Err(Error::spec(
+            "linux.personality.flags",
+            "not supported; remove it",
+        ));
+    }
+    const PER_LINUX: libc::c_ulong = 0;
+    const PER_LINUX32: libc::c_ulong = 8;
+    Ok(match personality.domain() {
+        oci::LinuxPersonalityDomain::PerLinux => PER_LINUX,
+        oci::LinuxPersonalityDomain::PerLinux32 => PER_LINUX32,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use caps::CapsHashSet;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec() -> Value {
+        json!({
+            "ociVersion": "1.0.2-dev",
+            "root": {"path": "/share/rootfs"},
+            "process": {"user": {"uid": 0, "gid": 0}, "cwd": "/", "args": ["true"]},
+            "linux": {"namespaces": [
+                {"type": "mount"}, {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "cgroup"}
+            ]}
+        })
+    }
+
+    /// The spec with the value at a JSON pointer's place replaced; missing objects on the way are made.
+    fn with(pointer: &str, value: Value) -> Value {
+        let mut spec = spec();
+        let mut place = &mut spec;
+        for part in pointer.split('/').skip(1) {
+            place = &mut place[part];
+        }
+        *place = value;
+        spec
+    }
+
+    fn plan(spec: &Value) -> Result<Plan> {
+        Plan::from_json(&serde_json::to_vec(spec).unwrap())
+    }
+
+    #[test]
+    fn a_small_spec_becomes_a_plan() {
+        let plan = plan(&spec()).unwrap();
+        assert_eq!(plan.root, Path::new("/share/rootfs"));
+        assert_eq!(plan.process.umask, 0o022);
+        assert_eq!(plan.process.capabilities, Capabilities::default());
+        assert_eq!(plan.namespaces & libc::CLONE_NEWNET as u64, 0);
+    }
+
+    #[test]
+    fn what_is_wrong_or_not_done_is_refused_by_the_name_of_its_field() {
+        let mapping = json!([{"hostID": 0, "containerID": 0, "size": 1}]);
+        let hook = json!([{"path": "/bin/true"}]);
+        let table = [
+            ("/root", Value::Null, "root"),
+            ("/root/path", json!("rootfs"), "root.path"),
+            ("/process", Value::Null, "process"),
+            ("/process/args", json!([]), "process.args"),
+            ("/process/args", Value::Null, "process.args"),
+            ("/process/args", json!(["a\0b"]), "process.args[0]"),
+            ("/process/cwd", json!(""), "process.cwd"),
+            ("/process/cwd", json!("x"), "process.cwd"),
+            ("/process/env", json!(["A=1", "novalue"]), "process.env[1]"),
+            ("/process/env", json!(["=1"]), "process.env[0]"),
+            ("/process/env", json!([7]), "process.env[0]"),
+            ("/process/user/uid", json!("root"), "process.user.uid"),
+            (
+                "/process/rlimits",
+                json!([{"type": "RLIMIT_X", "soft": 1, "hard": 1}]),
+                "process.rlimits[0].type",
+            ),
+            (
+                "/process/rlimits",
+                json!([{"type": "RLIMIT_CPU", "soft": 2, "hard": 1}]),
+                "process.rlimits[0]",
+            ),
+            (
+                "/process/rlimits",
+                json!([{"type": "RLIMIT_CPU", "soft": 1, "hard": 1}, {"type": "RLIMIT_CPU", "soft": 1, "hard": 1}]),
+                "process.rlimits[1]",
+            ),
+            ("/process/oomScoreAdj", json!(1001), "process.oomScoreAdj"),
+            (
+                "/process/apparmorProfile",
+                json!("docker-default"),
+                "process.apparmorProfile",
+            ),
+            ("/process/selinuxLabel", json!("x"), "process.selinuxLabel"),
+            (
+                "/process/scheduler",
+                json!({"policy": "SCHED_BATCH"}),
+                "process.scheduler",
+            ),
+            (
+                "/process/ioPriority",
+                json!({"class": "IOPRIO_CLASS_BE", "priority": 8}),
+                "process.ioPriority.priority",
+            ),
+            (
+                "/process/execCPUAffinity",
+                json!({"initial": "0"}),
+                "process.execCPUAffinity",
+            ),
+            ("/linux", Value::Null, "linux"),
+            (
+                "/linux/seccomp",
+                json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
+                "linux.seccomp.defaultAction",
+            ),
+            ("/linux/uidMappings", mapping.clone(), "linux.uidMappings"),
+            ("/linux/gidMappings", mapping.clone(), "linux.gidMappings"),
+            (
+                "/linux/timeOffsets",
+                json!({"monotonic": {"secs": 1}}),
+                "linux.timeOffsets",
+            ),
+            ("/linux/intelRdt", json!({}), "linux.intelRdt"),
+            ("/linux/mountLabel", json!("x"), "linux.mountLabel"),
+            (
+                "/linux/rootfsPropagation",
+                json!("sharing"),
+                "linux.rootfsPropagation",
+            ),
+            (
+                "/linux/maskedPaths",
+                json!(["proc/kcore"]),
+                "linux.maskedPaths[0]",
+            ),
+            ("/linux/namespaces", json!([]), "linux.namespaces"),
+            (
+                "/linux/namespaces",
+                json!([{"type": "user"}]),
+                "linux.namespaces[0].type",
+            ),
+            (
+                "/linux/namespaces",
+                json!([{"type": "time"}]),
+                "linux.namespaces[0].type",
+            ),
+            (
+                "/linux/namespaces",
+                json!([{"type": "mnt"}]),
+                "linux.namespaces[0].type",
+            ),
+            (
+                "/linux/namespaces",
+                json!([{"type": "pid"}, {"type": "pid"}]),
+                "linux.namespaces[1]",
+            ),
+            (
+                "/linux/namespaces",
+                json!([{"type": "ipc", "path": "/proc/1/ns/ipc"}]),
+                "linux.namespaces[0].path",
+            ),
+            (
+                "/linux/devices",
+                json!([{"path": "/dev/x", "type": "a"}]),
+                "linux.devices[0].type",
+            ),
+            (
+                "/linux/devices",
+                json!([{"path": "dev/x", "type": "c"}]),
+                "linux.devices[0].path",
+            ),
+            (
+                "/linux/devices",
+                json!([{"path": "/dev/x", "type": "c", "major": -1}]),
+                "linux.devices[0].major",
+            ),
+            (
+                "/linux/sysctl",
+                json!({"kernel.panic": "1"}),
+                "linux.sysctl[\"kernel.panic\"]",
+            ),
+            (
+                "/linux/sysctl",
+                json!({"net/../../x": "1"}),
+                "linux.sysctl[\"net/../../x\"]",
+            ),
+            (
+                "/linux/personality",
+                json!({"domain": "LINUX", "flags": ["x"]}),
+                "linux.personality.flags",
+            ),
+            (
+                "/linux/resources",
+                json!({"blockIO": {"weight": 10}}),
+                "linux.resources.blockIO",
+            ),
+            (
+                "/hooks",
+                json!({"startContainer": hook}),
+                "hooks.startContainer",
+            ),
+            ("/hooks", json!({"prestart": hook}), "hooks.prestart"),
+            (
+                "/mounts",
+                json!([{"destination": ""}]),
+                "mounts[0].destination",
+            ),
+            (
+                "/mounts",
+                json!([{"destination": "/.", "type": "tmpfs"}]),
+                "mounts[0].destination",
+            ),
+            ("/mounts", json!([{"destination": "/x"}]), "mounts[0].type"),
+            (
+                "/mounts",
+                json!([{"destination": "/x", "options": ["bind"]}]),
+                "mounts[0].source",
+            ),
+            (
+                "/mounts",
+                json!([{"destination": "/x", "type": "bind", "source": "a"}]),
+                "mounts[0].source",
+            ),
+            (
+                "/mounts",
+                json!([{"destination": "/x", "type": "tmpfs", "options": ["remount"]}]),
+                "mounts[0].options",
+            ),
+            (
+                "/mounts",
+                json!([{"destination": "/x", "type": "tmpfs", "uidMappings": mapping}]),
+                "mounts[0].uidMappings",
+            ),
+        ];
+        for (pointer, value, field) in table {
+            let error = plan(&with(pointer, value)).map(drop).expect_err(field);
+            let text = error.to_string();
+            assert_eq!(error.kind(), crate::error::Kind::InvalidArgument, "{text}");
+            assert!(
+                text.starts_with(&format!("{field}: ")),
+                "{field}: got {text:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_hostname_needs_a_uts_namespace() {
+        let mut spec = with("/linux/namespaces", json!([{"type": "mount"}]));
+        spec["hostname"] = json!("box");
+        assert!(
+            plan(&spec)
+                .unwrap_err()
+                .to_string()
+                .starts_with("hostname: ")
+        );
+    }
+
+    #[test]
+    fn messages_never_hold_the_environment() {
+        let error = plan(&with("/process/env", json!(["SECRETVALUE"]))).unwrap_err();
+        assert!(!error.to_string().contains("SECRET"));
+    }
+
+    #[test]
+    fn the_last_of_two_equal_variables_counts() {
+        let plan = plan(&with("/process/env", json!(["A=1", "B=2", "A=3", "C="]))).unwrap();
+        let pairs: Vec<_> = plan
+            .process
+            .env
+            .iter()
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        assert_eq!(pairs, ["A=3", "B=2", "C="]);
+    }
+
+    #[test]
+    fn capabilities_are_known_by_name_and_unknown_ones_are_dropped() {
+        let names = json!(["CAP_NET_ADMIN", "CAP_CHECKPOINT_RESTORE", "CAP_NO_SUCH"]);
+        let plan = plan(&with("/process/capabilities", json!({"bounding": names}))).unwrap();
+        let expected: CapsHashSet = [
+            caps::Capability::CAP_NET_ADMIN,
+            caps::Capability::CAP_CHECKPOINT_RESTORE,
+        ]
+        .into_iter()
+        .collect();
+        assert_eq!(plan.process.capabilities.bounding, expected);
+        assert!(plan.process.capabilities.effective.is_empty());
+    }
+
+    #[test]
+    fn every_capability_of_the_spec_has_its_number() {
+        let all: Vec<String> = caps::all()
+            .iter()
+            .map(|capability| capability.to_string())
+            .collect();
+        let plan = plan(&with("/process/capabilities", json!({"permitted": all}))).unwrap();
+        assert_eq!(plan.process.capabilities.permitted, caps::all());
+    }
+
+    #[test]
+    fn sysctls_of_own_namespaces_are_allowed() {
+        let names =
+            json!({"net.ipv4.ip_forward": "1", "kernel.shmmax": "1", "fs.mqueue.msg_max": "5"});
+        let mut plan = plan(&with("/linux/sysctl", names)).unwrap();
+        plan.sysctl.sort();
+        let paths: Vec<_> = plan.sysctl.iter().map(|(path, _)| path.as_str()).collect();
+        assert_eq!(
+            paths,
+            ["fs/mqueue/msg_max", "kernel/shmmax", "net/ipv4/ip_forward"]
+        );
+    }
+}

@@ -1,0 +1,219 @@
+//! `process`, of a container or of an exec in it.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use caps::CapsHashSet;
+use nix::sys::resource::Resource;
+use oci_spec::runtime as oci;
+
+use crate::error::{Error, Result};
+
+/// The spec's `process`.
+#[derive(Debug)]
+pub struct Process {
+    /// Whether it has a terminal.
+    pub terminal: bool,
+    /// Arguments; the first is the program. Never empty.
+    pub args: Vec<CString>,
+    /// Environment, the last of equal names, in order.
+    pub env: Vec<(String, String)>,
+    /// Working directory.
+    pub cwd: PathBuf,
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// `user.umask`, or runc's default.
+    pub umask: u32,
+    /// Capability sets.
+    pub capabilities: Capabilities,
+    /// Resource limits.
+    pub rlimits: Vec<(Resource, u64, u64)>,
+    /// `noNewPrivileges`.
+    pub no_new_privileges: bool,
+    /// `oomScoreAdj`.
+    pub oom_score_adj: Option<i32>,
+    /// Class and level of `ioPriority`.
+    pub io_priority: Option<(u16, u16)>,
+}
+
+/// The five sets. Absent ones are empty, as in runc.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Bounding set.
+    pub bounding: CapsHashSet,
+    /// Effective set.
+    pub effective: CapsHashSet,
+    /// Inheritable set.
+    pub inheritable: CapsHashSet,
+    /// Permitted set.
+    pub permitted: CapsHashSet,
+    /// Ambient set.
+    pub ambient: CapsHashSet,
+}
+
+impl Process {
+    /// Checks a process, of a container or of an exec in it.
+    pub fn from_spec(process: &oci::Process) -> Result<Self> {
+        let args = process.args().as_deref().unwrap_or_default();
+        if args.is_empty() {
+            return Err(Error::spec("process.args", "must not be empty"));
+        }
+        let args = args
+            .iter()
+            .enumerate()
+            .map(|(index, arg)| {
+                CString::new(arg.as_bytes()).map_err(|_| {
+                    Error::spec(
+                        format!("process.args[{index}]"),
+                        "must not hold a null byte",
+                    )
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let cwd = process.cwd().clone();
+        if cwd.as_os_str().is_empty() {
+            return Err(Error::spec("process.cwd", "must not be empty"));
+        }
+        if !cwd.is_absolute() {
+            return Err(Error::spec("process.cwd", "must be an absolute path"));
+        }
+        if cwd.as_os_str().as_bytes().contains(&0) {
+            return Err(Error::spec("process.cwd", "must not hold a null byte"));
+        }
+        let user = process.user();
+        Ok(Self {
+            terminal: process.terminal().unwrap_or(false),
+            args,
+            env: environment(process.env().as_deref().unwrap_or_default())?,
+            cwd,
+            uid: user.uid(),
+            gid: user.gid(),
+            groups: user.additional_gids().clone().unwrap_or_default(),
+            umask: user.umask().unwrap_or(0o022) & 0o777,
+            capabilities: process
+                .capabilities()
+                .as_ref()
+                .map(Capabilities::from_spec)
+                .unwrap_or_default(),
+            rlimits: rlimits(process.rlimits().as_deref().unwrap_or_default())?,
+            no_new_privileges: process.no_new_privileges().unwrap_or(false),
+            oom_score_adj: match process.oom_score_adj() {
+                Some(value) if !(-1000..=1000).contains(&value) => {
+                    return Err(Error::spec(
+                        "process.oomScoreAdj",
+                        "must be from -1000 to 1000",
+                    ));
+                }
+                value => value,
+            },
+            io_priority: process
+                .io_priority()
+                .as_ref()
+                .map(io_priority)
+                .transpose()?,
+        })
+    }
+}
+
+/// Checks `NAME=value` pairs. Of equal names the last one counts, as with `setenv`. Messages hold positions only.
+fn environment(env: &[String]) -> Result<Vec<(String, String)>> {
+    let mut pairs: Vec<(String, String)> = Vec::with_capacity(env.len() + 1);
+    let mut places: HashMap<String, usize> = HashMap::with_capacity(env.len());
+    for (index, pair) in env.iter().enumerate() {
+        let refuse = |problem: &str| Error::spec(format!("process.env[{index}]"), problem);
+        let (name, value) = pair
+            .split_once('=')
+            .ok_or_else(|| refuse("must have the form NAME=value"))?;
+        if name.is_empty() {
+            return Err(refuse("the name must not be empty"));
+        }
+        if pair.contains('\0') {
+            return Err(refuse("must not hold a null byte"));
+        }
+        match places.get(name).and_then(|&place| pairs.get_mut(place)) {
+            Some(known) => value.clone_into(&mut known.1),
+            None => {
+                places.insert(name.to_owned(), pairs.len());
+                pairs.push((name.to_owned(), value.to_owned()));
+            }
+        }
+    }
+    Ok(pairs)
+}
+
+fn rlimits(rlimits: &[oci::PosixRlimit]) -> Result<Vec<(Resource, u64, u64)>> {
+    use oci::PosixRlimitType as Type;
+    let mut checked: Vec<(Resource, u64, u64)> = Vec::with_capacity(rlimits.len());
+    for (index, limit) in rlimits.iter().enumerate() {
+        let resource = match limit.typ() {
+            Type::RlimitCpu => Resource::RLIMIT_CPU,
+            Type::RlimitFsize => Resource::RLIMIT_FSIZE,
+            Type::RlimitData => Resource::RLIMIT_DATA,
+            Type::RlimitStack => Resource::RLIMIT_STACK,
+            Type::RlimitCore => Resource::RLIMIT_CORE,
+            Type::RlimitRss => Resource::RLIMIT_RSS,
+            Type::RlimitNproc => Resource::RLIMIT_NPROC,
+            Type::RlimitNofile => Resource::RLIMIT_NOFILE,
+            Type::RlimitMemlock => Resource::RLIMIT_MEMLOCK,
+            Type::RlimitAs => Resource::RLIMIT_AS,
+            Type::RlimitLocks => Resource::RLIMIT_LOCKS,
+            Type::RlimitSigpending => Resource::RLIMIT_SIGPENDING,
+            Type::RlimitMsgqueue => Resource::RLIMIT_MSGQUEUE,
+            Type::RlimitNice => Resource::RLIMIT_NICE,
+            Type::RlimitRtprio => Resource::RLIMIT_RTPRIO,
+            Type::RlimitRttime => Resource::RLIMIT_RTTIME,
+        };
+        let field = format!("process.rlimits[{index}]");
+        if checked.iter().any(|(known, ..)| *known == resource) {
+            return Err(Error::spec(field, format!("a second {}", limit.typ())));
+        }
+        if limit.soft() > limit.hard() {
+            return Err(Error::spec(
+                field,
+                "the soft limit must not exceed the hard limit",
+            ));
+        }
+        checked.push((resource, limit.soft(), limit.hard()));
+    }
+    Ok(checked)
+}
+
+fn io_priority(priority: &oci::LinuxIOPriority) -> Result<(u16, u16)> {
+    let class = match priority.class() {
+        oci::IOPriorityClass::IoprioClassRt => 1,
+        oci::IOPriorityClass::IoprioClassBe => 2,
+        oci::IOPriorityClass::IoprioClassIdle => 3,
+    };
+    match u16::try_from(priority.priority()) {
+        Ok(level) if level <= 7 => Ok((class, level)),
+        _ => Err(Error::spec(
+            "process.ioPriority.priority",
+            "must be from 0 to 7",
+        )),
+    }
+}
+
+impl Capabilities {
+    fn from_spec(sets: &oci::LinuxCapabilities) -> Self {
+        let set = |names: &Option<oci::Capabilities>| -> CapsHashSet {
+            names.iter().flatten().filter_map(capability).collect()
+        };
+        Self {
+            bounding: set(sets.bounding()),
+            effective: set(sets.effective()),
+            inheritable: set(sets.inheritable()),
+            permitted: set(sets.permitted()),
+            ambient: set(sets.ambient()),
+        }
+    }
+}
+
+fn capability(capability: &oci::Capability) -> Option<caps::Capability> {
+    format!("CAP_{capability}").parse().ok()
+}
