@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, chown};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{OFlag, open};
@@ -186,6 +186,9 @@ fn weight_of_shares(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
 }
 
+/// What a kernel without /sys/kernel/cgroup/delegate lets a user own (cgroups(7), "Delegating").
+const DELEGATED: &str = "cgroup.procs\ncgroup.subtree_control\ncgroup.threads\n";
+
 /// Where containers' cgroups are.
 #[derive(Debug)]
 pub struct Hierarchy {
@@ -273,6 +276,22 @@ impl Cgroup {
     /// The directory, to fork into.
     pub fn dir(&self) -> BorrowedFd<'_> {
         self.dir.as_fd()
+    }
+
+    /// Lets a user divide it: gives it away, and those of its files that the kernel says belong to that.
+    pub fn give_to(&self, owner: u32) -> Result<()> {
+        let what = || "cannot give the container its cgroup";
+        let files = fs::read_to_string("/sys/kernel/cgroup/delegate");
+        let files = files.as_deref().unwrap_or(DELEGATED);
+        chown(&self.path, Some(owner), None).what(what)?;
+        for file in files.lines() {
+            match chown(self.path.join(file), Some(owner), None) {
+                // A file of a controller that the cgroup has not.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => result.what(what)?,
+            }
+        }
+        Ok(())
     }
 
     /// Kills every process in it.

@@ -17,11 +17,13 @@ use crate::cgroup::{Cgroup, Hierarchy};
 use crate::error::{Context, Error, Kind, Result};
 use crate::handshake::{self, Report};
 use crate::init::{self, Job};
+use crate::mounts::Trees;
 use crate::reaper::{Exit, ExitWatch, Reaper, exited};
 use crate::spec::Plan;
 use crate::streams::{ProcessEnds, Streams};
 use crate::sys::{self, Fork};
 use crate::transport::Connection;
+use crate::user_namespace;
 
 /// What containers stand on.
 #[derive(Debug)]
@@ -120,6 +122,9 @@ impl Containers {
             self.loopback.call_once(guest_loopback_up);
         }
         let cgroup = self.ground.hierarchy.make(id, &plan.limits)?;
+        if let Some(owner) = plan.cgroup_owner() {
+            cgroup.give_to(owner)?;
+        }
         let (streams, ends) = Streams::open(&request.stdio)?;
         let stdio = &request.stdio;
         let terminal = stdio.terminal.then(|| {
@@ -130,7 +135,19 @@ impl Containers {
             )
         });
         let (mut init, socket) = self.fork(id, &plan, cgroup, streams, ends, terminal)?;
-        if let Err(error) = init.set_up(&socket).await {
+        let admitted = match &plan.id_maps {
+            None => Ok(()),
+            Some(maps) => user_namespace::admit(init.pid, &plan, maps).and_then(|()| {
+                socket
+                    .admit()
+                    .what(|| "cannot talk to the container's init")
+            }),
+        };
+        let set_up = match admitted {
+            Ok(()) => init.set_up(&socket).await,
+            refused => refused,
+        };
+        if let Err(error) = set_up {
             init.destroy().await;
             return Err(error);
         }
@@ -159,15 +176,19 @@ impl Containers {
         let what = || "cannot make the container's init";
         let (mine, theirs) = handshake::pair().what(what)?;
         let socket = handshake::Agent::new(mine).what(what)?;
+        let trees = Trees::prepare(plan)?;
+        if let Some(maps) = &plan.id_maps {
+            user_namespace::give_stdio(&ends.borrow(), maps)?;
+        }
         let job = Job {
             id,
             plan,
+            trees: &trees,
             stdio: ends.borrow(),
             terminal,
             socket: theirs.as_fd(),
         };
-        // The cgroup namespace is made by the init, inside its cgroup.
-        let namespaces = plan.namespaces & !(libc::CLONE_NEWCGROUP as u64);
+        let namespaces = plan.namespaces & !init::MADE_BY_INIT;
         // SAFETY: the agent has one thread, and the child goes into `init::run`, which never returns.
         match unsafe { sys::fork_into(namespaces, cgroup.dir()) }.what(what)? {
             Fork::Child => init::run(&job),

@@ -10,7 +10,7 @@ use nix::fcntl::{AtFlags, OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat, makedev, mknodat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::paths::{self, Make};
 use crate::spec::Device;
 use crate::sys;
@@ -49,10 +49,26 @@ pub fn defaults(spec: &[Device]) -> impl Iterator<Item = Device> {
         })
 }
 
+/// Where nodes come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nodes {
+    /// They are made.
+    Made,
+    /// Nobody in a user namespace may make one, or use one that a tenant made: they are bind mounts of the guest's.
+    Bound,
+}
+
 /// Makes a node; where the file system below does not take nodes, a bind mount of the guest's own. One that exists
 /// is left alone, as with runc.
-pub fn make(root: BorrowedFd<'_>, device: &Device) -> Result<()> {
+pub fn make(root: BorrowedFd<'_>, device: &Device, nodes: Nodes) -> Result<()> {
     let field = || format!("linux.devices ({})", device.path.display());
+    if nodes == Nodes::Bound && device.kind != libc::S_IFIFO {
+        return bind_own(
+            root,
+            device,
+            makedev(device.major.into(), device.minor.into()),
+        );
+    }
     let (parent, name) =
         paths::open_parent(root, device.path.as_os_str().as_bytes()).what(field)?;
     let kind = SFlag::from_bits_truncate(device.kind);
@@ -85,12 +101,22 @@ fn bind_own(root: BorrowedFd<'_>, device: &Device, number: libc::dev_t) -> Resul
         &device.path,
         OFlag::O_PATH | OFlag::O_CLOEXEC,
         Mode::empty(),
-    )
-    .what(field)?;
-    let stat = fstat(&own).what(field)?;
-    if stat.st_rdev != number || stat.st_mode & libc::S_IFMT != device.kind {
-        return Err(Error::system(field(), Errno::EPERM));
-    }
+    );
+    let own = own.ok().filter(|own| {
+        fstat(own)
+            .is_ok_and(|stat| stat.st_rdev == number && stat.st_mode & libc::S_IFMT == device.kind)
+    });
+    let own = own.ok_or_else(|| {
+        Error::setup(
+            Kind::PermissionDenied,
+            format!(
+                "{}: no node can be made here, and the guest's own /dev has no {}:{} at this path",
+                field(),
+                device.major,
+                device.minor
+            ),
+        )
+    })?;
     let node = sys::clone_tree_of(own.as_fd(), false).what(field)?;
     let place =
         paths::open_or_make(root, device.path.as_os_str().as_bytes(), Make::File).what(field)?;

@@ -19,6 +19,7 @@ use crate::error::{Error, Kind};
 const READY: u8 = 0;
 const FAILED: u8 = 1;
 const START: u8 = 1;
+const ADMITTED: u8 = 2;
 
 /// Longest report; the rest of a message is cut off.
 const MAX_REPORT: usize = 4096;
@@ -68,11 +69,20 @@ impl Agent {
         }
     }
 
+    /// Lets an init go on that waits for its user namespace.
+    pub fn admit(&self) -> nix::Result<()> {
+        self.say(ADMITTED)
+    }
+
     /// Lets the init execute the user's program.
     pub fn start(&self) -> nix::Result<()> {
+        self.say(START)
+    }
+
+    fn say(&self, word: u8) -> nix::Result<()> {
         send(
             self.0.get_ref().as_raw_fd(),
-            &[START],
+            &[word],
             MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT,
         )
         .map(drop)
@@ -139,13 +149,22 @@ pub fn send_failure(socket: BorrowedFd<'_>, error: &Error) {
     let _ = nix::unistd::write(socket, &message);
 }
 
+/// Init: waits until the agent has mapped the ids of its user namespace. False if it never will.
+pub fn wait_for_admission(socket: BorrowedFd<'_>) -> bool {
+    wait_for(socket, ADMITTED)
+}
+
 /// Init: waits for the agent's word. False if it will never come.
 pub fn wait_for_start(socket: BorrowedFd<'_>) -> bool {
+    wait_for(socket, START)
+}
+
+fn wait_for(socket: BorrowedFd<'_>, word: u8) -> bool {
     let mut byte = [0u8; 1];
     loop {
         match recv(socket.as_raw_fd(), &mut byte, MsgFlags::empty()) {
             Err(Errno::EINTR) => {}
-            result => return result == Ok(1) && byte == [START],
+            result => return result == Ok(1) && byte == [word],
         }
     }
 }

@@ -11,12 +11,13 @@ use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::setsid;
 
+use crate::devices::Nodes;
 use crate::error::{Context, Result};
-use crate::mounts::{Rootfs, is_dev};
+use crate::mounts::{Rootfs, Trees, is_dev};
 use crate::process::{self, Program};
-use crate::spec::Plan;
+use crate::spec::{CLONE_NEWTIME, Plan};
 use crate::terminal::Terminal;
-use crate::{devices, handshake, sys};
+use crate::{devices, handshake, sys, user_namespace};
 
 /// What a child needs of the agent.
 #[derive(Debug)]
@@ -29,9 +30,16 @@ pub struct Job<'a> {
     pub stdio: [Option<BorrowedFd<'a>>; 3],
     /// Columns and rows of the terminal to make in place of them.
     pub terminal: Option<(u16, u16)>,
+    /// Mounts that the agent has made ready.
+    pub trees: &'a Trees,
     /// The child's end of the handshake.
     pub socket: BorrowedFd<'a>,
 }
+
+/// Namespaces that the init makes itself, not the fork. A cgroup namespace's root is the cgroup that its maker is
+/// in, and only after the fork is it the container's; a time namespace takes offsets only while nobody is in it, and
+/// its maker enters it with the exec (time_namespaces(7)).
+pub const MADE_BY_INIT: u64 = libc::CLONE_NEWCGROUP as u64 | CLONE_NEWTIME;
 
 /// Exit status of an init that did not get to the exec; the agent has the reason by then.
 const FAILED: i32 = 1;
@@ -50,6 +58,9 @@ pub fn run(job: &Job<'_>) -> ! {
         }
     };
     let socket = socket.as_fd();
+    if job.plan.id_maps.is_some() && !handshake::wait_for_admission(socket) {
+        exit()
+    }
     let program = match set_up(job).and_then(|(program, terminal)| {
         handshake::send_ready(socket, terminal.as_ref().map(AsFd::as_fd))
             .what(|| "cannot report to the agent")?;
@@ -101,7 +112,7 @@ fn arrange_descriptors(job: &Job<'_>) -> Result<OwnedFd> {
         .what(what)?;
     }
     // SAFETY: as above: the owners of these descriptors are never dropped in this process.
-    unsafe { sys::close_from(SOCKET + 1) }.what(what)?;
+    unsafe { sys::close_from(SOCKET + 1, &job.trees.descriptors()) }.what(what)?;
     // SAFETY: 3 is the socket, and nothing else here owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(SOCKET) })
 }
@@ -110,6 +121,12 @@ fn set_up(job: &Job<'_>) -> Result<(Program, Option<OwnedFd>)> {
     let plan = job.plan;
     reset_signals()?;
     setsid().what(|| "cannot make a session")?;
+    make_time_namespace(plan)?;
+    // While this is still the guest's root: the way to the root filesystem need not be open to others.
+    let rootfs = Rootfs::mount(plan, job.trees)?;
+    if plan.id_maps.is_some() {
+        user_namespace::become_root()?;
+    }
     // Until the exec nobody in the container may look into this copy of the agent.
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the container's init")?;
     umask(Mode::empty());
@@ -122,7 +139,6 @@ fn set_up(job: &Job<'_>) -> Result<(Program, Option<OwnedFd>)> {
             ));
         }
     }
-    // Not with the clone: the new namespace's root is the cgroup that its maker is in, and only now is it ours.
     if plan.namespaces & libc::CLONE_NEWCGROUP as u64 != 0 {
         unshare(CloneFlags::CLONE_NEWCGROUP).what(|| "cannot make a cgroup namespace")?;
     }
@@ -135,7 +151,10 @@ fn set_up(job: &Job<'_>) -> Result<(Program, Option<OwnedFd>)> {
         process::write_proc(&format!("/proc/sys/{path}"), value)
             .what(|| format!("linux.sysctl[{:?}]", path.replace('/', ".")))?;
     }
-    if let Some(value) = plan.process.oom_score_adj {
+    // In a user namespace the agent has done it: a lower one takes a privilege of the guest.
+    if let Some(value) = plan.process.oom_score_adj
+        && plan.id_maps.is_none()
+    {
         process::write_proc("/proc/self/oom_score_adj", &value.to_string())
             .what(|| "process.oomScoreAdj")?;
     }
@@ -145,10 +164,22 @@ fn set_up(job: &Job<'_>) -> Result<(Program, Option<OwnedFd>)> {
             .what(|| "linux.personality")?;
     }
 
-    let terminal = build_root(job)?;
+    let terminal = build_root(job, rootfs)?;
     take_terminal(job, terminal.as_ref())?;
     let program = process::become_process(&plan.process, plan.seccomp.as_deref())?;
     Ok((program, terminal.map(|terminal| terminal.master)))
+}
+
+/// The offsets go through the guest's procfs, as long as it is there.
+fn make_time_namespace(plan: &Plan) -> Result<()> {
+    if plan.namespaces & CLONE_NEWTIME == 0 {
+        return Ok(());
+    }
+    sys::unshare_time().what(|| "cannot make a time namespace")?;
+    if let Some(offsets) = &plan.time_offsets {
+        process::write_proc("/proc/self/timens_offsets", offsets).what(|| "linux.timeOffsets")?;
+    }
+    Ok(())
 }
 
 fn reset_signals() -> Result<()> {
@@ -172,13 +203,12 @@ fn name_host(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn build_root(job: &Job<'_>) -> Result<Option<Terminal>> {
+fn build_root(job: &Job<'_>, rootfs: Rootfs<'_>) -> Result<Option<Terminal>> {
     let plan = job.plan;
     let null =
         open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).what(|| "/dev/null")?;
-    let rootfs = Rootfs::mount(plan)?;
-    for mount in &plan.mounts {
-        rootfs.add(mount)?;
+    for (index, mount) in plan.mounts.iter().enumerate() {
+        rootfs.add(index, mount)?;
     }
     // A /dev that is bind-mounted is somebody's own, as in runc.
     let foreign_dev = plan
@@ -186,11 +216,15 @@ fn build_root(job: &Job<'_>) -> Result<Option<Terminal>> {
         .iter()
         .any(|mount| mount.options.bind && is_dev(&mount.destination));
     if !foreign_dev {
+        let nodes = match plan.id_maps {
+            None => Nodes::Made,
+            Some(_) => Nodes::Bound,
+        };
         for device in devices::defaults(&plan.devices) {
-            devices::make(rootfs.root(), &device)?;
+            devices::make(rootfs.root(), &device, nodes)?;
         }
         for device in &plan.devices {
-            devices::make(rootfs.root(), device)?;
+            devices::make(rootfs.root(), device, nodes)?;
         }
         devices::make_links(rootfs.root())?;
     }
@@ -205,7 +239,7 @@ fn build_root(job: &Job<'_>) -> Result<Option<Terminal>> {
     for path in &plan.masked_paths {
         rootfs.mask(path, null.as_fd())?;
     }
-    rootfs.finish_dev(&plan.mounts)?;
+    rootfs.finish(&plan.mounts)?;
     rootfs.pivot(plan.root_readonly, plan.propagation)?;
     Ok(terminal)
 }

@@ -32,3 +32,4 @@ pub mod sys;
 pub mod terminal;
 pub mod timeline;
 pub mod transport;
+pub mod user_namespace;

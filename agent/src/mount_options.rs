@@ -11,6 +11,12 @@ pub struct MountOptions {
     pub bind: bool,
     /// `rbind`: with the mounts below the source.
     pub bind_recursive: bool,
+    /// `remount`: change what is mounted there.
+    pub remount: bool,
+    /// `tmpcopyup`: a tmpfs that begins with what it covers.
+    pub copy_up: bool,
+    /// `idmap` (false) or `ridmap` (true).
+    pub map_ids: Option<bool>,
     /// Attributes to set on the mount itself.
     pub set: u64,
     /// Attributes to clear first.
@@ -69,35 +75,35 @@ const WITHOUT_EFFECT: &[&str] = &[
 ];
 
 impl MountOptions {
-    /// Parses the options of the mount that `field` names.
-    pub fn parse(options: &[String], field: &str) -> Result<Self> {
+    /// Parses the options of a mount.
+    pub fn parse(options: &[String]) -> Self {
         let mut parsed = Self::default();
         for option in options {
-            parsed.add(option, field)?;
+            parsed.add(option);
         }
-        Ok(parsed)
+        parsed
     }
 
-    fn add(&mut self, option: &str, field: &str) -> Result<()> {
+    fn add(&mut self, option: &str) {
         if let Some((set, clear)) = attribute(option) {
             let known = set | clear;
             self.set = (self.set & !known) | set;
             self.clear = (self.clear & !known) | clear;
-            return Ok(());
+            return;
         }
         if let Some((set, clear)) = option.strip_prefix('r').and_then(attribute) {
             let known = set | clear;
             self.set_recursive = (self.set_recursive & !known) | set;
             self.clear_recursive = (self.clear_recursive & !known) | clear;
-            return Ok(());
+            return;
         }
         if let Some(kind) = propagation(option) {
             self.propagation.push((kind, false));
-            return Ok(());
+            return;
         }
         if let Some(kind) = option.strip_prefix('r').and_then(propagation) {
             self.propagation.push((kind, true));
-            return Ok(());
+            return;
         }
         match option {
             "bind" => self.bind = true,
@@ -105,12 +111,10 @@ impl MountOptions {
                 self.bind = true;
                 self.bind_recursive = true;
             }
-            "remount" | "idmap" | "ridmap" | "tmpcopyup" => {
-                return Err(Error::spec(
-                    format!("{field}.options"),
-                    format!("`{option}` is not supported yet; remove it"),
-                ));
-            }
+            "remount" => self.remount = true,
+            "tmpcopyup" => self.copy_up = true,
+            "idmap" => self.map_ids = Some(false),
+            "ridmap" => self.map_ids = Some(true),
             _ if WITHOUT_EFFECT.contains(&option) => {}
             "" => {}
             _ => self.data.push(match option.split_once('=') {
@@ -118,7 +122,6 @@ impl MountOptions {
                 None => (option.to_owned(), None),
             }),
         }
-        Ok(())
     }
 }
 
@@ -155,7 +158,7 @@ mod tests {
 
     fn parse(options: &[&str]) -> MountOptions {
         let options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
-        MountOptions::parse(&options, "mounts[0]").unwrap()
+        MountOptions::parse(&options)
     }
 
     #[test]
@@ -230,14 +233,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_done_is_refused_with_the_field() {
-        for option in ["remount", "idmap", "ridmap", "tmpcopyup"] {
-            let error = MountOptions::parse(&[option.to_owned()], "mounts[3]").unwrap_err();
-            assert!(
-                error.to_string().starts_with("mounts[3].options: "),
-                "{error}"
-            );
-        }
+    fn options_for_the_runtime_are_no_data() {
+        let options = parse(&["remount", "ridmap", "tmpcopyup"]);
+        assert!(options.remount && options.copy_up && options.data.is_empty());
+        assert_eq!(options.map_ids, Some(true));
+        assert_eq!(parse(&["idmap"]).map_ids, Some(false));
     }
 
     #[test]

@@ -52,7 +52,7 @@ fn open_or_make_bounded(
             &parent,
             name,
             OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW,
-            Mode::from_bits_truncate(0o755),
+            Mode::from_bits_truncate(0o644),
         )
         .map(drop),
     };

@@ -34,19 +34,11 @@ pub struct Program {
 
 /// Does everything to this process that the spec's `process` says, except the exec. The root is the container's.
 pub fn become_process(process: &Process, seccomp: Option<&Filter>) -> Result<Program> {
-    if !process
-        .rlimits
-        .iter()
-        .any(|(resource, ..)| *resource == Resource::RLIMIT_NOFILE)
-    {
-        // The agent's own is too high for programs that close, or select on, every descriptor there may be.
-        let (_, hard) =
-            getrlimit(Resource::RLIMIT_NOFILE).what(|| "cannot read a resource limit")?;
-        setrlimit(Resource::RLIMIT_NOFILE, hard.min(DEFAULT_FILES), hard)
-            .what(|| "cannot set a resource limit")?;
-    }
-    for &(resource, soft, hard) in &process.rlimits {
-        setrlimit(resource, soft, hard).what(|| format!("process.rlimits ({resource:?})"))?;
+    for (resource, soft, hard) in limits(process)? {
+        // The agent may have set it from outside of a user namespace, where raising one takes no capability of that.
+        if getrlimit(resource) != Ok((soft, hard)) {
+            setrlimit(resource, soft, hard).what(|| format!("process.rlimits ({resource:?})"))?;
+        }
     }
     if let Some((class, level)) = process.io_priority {
         crate::sys::set_io_priority(class, level).what(|| "process.ioPriority")?;
@@ -100,6 +92,21 @@ pub fn become_process(process: &Process, seccomp: Option<&Filter>) -> Result<Pro
         path,
         env: environment(process, home),
     })
+}
+
+/// The limits that a process is to have: the spec's, and one of open files.
+pub fn limits(process: &Process) -> Result<Vec<(Resource, u64, u64)>> {
+    let mut limits = process.rlimits.clone();
+    if !limits
+        .iter()
+        .any(|(resource, ..)| *resource == Resource::RLIMIT_NOFILE)
+    {
+        // The agent's own is too high for programs that close, or select on, every descriptor there may be.
+        let (_, hard) =
+            getrlimit(Resource::RLIMIT_NOFILE).what(|| "cannot read a resource limit")?;
+        limits.push((Resource::RLIMIT_NOFILE, hard.min(DEFAULT_FILES), hard));
+    }
+    Ok(limits)
 }
 
 fn cwd_error(cwd: &Path, errno: Errno) -> Error {

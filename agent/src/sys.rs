@@ -37,6 +37,7 @@ pub mod attr {
     pub const NOSYMFOLLOW: u64 = 0x20_0000;
 }
 
+const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
 const OPEN_TREE_CLONE: libc::c_uint = 1;
 const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC as libc::c_uint;
 const AT_RECURSIVE: libc::c_uint = 0x8000;
@@ -47,6 +48,9 @@ const FSMOUNT_CLOEXEC: libc::c_uint = 1;
 const FSCONFIG_SET_FLAG: libc::c_uint = 0;
 const FSCONFIG_SET_STRING: libc::c_uint = 1;
 const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+const FSCONFIG_CMD_RECONFIGURE: libc::c_uint = 7;
+const FSPICK_CLOEXEC: libc::c_uint = 1;
+const FSPICK_EMPTY_PATH: libc::c_uint = 8;
 
 /// Too wide for the C library's type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -178,12 +182,36 @@ pub fn set_attributes(
     propagation: libc::c_ulong,
     recursive: bool,
 ) -> Result<()> {
-    let attributes = MountAttr {
-        attr_set: set,
-        attr_clr: clear,
-        propagation,
-        userns_fd: 0,
-    };
+    mount_setattr(
+        mount,
+        &MountAttr {
+            attr_set: set,
+            attr_clr: clear,
+            propagation,
+            userns_fd: 0,
+        },
+        recursive,
+    )
+}
+
+/// Maps the ids of a detached mount's files by a user namespace's maps. `EINVAL` if its file system can't be mapped.
+pub fn map_ids(
+    mount: BorrowedFd<'_>,
+    user_namespace: BorrowedFd<'_>,
+    recursive: bool,
+) -> Result<()> {
+    mount_setattr(
+        mount,
+        &MountAttr {
+            attr_set: MOUNT_ATTR_IDMAP,
+            userns_fd: user_namespace.as_raw_fd() as u64,
+            ..Default::default()
+        },
+        recursive,
+    )
+}
+
+fn mount_setattr(mount: BorrowedFd<'_>, attributes: &MountAttr, recursive: bool) -> Result<()> {
     let recursive = if recursive { AT_RECURSIVE } else { 0 };
     // SAFETY: `attributes` lives across the call, and the size is its own.
     Errno::result(unsafe {
@@ -192,7 +220,7 @@ pub fn set_attributes(
             mount.as_raw_fd(),
             c"".as_ptr(),
             libc::AT_EMPTY_PATH as libc::c_uint | recursive,
-            &raw const attributes,
+            std::ptr::from_ref(attributes),
             size_of::<MountAttr>(),
         )
     })
@@ -209,6 +237,25 @@ impl FsContext {
         let fs = c_string(fs.as_bytes())?;
         // SAFETY: the name lives across the call.
         owned(unsafe { libc::syscall(libc::SYS_fsopen, fs.as_ptr(), FSOPEN_CLOEXEC) }).map(Self)
+    }
+
+    /// The one that is mounted at this place, to change it.
+    pub fn pick(place: BorrowedFd<'_>) -> Result<Self> {
+        // SAFETY: the path is a constant.
+        owned(unsafe {
+            libc::syscall(
+                libc::SYS_fspick,
+                place.as_raw_fd(),
+                c"".as_ptr(),
+                FSPICK_CLOEXEC | FSPICK_EMPTY_PATH,
+            )
+        })
+        .map(Self)
+    }
+
+    /// Changes the file system that was picked.
+    pub fn reconfigure(&self) -> Result<()> {
+        self.config(FSCONFIG_CMD_RECONFIGURE, None, None)
     }
 
     /// Sets `key=value`, or the flag `key`.
@@ -288,13 +335,37 @@ pub enum Fork {
 /// As with `fork`: the process must have a single thread, and the child must not return into code that shares
 /// descriptors or other outside state with the parent.
 pub unsafe fn fork_into(namespaces: u64, cgroup: BorrowedFd<'_>) -> Result<Fork> {
+    // SAFETY: the caller's promise is this function's too.
+    unsafe {
+        fork_with(CloneArgs {
+            flags: namespaces | CLONE_INTO_CGROUP,
+            cgroup: cgroup.as_raw_fd() as u64,
+            ..Default::default()
+        })
+    }
+}
+
+/// `fork(2)` into new namespaces, in the caller's cgroup.
+///
+/// # Safety
+/// As with [`fork_into`].
+pub unsafe fn fork_aside(namespaces: u64) -> Result<Fork> {
+    // SAFETY: the caller's promise is this function's too.
+    unsafe {
+        fork_with(CloneArgs {
+            flags: namespaces,
+            ..Default::default()
+        })
+    }
+}
+
+unsafe fn fork_with(arguments: CloneArgs) -> Result<Fork> {
     let mut pidfd: RawFd = -1;
     let arguments = CloneArgs {
-        flags: namespaces | libc::CLONE_PIDFD as u64 | CLONE_INTO_CGROUP,
+        flags: arguments.flags | libc::CLONE_PIDFD as u64,
         pidfd: (&raw mut pidfd) as u64,
         exit_signal: libc::SIGCHLD as u64,
-        cgroup: cgroup.as_raw_fd() as u64,
-        ..Default::default()
+        ..arguments
     };
     // SAFETY: without CLONE_VM and with no stack given this is fork(2); the arguments and `pidfd` live across the
     // call, and the size is that of the arguments. The rest is the caller's promise.
@@ -313,6 +384,12 @@ pub unsafe fn fork_into(namespaces: u64, cgroup: BorrowedFd<'_>) -> Result<Fork>
             pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
         }),
     }
+}
+
+/// Makes a time namespace, which this process enters with its next exec.
+pub fn unshare_time() -> Result<()> {
+    // SAFETY: touches no memory of ours. The flag is too small for what the C library takes for a namespace's.
+    Errno::result(unsafe { libc::syscall(libc::SYS_unshare, crate::spec::CLONE_NEWTIME) }).map(drop)
 }
 
 /// Sends a signal to the process behind a pidfd.
@@ -362,14 +439,47 @@ impl OwnsFd for OwnedFd {}
 impl OwnsFd for std::fs::File {}
 impl OwnsFd for SignalFd {}
 
-/// Closes every descriptor from `first` up.
+/// Closes every descriptor from `first` up, but for those of `keep`.
 ///
 /// # Safety
-/// No owner of such a descriptor may use or drop it afterwards.
-pub unsafe fn close_from(first: RawFd) -> Result<()> {
-    // SAFETY: touches no memory; who owned the descriptors is the caller's concern.
+/// No owner of a closed descriptor may use or drop it afterwards.
+pub unsafe fn close_from(first: RawFd, keep: &[RawFd]) -> Result<()> {
+    let mut keep = keep.to_vec();
+    keep.sort_unstable();
+    let mut first = first;
+    for kept in keep {
+        if kept > first {
+            // SAFETY: touches no memory; who owned the descriptors is the caller's concern.
+            Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, kept - 1, 0) })?;
+        }
+        first = first.max(kept + 1);
+    }
+    // SAFETY: as above.
     Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) })
         .map(drop)
+}
+
+/// Sets a resource limit of another process; `prlimit(2)`.
+pub fn set_limit_of(
+    pid: Pid,
+    resource: nix::sys::resource::Resource,
+    soft: u64,
+    hard: u64,
+) -> Result<()> {
+    let limit = libc::rlimit64 {
+        rlim_cur: soft,
+        rlim_max: hard,
+    };
+    // SAFETY: the kernel reads `limit`, which lives across the call; null says that the old one is not wanted.
+    Errno::result(unsafe {
+        libc::prlimit64(
+            pid.as_raw(),
+            resource as libc::__rlimit_resource_t,
+            &raw const limit,
+            std::ptr::null_mut(),
+        )
+    })
+    .map(drop)
 }
 
 /// Joins a new session keyring, so that a container neither sees nor keeps the agent's.

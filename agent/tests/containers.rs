@@ -117,6 +117,19 @@ tests![
     a_profile_as_large_as_the_engines_default_lets_programs_run_and_refuses_the_rest,
     a_profile_holds_with_and_without_new_privileges,
     a_profile_that_forbids_the_exec_is_said_at_start,
+    a_user_namespace_maps_the_users_and_owns_everything,
+    a_user_namespace_binds_what_others_may_not_reach,
+    the_cgroup_of_a_user_namespace_belongs_to_its_root,
+    a_user_namespace_without_a_cgroup_namespace_sees_the_cgroups,
+    maps_that_the_kernel_refuses_are_named,
+    the_clocks_have_their_offsets,
+    a_remount_changes_what_is_mounted,
+    a_tmpfs_begins_with_what_it_covers,
+    a_read_only_tmpfs_holds_places_for_mounts,
+    nothing_but_procfs_is_mounted_over_proc,
+    ids_of_a_bind_mount_are_mapped,
+    masks_follow_links_inside_the_root_only,
+    sysfs_mounts_without_a_network_namespace,
 ];
 
 async fn output_errors_and_exit_code_come_back() {
@@ -953,4 +966,375 @@ async fn a_profile_that_forbids_the_exec_is_said_at_start() {
     bed.create("box", &spec, Stdio::default()).await.unwrap();
     bed.start("box").await.unwrap();
     assert_eq!(bed.wait("box").await.unwrap().exit_code, 128 + 31);
+}
+
+/// With a user namespace that maps 0..65536 to 100000 and up, and a root filesystem that belongs to it.
+fn in_user_namespace(bed: &Bed, script: &str) -> serde_json::Value {
+    fn give(path: &Path) {
+        std::os::unix::fs::lchown(path, Some(100_000), Some(100_000)).unwrap();
+        if path.is_dir() && !path.is_symlink() {
+            for entry in fs::read_dir(path).unwrap() {
+                give(&entry.unwrap().path());
+            }
+        }
+    }
+    give(&bed.rootfs());
+    let mut spec = bed.spec(script);
+    let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    spec["linux"]["uidMappings"] = map.clone();
+    spec["linux"]["gidMappings"] = map;
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.push(json!({"type": "user"}));
+    spec
+}
+
+async fn a_user_namespace_maps_the_users_and_owns_everything() {
+    let bed = Bed::new().await;
+    // The test's own folder is closed to others.
+    let script = "cat /proc/self/uid_map | tr -s ' '; id -u; touch /data/mine; stat -c '%u:%g %n' /data /dev/pts /dev/shm; \
+                  stat -c '%t:%T %n' /dev/null /dev/fifo; echo x > /dev/null; echo out > /dev/stdout; cat /proc/self/oom_score_adj; \
+                  ulimit -Hn; mount -t tmpfs x /tmp && echo mounted; hostname; \
+                  hostname renamed && hostname; readlink /proc/self/fd/0";
+    let mut spec = in_user_namespace(&bed, script);
+    spec["process"]["oomScoreAdj"] = json!(500);
+    spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "hard": 9_000, "soft": 9_000}]);
+    spec["linux"]["devices"] = json!([{"path": "/dev/fifo", "type": "p"}]);
+    for set in ["bounding", "effective", "permitted"] {
+        spec["process"]["capabilities"][set] = json!(["CAP_SYS_ADMIN"]);
+    }
+    let pid = bed.create("box", &spec, all_pipes()).await.unwrap();
+    let user = fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+    assert_ne!(user, fs::read_link("/proc/self/ns/user").unwrap());
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains("Uid:\t100000\t100000"), "{status}");
+    bed.delete("box").await.unwrap();
+    let output = bed.output(&spec).await;
+    assert!(
+        output.starts_with(" 0 100000 65536\n0\n0:0 /data\n"),
+        "{output}"
+    );
+    assert!(
+        output.contains(
+            "1:3 /dev/null\n0:0 /dev/fifo\nout\n500\n9000\nmounted\nbox\nrenamed\npipe:["
+        ),
+        "{output}"
+    );
+    let owner = fs::metadata(bed.rootfs().join("data/mine")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&owner), 100_000);
+    spec["process"]["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [7]});
+    spec["process"]["args"] = json!(["/bin/sh", "-c", "id -u; id -G; echo x > /dev/stderr"]);
+    let outcome = bed.run(&spec).await;
+    assert_eq!(
+        (outcome.stdout.as_str(), outcome.stderr.as_str()),
+        ("1000\n1000 7\n", "x\n")
+    );
+}
+
+async fn a_user_namespace_binds_what_others_may_not_reach() {
+    let bed = Bed::new().await;
+    let closed = bed.dir().join("closed");
+    fs::create_dir_all(closed.join("volume")).unwrap();
+    fs::write(closed.join("volume/file"), "text\n").unwrap();
+    std::os::unix::fs::chown(&closed, Some(12), Some(12)).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+    let mut spec = in_user_namespace(
+        &bed,
+        "cat /new/volume/file /one; touch /new/volume/x 2>&1; true",
+    );
+    for mount in [
+        json!({"destination": "/new/volume", "type": "bind", "source": closed.join("volume"), "options": ["bind", "ro"]}),
+        json!({"destination": "/one", "type": "bind", "source": closed.join("volume/file"), "options": ["bind"]}),
+    ] {
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+    }
+    assert_eq!(
+        bed.output(&spec).await,
+        "text\ntext\ntouch: /new/volume/x: Read-only file system\n"
+    );
+}
+
+async fn the_cgroup_of_a_user_namespace_belongs_to_its_root() {
+    let bed = Bed::new().await;
+    let script = "cd /sys/fs/cgroup; stat -c '%u %n' . cgroup.procs memory.max; mkdir mine && echo made; echo 1 > mine/cgroup.procs && cat /proc/self/cgroup";
+    let mut spec = in_user_namespace(&bed, script);
+    spec["mounts"][6]["options"] = json!(["nosuid", "noexec", "nodev"]);
+    let output = bed.run(&spec).await.stdout;
+    assert!(output.starts_with("0 .\n0 cgroup.procs\n"), "{output}");
+    assert!(
+        output.contains("made\n") && output.ends_with("0::/mine\n"),
+        "{output}"
+    );
+    // Read-only, it stays the guest's.
+    let mut spec = in_user_namespace(
+        &bed,
+        "stat -c %u /sys/fs/cgroup; mkdir /sys/fs/cgroup/mine 2>&1; true",
+    );
+    spec["hostname"] = json!("box");
+    assert_eq!(
+        bed.output(&spec).await,
+        "65534\nmkdir: can't create directory '/sys/fs/cgroup/mine': Read-only file system\n"
+    );
+}
+
+async fn a_user_namespace_without_a_cgroup_namespace_sees_the_cgroups() {
+    let bed = Bed::new().await;
+    let mut spec = in_user_namespace(
+        &bed,
+        "ls /sys/fs/cgroup | wc -l; touch /sys/fs/cgroup/x 2>&1; true",
+    );
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "cgroup");
+    let output = bed.output(&spec).await;
+    assert!(output.contains("touch: /sys/fs/cgroup/x: "), "{output}");
+}
+
+async fn maps_that_the_kernel_refuses_are_named() {
+    let bed = Bed::new().await;
+    let mut spec = in_user_namespace(&bed, "true");
+    let twice = json!([
+        {"containerID": 0, "hostID": 100_000, "size": 10},
+        {"containerID": 5, "hostID": 200_000, "size": 10}
+    ]);
+    spec["linux"]["uidMappings"] = twice;
+    let (code, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (code, message.as_str()),
+        (
+            Code::INVALID_ARGUMENT,
+            "linux.uidMappings: invalid argument"
+        )
+    );
+    let mut spec = in_user_namespace(&bed, "true");
+    spec["process"]["user"]["uid"] = json!(70000);
+    let (_, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        message,
+        "process.user.uid: cannot set uid to unmapped user in user namespace"
+    );
+    assert!(!bed.cgroup_of("box").exists());
+}
+
+async fn the_clocks_have_their_offsets() {
+    let bed = Bed::new().await;
+    for user in [false, true] {
+        let script = "cat /proc/self/timens_offsets | tr -s ' '; cat /proc/uptime";
+        let mut spec = if user {
+            in_user_namespace(&bed, script)
+        } else {
+            bed.spec(script)
+        };
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.push(json!({"type": "time"}));
+        spec["linux"]["timeOffsets"] = json!({
+            "monotonic": {"secs": 172_800, "nanosecs": 5},
+            "boottime": {"secs": 8_640_000}
+        });
+        let output = bed.output(&spec).await;
+        assert!(
+            output.starts_with("monotonic 172800 5\nboottime 8640000 0\n"),
+            "{output}"
+        );
+        let uptime = output.lines().last().unwrap().split('.').next().unwrap();
+        assert!(uptime.parse::<u64>().unwrap() > 8_640_000, "{output}");
+    }
+    let mut spec = bed.spec("true");
+    spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1}});
+    let (_, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert!(
+        message.starts_with("linux.timeOffsets: needs a new time namespace"),
+        "{message}"
+    );
+}
+
+async fn a_remount_changes_what_is_mounted() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec(
+        "touch /dev/shm/x 2>&1; touch /data/in 2>&1; grep -E ' /(data|tmp) ' /proc/self/mounts",
+    );
+    let source = bed.dir().join("source");
+    fs::create_dir(&source).unwrap();
+    for mount in [
+        json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["remount", "ro"]}),
+        json!({"destination": "/data", "type": "bind", "source": source, "options": ["bind", "nosuid"]}),
+        json!({"destination": "/data", "type": "bind", "source": source, "options": ["bind", "remount", "ro", "noexec"]}),
+        json!({"destination": "/tmp", "type": "tmpfs", "source": "tmp", "options": ["size=64k"]}),
+        json!({"destination": "/tmp", "type": "tmpfs", "source": "tmp", "options": ["remount", "size=128k", "nodev"]}),
+    ] {
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+    }
+    let output = bed.output(&spec).await;
+    assert_eq!(
+        output.matches("Read-only file system").count(),
+        2,
+        "{output}"
+    );
+    let data = output
+        .lines()
+        .find(|line| line.contains(" /data "))
+        .unwrap();
+    assert!(
+        data.contains(" ro,") && data.contains("noexec") && !data.contains("nosuid"),
+        "{data}"
+    );
+    let tmp = output.lines().find(|line| line.contains(" /tmp ")).unwrap();
+    assert!(tmp.contains("size=128k") && tmp.contains("nodev"), "{tmp}");
+    let mount = json!({"destination": "/etc", "type": "tmpfs", "options": ["remount"]});
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+    let (_, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(message, "mounts[12] (/etc): invalid argument");
+}
+
+async fn a_tmpfs_begins_with_what_it_covers() {
+    let bed = Bed::new().await;
+    fs::create_dir(bed.rootfs().join("data/below")).unwrap();
+    fs::write(bed.rootfs().join("data/below/file"), "text\n").unwrap();
+    symlink("/etc/shadow", bed.rootfs().join("data/link")).unwrap();
+    fs::set_permissions(bed.rootfs().join("data"), fs::Permissions::from_mode(0o711)).unwrap();
+    let mut spec =
+        bed.spec("cat /data/below/file; readlink /data/link; stat -c %a /data; touch /data/x");
+    let mount = json!({"destination": "/data", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"]});
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+    assert_eq!(bed.output(&spec).await, "text\n/etc/shadow\n711\n");
+    assert!(!bed.rootfs().join("data/x").exists());
+}
+
+async fn a_read_only_tmpfs_holds_places_for_mounts() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("ls /data; touch /data/deep/x && touch /data/x 2>&1; true");
+    for (destination, options) in [("/data", json!(["ro"])), ("/data/deep", json!([]))] {
+        let mount = json!({"destination": destination, "type": "tmpfs", "source": "tmpfs", "options": options});
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+    }
+    assert_eq!(
+        bed.output(&spec).await,
+        "deep\ntouch: /data/x: Read-only file system\n"
+    );
+}
+
+async fn nothing_but_procfs_is_mounted_over_proc() {
+    let bed = Bed::new().await;
+    let file = bed.dir().join("file");
+    fs::write(&file, "0 0\n").unwrap();
+    symlink("/proc/self", bed.rootfs().join("data/link")).unwrap();
+    for (destination, refused) in [
+        ("/proc/uptime", None),
+        (
+            "/proc/sys/kernel/hostname",
+            Some("\"/proc/sys/kernel/hostname\" cannot be mounted because it is inside /proc"),
+        ),
+        (
+            "/data/../proc/version",
+            Some("\"/proc/version\" cannot be mounted because it is inside /proc"),
+        ),
+        ("/proc", Some("cannot make the destination")),
+    ] {
+        let mut spec = bed.spec("cat /proc/uptime");
+        let mount = json!({"destination": destination, "type": "bind", "source": file, "options": ["bind"]});
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+        match refused {
+            None => assert_eq!(bed.output(&spec).await, "0 0\n"),
+            Some(words) => {
+                let (_, message) = bed
+                    .create("box", &spec, Stdio::default())
+                    .await
+                    .unwrap_err();
+                assert!(
+                    message.contains(words) || destination == "/proc",
+                    "{message}"
+                );
+            }
+        }
+    }
+    let mut spec = bed.spec("true");
+    let mount = json!({"destination": "/proc", "type": "tmpfs", "source": "tmpfs"});
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+    let (_, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        message,
+        "mounts[7] (/proc): \"/proc\" cannot be mounted because it is not of type proc"
+    );
+}
+
+async fn ids_of_a_bind_mount_are_mapped() {
+    let bed = Bed::new().await;
+    let source = bed.dir().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), "").unwrap();
+    let map = json!([{"containerID": 0, "hostID": 5000, "size": 1000}]);
+    let mut spec =
+        bed.spec("stat -c '%u %g' /mapped/file; touch /mapped/new && stat -c %u /mapped/new");
+    spec["process"]["user"] = json!({"uid": 5000, "gid": 5000});
+    let mount = json!({
+        "destination": "/mapped", "type": "bind", "source": source, "options": ["rbind", "ridmap"],
+        "uidMappings": map, "gidMappings": map
+    });
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+    assert_eq!(bed.output(&spec).await, "5000 5000\n5000\n");
+    let made = fs::metadata(source.join("new")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&made), 0);
+    // By the maps of the container's own user namespace.
+    let mut spec = in_user_namespace(&bed, "stat -c '%u %g' /mapped/file");
+    let mount = json!({"destination": "/mapped", "type": "bind", "source": source, "options": ["bind", "idmap"]});
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+    assert_eq!(bed.output(&spec).await, "0 0\n");
+    // procfs can't.
+    spec["mounts"][7]["source"] = json!("/proc/sys");
+    let (code, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(
+        message.contains("can't map ids in the guest's kernel"),
+        "{message}"
+    );
+}
+
+async fn masks_follow_links_inside_the_root_only() {
+    let bed = Bed::new().await;
+    let outside = bed.dir().join("outside");
+    fs::write(&outside, "outside").unwrap();
+    fs::write(bed.rootfs().join("secret"), "secret").unwrap();
+    symlink("../../../secret", bed.rootfs().join("data/link")).unwrap();
+    symlink(&outside, bed.rootfs().join("data/out")).unwrap();
+    symlink("/proc/self/exe", bed.rootfs().join("data/magic")).unwrap();
+    let mut spec = bed.spec("cat /secret; cat /data/link");
+    spec["linux"]["maskedPaths"] = json!(["/data/link", "/data/out"]);
+    assert_eq!(bed.run(&spec).await.stdout, "");
+    assert_eq!(fs::read_to_string(&outside).unwrap(), "outside");
+    for field in ["maskedPaths", "readonlyPaths"] {
+        let mut spec = bed.spec("true");
+        spec["linux"][field] = json!(["/data/magic"]);
+        let (_, message) = bed
+            .create("box", &spec, Stdio::default())
+            .await
+            .unwrap_err();
+        assert!(
+            message.starts_with(&format!("linux.{field} (/data/magic): ")),
+            "{message}"
+        );
+    }
+}
+
+async fn sysfs_mounts_without_a_network_namespace() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("ls -d /sys/class/net/lo; grep -c ' /sys sysfs ro' /proc/self/mounts");
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "network");
+    assert_eq!(bed.output(&spec).await, "/sys/class/net/lo\n1\n");
 }

@@ -4,6 +4,7 @@
 //! `docs/oci-spec.md` has the table of all fields.
 
 mod devices;
+mod ids;
 mod mounts;
 mod namespaces;
 mod parse;
@@ -20,9 +21,12 @@ use crate::cgroup::Limits;
 use crate::error::{Error, Result};
 use crate::mount_options::rootfs_propagation;
 use crate::seccomp::Filter;
+use crate::sys::attr;
 
 pub use devices::Device;
-pub use mounts::Mount;
+pub use ids::{IdMap, IdMaps};
+pub use mounts::{Mount, MountIds};
+pub use namespaces::CLONE_NEWTIME;
 pub use process::{Capabilities, Process};
 
 /// Everything that a container's init does, in checked form.
@@ -30,6 +34,10 @@ pub use process::{Capabilities, Process};
 pub struct Plan {
     /// `CLONE_NEW*` of the namespaces to make.
     pub namespaces: u64,
+    /// `linux.uidMappings` and `gidMappings`: there if the container has a user namespace.
+    pub id_maps: Option<IdMaps>,
+    /// `linux.timeOffsets`.
+    pub time_offsets: Option<String>,
     /// The root filesystem.
     pub root: PathBuf,
     /// `root.readonly`.
@@ -103,15 +111,25 @@ impl Plan {
         }
         let named = |name: &Option<String>| name.clone().filter(|name| !name.is_empty());
 
+        let id_maps = namespaces::id_maps(linux, namespaces)?;
+        let planned_process = Process::from_spec(process)?;
+        if let Some(maps) = &id_maps {
+            planned_process.check_mapped(maps)?;
+        }
+
         Ok(Self {
             namespaces,
+            time_offsets: namespaces::time_offsets(linux, namespaces)?,
             root: root.path().clone(),
             root_readonly: root.readonly().unwrap_or(false),
             propagation: match linux.rootfs_propagation().as_deref() {
                 None | Some("") => None,
                 Some(value) => Some(rootfs_propagation(value)?),
             },
-            mounts: mounts::from_spec(spec.mounts().as_deref().unwrap_or_default())?,
+            mounts: mounts::from_spec(
+                spec.mounts().as_deref().unwrap_or_default(),
+                id_maps.as_ref(),
+            )?,
             devices: devices::from_spec(linux.devices().as_deref().unwrap_or_default())?,
             masked_paths: absolute_paths(linux.masked_paths().as_deref(), "linux.maskedPaths")?,
             readonly_paths: absolute_paths(
@@ -127,7 +145,8 @@ impl Plan {
             )?,
             personality: linux.personality().as_ref().map(personality).transpose()?,
             limits: Limits::from_spec(linux.resources().as_ref())?,
-            process: Process::from_spec(process)?,
+            process: planned_process,
+            id_maps,
             seccomp: linux
                 .seccomp()
                 .as_ref()
@@ -135,6 +154,28 @@ impl Plan {
                 .transpose()?
                 .map(Arc::new),
         })
+    }
+}
+
+impl Plan {
+    /// The guest's user who is to own the container's cgroup: the process's, where it has a cgroup namespace and may
+    /// write to its cgroup. As with runc, and of no effect for the guest's root.
+    pub fn cgroup_owner(&self) -> Option<u32> {
+        let own = self.namespaces & libc::CLONE_NEWCGROUP as u64 != 0;
+        let writable = self.mounts.iter().any(|mount| {
+            matches!(mount.fs.as_str(), "cgroup" | "cgroup2")
+                && mount
+                    .destination
+                    .components()
+                    .eq(Path::new("/sys/fs/cgroup").components())
+                && mount.options.set & attr::RDONLY == 0
+        });
+        let user = self.process.uid;
+        let owner = match &self.id_maps {
+            None => Some(user),
+            Some(maps) => maps.uids.outside(user),
+        };
+        owner.filter(|&owner| own && writable && owner != 0)
     }
 }
 
@@ -185,9 +226,6 @@ fn refuse_what_is_not_done(
     }
     let no_lsm = "the guest's kernel has no such security module; remove it";
     let refused = [
-        ("linux.uidMappings", listed(linux.uid_mappings()), not_yet),
-        ("linux.gidMappings", listed(linux.gid_mappings()), not_yet),
-        ("linux.timeOffsets", mapped(linux.time_offsets()), not_yet),
         (
             "linux.netDevices",
             mapped(linux.net_devices()),
@@ -356,8 +394,8 @@ mod tests {
                 json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
                 "linux.seccomp.defaultAction",
             ),
-            ("/linux/uidMappings", mapping.clone(), "linux.uidMappings"),
-            ("/linux/gidMappings", mapping.clone(), "linux.gidMappings"),
+            ("/linux/uidMappings", mapping.clone(), "linux.gidMappings"),
+            ("/linux/gidMappings", mapping.clone(), "linux.uidMappings"),
             (
                 "/linux/timeOffsets",
                 json!({"monotonic": {"secs": 1}}),
@@ -378,13 +416,8 @@ mod tests {
             ("/linux/namespaces", json!([]), "linux.namespaces"),
             (
                 "/linux/namespaces",
-                json!([{"type": "user"}]),
-                "linux.namespaces[0].type",
-            ),
-            (
-                "/linux/namespaces",
-                json!([{"type": "time"}]),
-                "linux.namespaces[0].type",
+                json!([{"type": "mount"}, {"type": "user"}]),
+                "linux.uidMappings",
             ),
             (
                 "/linux/namespaces",
@@ -465,12 +498,12 @@ mod tests {
             ),
             (
                 "/mounts",
-                json!([{"destination": "/x", "type": "tmpfs", "options": ["remount"]}]),
-                "mounts[0].options",
+                json!([{"destination": "/x", "type": "bind", "source": "/y", "options": ["idmap"]}]),
+                "mounts[0].uidMappings",
             ),
             (
                 "/mounts",
-                json!([{"destination": "/x", "type": "tmpfs", "uidMappings": mapping}]),
+                json!([{"destination": "/x", "type": "tmpfs", "uidMappings": mapping, "gidMappings": mapping}]),
                 "mounts[0].uidMappings",
             ),
         ];

@@ -10,6 +10,7 @@ use nix::sys::resource::Resource;
 use oci_spec::runtime as oci;
 
 use crate::error::{Error, Result};
+use crate::spec::IdMaps;
 
 /// The spec's `process`.
 #[derive(Debug)]
@@ -118,6 +119,35 @@ impl Process {
                 .map(io_priority)
                 .transpose()?,
         })
+    }
+}
+
+impl Process {
+    /// Checks that the user and the groups exist in a user namespace.
+    pub fn check_mapped(&self, maps: &IdMaps) -> Result<()> {
+        if maps.uids.outside(self.uid).is_none() {
+            return Err(Error::spec(
+                "process.user.uid",
+                "cannot set uid to unmapped user in user namespace",
+            ));
+        }
+        if maps.gids.outside(self.gid).is_none() {
+            return Err(Error::spec(
+                "process.user.gid",
+                "cannot set gid to unmapped user in user namespace",
+            ));
+        }
+        match self
+            .groups
+            .iter()
+            .find(|&&group| maps.gids.outside(group).is_none())
+        {
+            None => Ok(()),
+            Some(group) => Err(Error::spec(
+                "process.user.additionalGids",
+                format!("cannot set group {group}, which is unmapped in the user namespace"),
+            )),
+        }
     }
 }
 

@@ -394,7 +394,7 @@ fn make_rootfs(root: &Path) {
     for applet in [
         "sh", "cat", "echo", "ls", "id", "env", "pwd", "sleep", "hostname", "stat", "mount",
         "grep", "test", "readlink", "ps", "kill", "true", "false", "touch", "mkdir", "head", "wc",
-        "tty", "stty", "ifconfig", "sort", "setsid",
+        "tty", "stty", "ifconfig", "sort", "setsid", "tr",
     ] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
     }

@@ -3,6 +3,10 @@
 //! Everything happens below a descriptor of the root filesystem and before the pivot: a place is resolved once, in
 //! the root ([`crate::paths`]), and mounts are attached to what was resolved.
 
+mod copy_up;
+mod proc;
+mod trees;
+
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -20,36 +24,32 @@ use crate::paths::{self, Make};
 use crate::spec::{Mount, Plan};
 use crate::sys::{self, FsContext, attr};
 
+pub use trees::Trees;
+
 /// The container's root filesystem, not yet the root.
 #[derive(Debug)]
-pub struct Rootfs {
+pub struct Rootfs<'a> {
     root: OwnedFd,
+    trees: &'a Trees,
 }
 
-impl Rootfs {
+impl<'a> Rootfs<'a> {
     /// Mounts the root filesystem onto itself: `pivot_root` wants a mount.
-    pub fn mount(plan: &Plan) -> Result<Self> {
+    pub fn mount(plan: &Plan, trees: &'a Trees) -> Result<Self> {
         let none: Option<&str> = None;
         // Nothing of what follows may reach the agent's namespace.
         mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)
             .what(|| "cannot detach the mount namespace")?;
         let field = || format!("root.path ({})", plan.root.display());
-        let path = CString::new(plan.root.as_os_str().as_bytes())
-            .map_err(|_| Error::spec("root.path", "must not hold a null byte"))?;
-        let place = open(
-            path.as_c_str(),
-            OFlag::O_PATH | OFlag::O_CLOEXEC,
-            Mode::empty(),
-        )
-        .what(field)?;
-        if !paths::is_directory(place.as_fd()).what(field)? {
-            return Err(Error::spec(field(), "is not a directory"));
-        }
-        let root = sys::clone_tree_of(place.as_fd(), true).what(field)?;
-        // As a copy it would be a peer of, or below, what it was copied from.
-        sys::set_attributes(root.as_fd(), 0, 0, libc::MS_PRIVATE, true).what(field)?;
+        let (place, root) = match trees.root() {
+            Some(tree) => (
+                trees::root_place(plan)?,
+                tree.try_clone_to_owned().what(field)?,
+            ),
+            None => trees::root(plan)?,
+        };
         sys::attach(root.as_fd(), place.as_fd()).what(field)?;
-        Ok(Self { root })
+        Ok(Self { root, trees })
     }
 
     /// The root directory.
@@ -57,13 +57,14 @@ impl Rootfs {
         self.root.as_fd()
     }
 
-    /// One of the spec's mounts.
-    pub fn add(&self, mount: &Mount) -> Result<()> {
-        let attached = if mount.options.bind {
-            self.add_bind(mount)?
+    /// One of the spec's mounts, the one with this index.
+    pub fn add(&self, index: usize, mount: &Mount) -> Result<()> {
+        let attached = if mount.options.remount {
+            self.change(mount)?
+        } else if mount.options.bind {
+            self.add_bind(index, mount)?
         } else if mount.fs.is_empty() || mount.fs == "none" {
-            paths::open(self.root(), mount.destination.as_os_str().as_bytes())
-                .what(|| &mount.field)?
+            self.open(mount)?
         } else {
             self.add_file_system(mount)?
         };
@@ -74,21 +75,50 @@ impl Rootfs {
         Ok(())
     }
 
-    fn add_bind(&self, mount: &Mount) -> Result<OwnedFd> {
-        let source_path = mount.source.as_deref().unwrap_or(Path::new(""));
-        let source_field = || format!("{}: source {}", mount.field, source_path.display());
-        let source = open(source_path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
-            .what(source_field)?;
-        let make = if paths::is_directory(source.as_fd()).what(source_field)? {
+    fn open(&self, mount: &Mount) -> Result<OwnedFd> {
+        paths::open(self.root(), mount.destination.as_os_str().as_bytes()).what(|| &mount.field)
+    }
+
+    fn add_bind(&self, index: usize, mount: &Mount) -> Result<OwnedFd> {
+        let tree = match self.trees.bind(index) {
+            Some(tree) => tree.try_clone_to_owned().what(|| &mount.field)?,
+            None => trees::bind(mount)?,
+        };
+        let make = if paths::is_directory(tree.as_fd()).what(|| &mount.field)? {
             Make::Directory
         } else {
             Make::File
         };
-        let tree =
-            sys::clone_tree_of(source.as_fd(), mount.options.bind_recursive).what(source_field)?;
         set_attributes(tree.as_fd(), &mount.options).what(|| &mount.field)?;
         self.attach(&tree, mount, make)?;
         Ok(tree)
+    }
+
+    /// `remount`: of the mount alone with `bind`, else of its file system too. As with `mount(2)`, attributes that
+    /// are not named are taken away, those of access times only if one is named.
+    fn change(&self, mount: &Mount) -> Result<OwnedFd> {
+        let options = &mount.options;
+        let place = self.open(mount)?;
+        let read_only = options.set & attr::RDONLY != 0;
+        if !options.bind {
+            let context = FsContext::pick(place.as_fd()).what(|| &mount.field)?;
+            let failed = |errno| failed(&context, mount, "remount", errno);
+            let state = if read_only { "ro" } else { "rw" };
+            context.set(state, None).map_err(failed)?;
+            for (key, value) in &options.data {
+                let value = value.as_ref().map(String::as_bytes);
+                context.set(key, value).map_err(failed)?;
+            }
+            context.reconfigure().map_err(failed)?;
+        }
+        let mut clear =
+            attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC | attr::NOSYMFOLLOW;
+        if (options.set | options.clear) & (attr::ATIME | attr::NODIRATIME) != 0 {
+            clear |= attr::ATIME | attr::NODIRATIME;
+        }
+        sys::set_attributes(place.as_fd(), options.set, clear, 0, false)
+            .what(|| format!("{}: cannot remount", mount.field))?;
+        Ok(place)
     }
 
     fn add_file_system(&self, mount: &Mount) -> Result<OwnedFd> {
@@ -111,13 +141,7 @@ impl Rootfs {
             ),
             errno => Error::system(&mount.field, errno),
         })?;
-        let failed = |errno: Errno| {
-            let why = context.message().unwrap_or_else(|| errno_text(errno));
-            Error::setup(
-                Kind::of(errno),
-                format!("{}: cannot mount {fs}: {why}", mount.field),
-            )
-        };
+        let failed = |errno| failed(&context, mount, &format!("mount {fs}"), errno);
         let source = mount
             .source
             .as_deref()
@@ -132,20 +156,59 @@ impl Rootfs {
                     .map_err(failed)?;
             }
         }
-        for (key, value) in &mount.options.data {
+        // The data of a cgroup mount are the names of v1's controllers.
+        let data = match fs {
+            "cgroup2" => &[][..],
+            _ => &mount.options.data,
+        };
+        for (key, value) in data {
             context
                 .set(key, value.as_ref().map(String::as_bytes))
                 .map_err(failed)?;
         }
-        // What makes a mount read-only waits for /dev, whose nodes are still to be made.
-        let attributes = if is_dev(&mount.destination) {
-            mount.options.set & !attr::RDONLY
-        } else {
-            mount.options.set | mount.options.set_recursive
+        let mut attributes = mount.options.set | mount.options.set_recursive;
+        if read_only_later(mount) {
+            attributes &= !attr::RDONLY;
+        }
+        let tree = match context.mount(attributes) {
+            Err(Errno::EPERM | Errno::EBUSY) if fs == "cgroup2" => self.bind_cgroups(mount)?,
+            tree => tree.map_err(failed)?,
         };
-        let tree = context.mount(attributes).map_err(failed)?;
+        if mount.options.copy_up && fs == "tmpfs" {
+            self.copy_up(mount, &tree)?;
+        }
         self.attach(&tree, mount, Make::Directory)?;
         Ok(tree)
+    }
+
+    /// A user namespace without a cgroup namespace may not mount cgroup2; a view of the guest's does instead.
+    fn bind_cgroups(&self, mount: &Mount) -> Result<OwnedFd> {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").what(|| &mount.field)?;
+        let guests = mounts
+            .lines()
+            .map(|line| line.split(' ').collect::<Vec<_>>())
+            .find(|fields| fields.get(2) == Some(&"cgroup2"));
+        let path = guests.as_ref().and_then(|fields| fields.get(1));
+        let path = path
+            .and_then(|path| CString::new(*path).ok())
+            .unwrap_or_default();
+        let tree = sys::clone_tree(&path, false).what(|| &mount.field)?;
+        sys::set_attributes(
+            tree.as_fd(),
+            mount.options.set,
+            mount.options.clear,
+            0,
+            false,
+        )
+        .what(|| &mount.field)?;
+        Ok(tree)
+    }
+
+    fn copy_up(&self, mount: &Mount, tree: &OwnedFd) -> Result<()> {
+        let what = || format!("{}: tmpcopyup", mount.field);
+        let destination = mount.destination.as_os_str().as_bytes();
+        let covered = paths::open_or_make(self.root(), destination, Make::Directory).what(what)?;
+        copy_up::copy_directory(covered.as_fd(), tree.as_fd()).what(what)
     }
 
     /// A link at the place of /proc or /sys would put them where the masks don't look for them.
@@ -169,20 +232,15 @@ impl Rootfs {
         let destination = mount.destination.as_os_str().as_bytes();
         let place = paths::open_or_make(self.root(), destination, make)
             .what(|| format!("{}: cannot make the destination", mount.field))?;
+        proc::check(self.root(), place.as_fd(), tree.as_fd(), mount)?;
         sys::attach(tree.as_fd(), place.as_fd()).what(|| &mount.field)
     }
 
-    /// Makes /dev read-only if the spec wants it; its nodes exist now.
-    pub fn finish_dev(&self, mounts: &[Mount]) -> Result<()> {
-        for mount in mounts
-            .iter()
-            .filter(|mount| is_dev(&mount.destination) && !mount.options.bind)
-        {
-            let wanted = (mount.options.set | mount.options.set_recursive) & attr::RDONLY;
-            if wanted != 0 {
-                let dev = paths::open(self.root(), b"/dev").what(|| &mount.field)?;
-                sys::set_attributes(dev.as_fd(), wanted, 0, 0, false).what(|| &mount.field)?;
-            }
+    /// Makes read-only what had to wait for it.
+    pub fn finish(&self, mounts: &[Mount]) -> Result<()> {
+        for mount in mounts.iter().filter(|mount| read_only_later(mount)) {
+            let place = self.open(mount)?;
+            sys::set_attributes(place.as_fd(), attr::RDONLY, 0, 0, false).what(|| &mount.field)?;
         }
         Ok(())
     }
@@ -248,6 +306,24 @@ impl Rootfs {
         }
         Ok(())
     }
+}
+
+fn failed(context: &FsContext, mount: &Mount, action: &str, errno: Errno) -> Error {
+    let why = context.message().unwrap_or_else(|| errno_text(errno));
+    Error::setup(
+        Kind::of(errno),
+        format!("{}: cannot {action}: {why}", mount.field),
+    )
+}
+
+/// What makes a mount read-only waits for /dev, whose nodes are still to be made, and for every tmpfs, which starts
+/// empty and may have to hold places for other mounts.
+fn read_only_later(mount: &Mount) -> bool {
+    let options = &mount.options;
+    !options.bind
+        && !options.remount
+        && (mount.fs == "tmpfs" || is_dev(&mount.destination))
+        && (options.set | options.set_recursive) & attr::RDONLY != 0
 }
 
 fn set_attributes(tree: BorrowedFd<'_>, options: &MountOptions) -> nix::Result<()> {
