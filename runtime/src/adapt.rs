@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::GUEST_SHARE;
-use oci_spec::runtime::{Mount, Spec};
+use oci_spec::runtime::{Hooks, LinuxResources, Mount, Spec};
 
 use crate::id::ContainerId;
 use crate::spec::{Bundle, SpecError};
@@ -75,10 +75,33 @@ pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
     if let Some(linux) = spec.linux_mut() {
         // The host's cgroup is the host's matter; the guest has its own tree.
         linux.set_cgroups_path(None);
+        if let Some(resources) = linux.resources_mut().take() {
+            linux.set_resources(Some(guest_resources(resources)));
+        }
     }
-    spec.set_hooks(None);
+    // The others run on the host.
+    let start_container = spec
+        .hooks()
+        .as_ref()
+        .and_then(|hooks| hooks.start_container().clone());
+    spec.set_hooks(start_container.map(|list| {
+        let mut hooks = Hooks::default();
+        hooks.set_start_container(Some(list));
+        hooks
+    }));
     spec.set_annotations(None);
     Ok(Adapted { spec, binds })
+}
+
+/// The guest's part of a container's resources: not which processors of the host it runs on (the guest has just as many), and
+/// not what it may ask of the host's block devices.
+pub fn guest_resources(mut resources: LinuxResources) -> LinuxResources {
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None);
+        cpu.set_mems(None);
+    }
+    resources.set_block_io(None);
+    resources
 }
 
 /// runc's rule: the type, or an option, says bind.

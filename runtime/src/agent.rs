@@ -7,8 +7,11 @@ use std::time::{Duration, SystemTime};
 
 use bulkhead_protocol::PROTOCOL_VERSION;
 use bulkhead_protocol::agent::{
-    CreateContainerRequest, DeleteContainerRequest, HelloRequest, HelloResponse, ShutdownRequest,
-    SignalProcessRequest, StartContainerRequest, Stdio, WaitProcessRequest, WaitProcessResponse,
+    ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, DeleteContainerRequest,
+    DeleteProcessRequest, ExecProcessRequest, HelloRequest, HelloResponse, PauseContainerRequest,
+    ResizeTerminalRequest, ResumeContainerRequest, ShutdownRequest, SignalProcessRequest,
+    StartContainerRequest, Stdio, UpdateContainerRequest, WaitOomRequest, WaitProcessRequest,
+    WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::AgentClient;
 use thiserror::Error;
@@ -152,6 +155,107 @@ impl Agent {
         };
         limited(self.client.start_container(Context::default(), &request)).await?;
         Ok(())
+    }
+
+    /// Executes another process in a running container; returns its pid in the guest.
+    pub async fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process_json: Vec<u8>,
+        stdio: Stdio,
+    ) -> Result<u32, AgentError> {
+        let request = ExecProcessRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            process_json,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        let answer = limited(self.client.exec_process(Context::default(), &request)).await?;
+        Ok(answer.pid)
+    }
+
+    /// Forgets an exec'd process that has ended.
+    pub async fn delete_process(&self, id: &str, exec_id: &str) -> Result<(), AgentError> {
+        let request = DeleteProcessRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        };
+        limited(self.client.delete_process(Context::default(), &request)).await?;
+        Ok(())
+    }
+
+    /// Sets the size of a process's terminal, in columns and rows.
+    pub async fn resize(
+        &self,
+        id: &str,
+        exec_id: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), AgentError> {
+        let request = ResizeTerminalRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            width,
+            height,
+            ..Default::default()
+        };
+        limited(self.client.resize_terminal(Context::default(), &request)).await?;
+        Ok(())
+    }
+
+    /// Freezes every process of a container.
+    pub async fn pause(&self, id: &str) -> Result<(), AgentError> {
+        let request = PauseContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        limited(self.client.pause_container(Context::default(), &request)).await?;
+        Ok(())
+    }
+
+    /// Thaws them.
+    pub async fn resume(&self, id: &str) -> Result<(), AgentError> {
+        let request = ResumeContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        limited(self.client.resume_container(Context::default(), &request)).await?;
+        Ok(())
+    }
+
+    /// Changes the limits of a container to what `resources_json` (the spec's `linux.resources`) names.
+    pub async fn update(&self, id: &str, resources_json: Vec<u8>) -> Result<(), AgentError> {
+        let request = UpdateContainerRequest {
+            container_id: id.to_owned(),
+            resources_json,
+            ..Default::default()
+        };
+        limited(self.client.update_container(Context::default(), &request)).await?;
+        Ok(())
+    }
+
+    /// What a container has used.
+    pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse, AgentError> {
+        let request = ContainerStatsRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        limited(self.client.container_stats(Context::default(), &request)).await
+    }
+
+    /// Waits until the guest's kernel has killed more than `seen` processes of a container for want of memory, however
+    /// long it takes; returns how many.
+    pub async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, AgentError> {
+        let request = WaitOomRequest {
+            container_id: id.to_owned(),
+            seen,
+            ..Default::default()
+        };
+        let answer = self.client.wait_oom(Context::default(), &request).await?;
+        Ok(answer.kills)
     }
 
     /// Signals a process, or every process of the container.

@@ -1,10 +1,20 @@
 //! The command line: arguments, dispatch, and how errors are told.
 
+mod attach;
 mod check;
 mod client;
+mod create;
+mod describe;
+mod events;
+mod exec;
+mod inspect;
+mod known;
+mod lifecycle;
 mod log;
-mod run;
+mod proxy;
 mod signals;
+mod terminal;
+mod update;
 
 use std::path::{Path, PathBuf};
 
@@ -42,8 +52,8 @@ struct Globals {
     /// Log everything, and show the guest's console
     #[arg(long)]
     debug: bool,
-    /// Let systemd make the host's cgroups: accepted, and without effect yet
-    #[arg(long, hide = true)]
+    /// Let systemd make the host's cgroup; cgroupsPath is then "slice:prefix:name"
+    #[arg(long)]
     systemd_cgroup: bool,
     /// Configuration file [default: /etc/bulkhead/config.toml, if it exists]
     #[arg(long, value_name = "FILE")]
@@ -52,8 +62,36 @@ struct Globals {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Create a container
+    Create(create::CreateArgs),
+    /// Start the program of a created container
+    Start(lifecycle::IdArgs),
     /// Create and run a container, and wait for its end
-    Run(run::RunArgs),
+    Run(create::RunArgs),
+    /// Print the state of a container as JSON
+    State(lifecycle::IdArgs),
+    /// Send a signal to a container
+    Kill(lifecycle::KillArgs),
+    /// Delete a container and whatever there is of it
+    Delete(lifecycle::DeleteArgs),
+    /// Run another program in a container
+    Exec(exec::ExecArgs),
+    /// List the containers
+    List(inspect::ListArgs),
+    /// Show the processes of the host that stand for a container's
+    Ps(inspect::PsArgs),
+    /// Stop a container where it is
+    Pause(lifecycle::IdArgs),
+    /// Let a paused container go on
+    Resume(lifecycle::IdArgs),
+    /// Change a container's limits
+    Update(update::UpdateArgs),
+    /// Print a container's statistics and events
+    Events(events::EventsArgs),
+    /// Write a config.json to begin with
+    Spec(describe::SpecArgs),
+    /// Print what this runtime can do, as JSON
+    Features,
     /// Tell whether this machine can run guests
     Check,
 }
@@ -61,7 +99,21 @@ enum Command {
 impl Command {
     fn name(&self) -> &'static str {
         match self {
+            Self::Create(_) => "create",
+            Self::Start(_) => "start",
             Self::Run(_) => "run",
+            Self::State(_) => "state",
+            Self::Kill(_) => "kill",
+            Self::Delete(_) => "delete",
+            Self::Exec(_) => "exec",
+            Self::List(_) => "list",
+            Self::Ps(_) => "ps",
+            Self::Pause(_) => "pause",
+            Self::Resume(_) => "resume",
+            Self::Update(_) => "update",
+            Self::Events(_) => "events",
+            Self::Spec(_) => "spec",
+            Self::Features => "features",
             Self::Check => "check",
         }
     }
@@ -73,6 +125,7 @@ struct Invocation {
     config_file: Option<PathBuf>,
     root: PathBuf,
     debug: bool,
+    systemd_cgroup: bool,
 }
 
 impl Globals {
@@ -86,6 +139,7 @@ impl Globals {
             config_file,
             root,
             debug,
+            systemd_cgroup: self.systemd_cgroup,
         })
     }
 }
@@ -120,13 +174,36 @@ pub fn main() -> i32 {
         .globals
         .resolve()
         .and_then(|context| match &arguments.command {
-            Command::Run(args) => run::run(&context, args),
+            Command::Create(args) => create::create(&context, args),
+            Command::Start(args) => lifecycle::start(&context, args),
+            Command::Run(args) => create::run(&context, args),
+            Command::State(args) => inspect::state(&context, args),
+            Command::Kill(args) => lifecycle::kill(&context, args),
+            Command::Delete(args) => lifecycle::delete(&context, args),
+            Command::Exec(args) => exec::exec(&context, args),
+            Command::List(args) => inspect::list(&context, args),
+            Command::Ps(args) => inspect::ps(&context, args),
+            Command::Pause(args) => lifecycle::pause(&context, args),
+            Command::Resume(args) => lifecycle::resume(&context, args),
+            Command::Update(args) => update::update(&context, args),
+            Command::Events(args) => events::events(&context, args),
+            Command::Spec(args) => describe::spec(args),
+            Command::Features => describe::features(),
             Command::Check => Ok(check::check(&context.config)),
         });
     result.unwrap_or_else(|error| {
         log.error(&format!("bulkhead {name} failed: {error:#}"));
-        error
-            .downcast_ref::<run::Lost>()
-            .map_or(FAILURE, |lost| lost.exit_code)
+        exit_code(&error)
     })
+}
+
+/// runc's exit code for an error.
+fn exit_code(error: &anyhow::Error) -> i32 {
+    if let Some(lost) = error.downcast_ref::<create::Lost>() {
+        return lost.exit_code;
+    }
+    if error.is::<exec::NotExecuted>() {
+        return exec::NotExecuted::EXIT_CODE;
+    }
+    FAILURE
 }

@@ -153,7 +153,9 @@ impl Config {
                 ));
             }
         }
-        let vcpus = file.vcpus.unwrap_or(sizing::DEFAULT_VCPUS);
+        let vcpus = file
+            .vcpus
+            .unwrap_or_else(|| sizing::DEFAULT_VCPUS.min(sizing::host_cpus()));
         if !(1..=sizing::MAX_VCPUS).contains(&vcpus) {
             return Err(value_error(
                 "vcpus",

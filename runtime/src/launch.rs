@@ -176,8 +176,8 @@ pub struct Launch<'a> {
     pub config_file: Option<&'a Path>,
     /// Whether to log at debug level.
     pub debug: bool,
-    /// Whether the sandbox ends when the caller does.
-    pub tied: bool,
+    /// Whether the caller stays until the sandbox's end: the server may then use its standard error.
+    pub foreground: bool,
     /// Whether the caller wants the timeline.
     pub timeline: bool,
 }
@@ -191,7 +191,7 @@ pub struct Launched {
     pub connection: UnixStream,
     /// Its state directory.
     pub state: StateDir,
-    /// Keeps a tied sandbox alive.
+    /// Ties the sandbox to the caller: it ends when this is closed before a byte is written to it.
     pub lifeline: Option<OwnedFd>,
     /// The timeline, readable once the server has ended.
     pub timeline: Option<File>,
@@ -216,7 +216,7 @@ impl Launch<'_> {
 
     fn spawn(&self, state: &StateDir, listener: &UnixListener) -> io::Result<Launched> {
         let connection = crate::sock::connect(&state.task_socket())?;
-        let lifeline = self.tied.then(io::pipe).transpose()?;
+        let lifeline = Some(io::pipe()?);
         let timeline = self.timeline.then(io::pipe).transpose()?;
         let args = ServerArgs {
             id: self.id.clone(),
@@ -227,10 +227,17 @@ impl Launch<'_> {
             lifeline_fd: lifeline.as_ref().map(|(r, _)| inheritable(r)).transpose()?,
             timeline_fd: timeline.as_ref().map(|(_, w)| inheritable(w)).transpose()?,
         };
+        let stderr = if self.foreground {
+            Stdio::inherit()
+        } else {
+            // Whoever reads the caller's output waits for its end, and the server lives on.
+            File::create(state.server_log())?.into()
+        };
         let child = Command::new(&self.config.server)
             .args(args.to_args())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
+            .stderr(stderr)
             .spawn()?;
         Ok(Launched {
             child,

@@ -9,6 +9,9 @@
 //! | [`id`] | container ids |
 //! | [`spec`] | loading a bundle, refusing what a VM cannot honour |
 //! | [`adapt`] | the spec as the guest is to apply it, and what the host binds for it |
+//! | [`annotations`] | what a bundle's annotations say to this runtime |
+//! | [`hooks`] | the hooks that run on the host |
+//! | [`host_cgroup`], [`standin`] | how a sandbox shows on the host: its cgroup, and the processes that stand for the container's |
 //! | [`share`] | the sandbox's mount namespace and the shared directory tree |
 //! | [`sizing`] | vCPUs and memory of a guest |
 //! | [`vmm`] | one VMM process and its control socket |
@@ -22,8 +25,11 @@
 
 pub mod adapt;
 pub mod agent;
+pub mod annotations;
 pub mod check;
 pub mod config;
+pub mod hooks;
+pub mod host_cgroup;
 pub mod id;
 pub mod launch;
 pub mod preflight;
@@ -32,6 +38,7 @@ pub mod share;
 pub mod sizing;
 pub mod sock;
 pub mod spec;
+pub mod standin;
 pub mod state;
 pub mod stdio;
 pub mod streams;

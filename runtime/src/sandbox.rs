@@ -6,32 +6,45 @@
 
 mod boot;
 mod container;
+mod exec;
+mod limits;
+mod process;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use serde::{Deserialize, Serialize};
+
+use bulkhead_vmm::control::Request;
+use oci_spec::runtime::Spec;
 use thiserror::Error;
 use tokio::sync::OnceCell;
 
-use crate::adapt::adapt;
-use crate::agent::{Agent, AgentError};
+use crate::adapt::{Adapted, adapt};
+use crate::agent::{Agent, AgentError, Refusal};
+use crate::annotations::Overrides;
 use crate::config::Config;
+use crate::hooks::{self, HookError, HookState};
+use crate::host_cgroup::{self, HostCgroup, HostCgroupError};
 use crate::id::{ContainerId, IdError};
 use crate::preflight::PreflightError;
 use crate::share::ShareError;
 use crate::sizing::Size;
 use crate::spec::{Bundle, SpecError};
+use crate::standin;
 use crate::state::{self, StateDir, StateError};
-use crate::stdio::{Stdio, StdioError};
+use crate::stdio::{Stdio, StdioError, TerminalSize};
 use crate::timeline::{self, Timeline};
 use crate::vmm::{Ended, VmmError};
 
 pub use boot::BootError;
 use boot::Machine;
-use container::Container;
-pub use container::{Exit, Status};
+use container::{Container, Signal};
+pub use exec::{Exec, ExecOptions, OPTIONS};
+use process::Process;
+pub use process::{Exit, Status};
 
 /// How long a guest may take to write back its dirty pages and power off before it is killed.
 const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(30);
@@ -69,15 +82,38 @@ pub enum SandboxError {
     /// The agent refused or is gone.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// A hook failed.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    /// The host's cgroup failed.
+    #[error(transparent)]
+    HostCgroup(#[from] HostCgroupError),
+    /// The process that stands for the container's is not one that can.
+    #[error("cannot use process {0} as a stand-in: {1}")]
+    StandIn(u32, std::io::Error),
     /// The VM ended under its containers.
     #[error("{0}")]
     Failed(String),
     /// No such container.
     #[error("container {0:?} does not exist")]
     NotFound(String),
+    /// No such process in the container.
+    #[error("process {0:?} does not exist")]
+    NoProcess(String),
     /// The id is taken.
     #[error("container with id {0} already exists: choose another id or delete that container")]
     Exists(ContainerId),
+    /// The exec id is taken.
+    #[error("process with id {0:?} already exists")]
+    ExecExists(String),
+    /// A request's JSON is not what it should be.
+    #[error("{what}: {problem}")]
+    Request {
+        /// What was to be parsed.
+        what: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The container is in another state.
     #[error("{what}: it is {status}")]
     Status {
@@ -108,14 +144,33 @@ pub struct Create {
     pub bundle: PathBuf,
     /// Who attaches its streams.
     pub stdio: Stdio,
+    /// What the command line knows beside.
+    pub options: CreateOptions,
 }
 
-/// What is known of a container.
+/// What the Task API's create request has no field for.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateOptions {
+    /// The process of the host that stands for the container's init. Its end by SIGKILL is the init's.
+    pub proxy: Option<u32>,
+    /// Size of the terminal at the start.
+    pub terminal_size: Option<TerminalSize>,
+    /// Whether systemd makes the host's cgroup.
+    pub systemd_cgroup: bool,
+}
+
+impl CreateOptions {
+    /// Names these options, as JSON, in the Task API's `options`.
+    pub const TYPE_URL: &str = "io.bulkhead.CreateOptions";
+}
+
+/// What is known of a process.
 #[derive(Debug, Clone)]
 pub struct Description {
     /// The bundle's directory.
     pub bundle: PathBuf,
-    /// Its init's stand-in on the host: the VMM.
+    /// Its stand-in on the host: its proxy, or the VMM.
     pub pid: u32,
     /// Life-cycle state.
     pub status: Status,
@@ -135,6 +190,9 @@ pub struct Sandbox {
     /// Why the sandbox ended, if not by shutdown.
     failure: OnceLock<String>,
     closing: OnceLock<()>,
+    /// Where this process was before it entered the sandbox's cgroup.
+    origin: PathBuf,
+    cgroup: OnceLock<HostCgroup>,
 }
 
 impl Sandbox {
@@ -147,6 +205,8 @@ impl Sandbox {
             containers: Mutex::default(),
             failure: OnceLock::new(),
             closing: OnceLock::new(),
+            origin: host_cgroup::own(),
+            cgroup: OnceLock::new(),
         })
     }
 
@@ -155,22 +215,33 @@ impl Sandbox {
         &self.timeline
     }
 
-    /// Makes a container as far as `runc create` does; the first one boots the guest. Returns the VMM's pid.
+    /// Makes a container as far as `runc create` does; the first one boots the guest. Returns its stand-in's pid.
     pub async fn create(self: &Arc<Self>, create: Create) -> Result<u32, SandboxError> {
         let id = ContainerId::new(create.id)?;
         let bundle = Bundle::load(&create.bundle)?;
-        let adapted = adapt(&bundle, &id)?;
+        let Adapted { spec, binds } = adapt(&bundle, &id)?;
         self.timeline.mark("server: spec validated");
-        let size = Size::of(&bundle.spec, &self.params.config);
+        let size = Size::of(&bundle.spec, &self.params.config)?;
+        let hook_state = HookState {
+            oci_version: bundle.spec.version().clone(),
+            id: id.as_str().to_owned(),
+            bundle: bundle.dir.clone(),
+            annotations: bundle.spec.annotations().clone(),
+        };
         let container = Arc::new(Container::new(
             id.clone(),
-            bundle.dir,
-            adapted.binds,
-            create.stdio,
+            bundle.dir.clone(),
+            binds,
+            bundle.spec.hooks().clone(),
+            hook_state,
+            Process::new(create.stdio, create.options.proxy),
         ));
         self.reserve(&container)?;
-        let made = self.make(&container, size, &adapted.spec).await;
+        let made = self
+            .make(&container, &bundle, size, &spec, &create.options)
+            .await;
         if made.is_err() {
+            self.run_poststop_hooks(&container).await;
             self.containers().remove(id.as_str());
         }
         made
@@ -188,8 +259,10 @@ impl Sandbox {
     async fn make(
         self: &Arc<Self>,
         container: &Arc<Container>,
+        bundle: &Bundle,
         size: Size,
-        spec: &oci_spec::runtime::Spec,
+        spec: &Spec,
+        options: &CreateOptions,
     ) -> Result<u32, SandboxError> {
         let id = &container.id;
         let machine = self
@@ -200,78 +273,263 @@ impl Sandbox {
                         "the sandbox is being shut down".into(),
                     ));
                 }
-                Machine::power_on(self, size)
+                self.settle(&bundle.spec, id, options)?;
+                let cmdline = Overrides::of(&bundle.spec)?.kernel_arguments;
+                Machine::power_on(self, size, cmdline)
             })
             .await?;
         machine.share().add_container(id, &container.binds)?;
         self.timeline.mark("server: mounts made");
         let spec_json = serde_json::to_vec(spec)
             .map_err(|e| SandboxError::Failed(format!("cannot write the guest's spec: {e}")))?;
-        let pid = machine.vmm().pid();
-        self.params.state.save(&state::Record {
+        let pid = options.proxy.unwrap_or_else(|| machine.vmm().pid());
+        let record = state::Record {
+            oci_version: bundle.spec.version().clone(),
             id: id.as_str().to_owned(),
             bundle: container.bundle.clone(),
+            rootfs: bundle.rootfs.clone(),
+            created: SystemTime::now(),
+            annotations: bundle.spec.annotations().clone().unwrap_or_default(),
             pid,
+            cgroup: self.cgroup.get().cloned(),
             failure: None,
-        })?;
+        };
+        self.params.state.save(&record)?;
+        self.watch_stand_in(container.clone(), "", options.proxy)?;
+        self.run_create_hooks(container, pid).await?;
         let agent = machine.agent().await?;
-        let stdio = container.stdio.for_agent();
+        let stdio = container.init.stdio.for_agent(options.terminal_size);
         let answer = agent.create(id.as_str(), spec_json, stdio).await;
         machine.explain(answer).await?;
-        container.created();
+        if let Some(cgroup) = self.cgroup.get() {
+            // Not before: a guest that may use a hundredth of a processor would boot for minutes.
+            let linux = bundle.spec.linux().as_ref();
+            let resources = linux.and_then(|linux| linux.resources().clone());
+            cgroup.apply(&resources.unwrap_or_default(), size.memory_mib)?;
+        }
+        container.init.created();
         self.timeline.mark("server: container created");
-        tokio::spawn(self.clone().watch_container(container.clone(), agent));
+        tokio::spawn(self.clone().watch_process(
+            container.clone(),
+            "",
+            container.init.clone(),
+            agent,
+        ));
         Ok(pid)
     }
 
+    /// Moves this process to where the sandbox's processes belong: their cgroup and their network namespace.
+    fn settle(
+        &self,
+        spec: &Spec,
+        id: &ContainerId,
+        options: &CreateOptions,
+    ) -> Result<(), SandboxError> {
+        standin::enter_network(options.proxy)
+            .map_err(|cause| SandboxError::StandIn(options.proxy.unwrap_or(0), cause))?;
+        let Some(cgroup) = HostCgroup::of(spec, id, options.systemd_cgroup)? else {
+            tracing::debug!("this host has no cgroup v2, so no cgroup is made");
+            return Ok(());
+        };
+        cgroup.make(std::process::id())?;
+        let _ = self.cgroup.set(cgroup.clone());
+        if let Some(proxy) = options.proxy {
+            cgroup.add(proxy)?;
+        }
+        self.timeline.mark("server: cgroup made");
+        Ok(())
+    }
+
+    async fn run_create_hooks(&self, container: &Container, pid: u32) -> Result<(), SandboxError> {
+        let Some(hooks) = &container.hooks else {
+            return Ok(());
+        };
+        #[allow(deprecated)] // by the spec; Docker's networks still come this way
+        let prestart = hooks.prestart().as_ref();
+        for (kind, list) in [
+            ("prestart", prestart),
+            ("createRuntime", hooks.create_runtime().as_ref()),
+            ("createContainer", hooks.create_container().as_ref()),
+        ] {
+            hooks::run(
+                kind,
+                list,
+                &container.hook_state,
+                Status::Creating,
+                Some(pid),
+            )
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn run_poststop_hooks(&self, container: &Container) {
+        if let Some(hooks) = &container.hooks
+            && container.claim_poststop()
+        {
+            let list = hooks.poststop().as_ref();
+            hooks::run_all(
+                "poststop",
+                list,
+                &container.hook_state,
+                Status::Stopped,
+                None,
+            )
+            .await;
+        }
+    }
+
     /// Executes a created container's program.
-    pub async fn start(&self, id: &str) -> Result<u32, SandboxError> {
+    pub async fn start(self: &Arc<Self>, id: &str) -> Result<u32, SandboxError> {
         let container = self.container(id)?;
         let machine = self.running_machine()?;
-        if container.status() != Status::Created {
-            return Err(SandboxError::Status {
-                what: "cannot start the container",
-                status: container.status(),
-            });
+        match container.status() {
+            Status::Created => {}
+            Status::Running | Status::Paused => {
+                return Err(SandboxError::Status {
+                    what: "cannot start an already running container",
+                    status: container.status(),
+                });
+            }
+            status => {
+                return Err(SandboxError::Status {
+                    what: "cannot start a container that has stopped",
+                    status,
+                });
+            }
         }
         let agent = machine.agent().await?;
         machine.explain(agent.start(id).await).await?;
-        container.started();
+        container.init.started();
         self.timeline.mark("server: container started");
-        Ok(machine.vmm().pid())
+        let pid = self.stand_in(&container.init);
+        if let Some(hooks) = &container.hooks {
+            // Their failures are logged and nothing more (runtime-spec, "Lifecycle").
+            let list = hooks.poststart().as_ref();
+            hooks::run_all(
+                "poststart",
+                list,
+                &container.hook_state,
+                Status::Running,
+                Some(pid),
+            )
+            .await;
+        }
+        Ok(pid)
     }
 
-    /// Waits for a container's end.
-    pub async fn wait(&self, id: &str) -> Result<Exit, SandboxError> {
-        let container = self.container(id)?;
-        Ok(container.wait().await)
+    /// Waits for a process's end; an empty `exec_id` is the container's init.
+    pub async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit, SandboxError> {
+        let process = self.process(id, exec_id)?;
+        Ok(process.wait().await)
     }
 
-    /// Signals a container's init, or all its processes.
-    pub async fn kill(&self, id: &str, signal: u32, all: bool) -> Result<(), SandboxError> {
+    /// Signals a process, or all of the container. To one that stands still SIGKILL comes at once and everything else when
+    /// it is resumed.
+    pub async fn kill(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), SandboxError> {
         let container = self.container(id)?;
+        let process = self.process(id, exec_id)?;
         let machine = self.running_machine()?;
-        let status = container.status();
-        if !matches!(status, Status::Created | Status::Running) {
+        let status = process.status();
+        if !matches!(status, Status::Created | Status::Running | Status::Paused) {
             return Err(SandboxError::Status {
                 what: "container not running",
                 status,
             });
         }
+        let signal = Signal {
+            exec_id: exec_id.to_owned(),
+            number: signal,
+            all,
+        };
+        if container.status() == Status::Paused {
+            if signal.number != libc::SIGKILL.unsigned_abs() {
+                container.defer(signal);
+                return Ok(());
+            }
+            self.resume(id).await?;
+        }
+        deliver(machine, id, &signal).await
+    }
+
+    /// Stops every vCPU of the guest. There is one container in it.
+    pub async fn pause(&self, id: &str) -> Result<(), SandboxError> {
+        let container = self.container(id)?;
+        let machine = self.running_machine()?;
+        if container.status() != Status::Running {
+            return Err(SandboxError::Status {
+                what: "cannot pause a container that is not running",
+                status: container.status(),
+            });
+        }
+        machine.vmm().order(Request::Pause, vec![]).await?;
+        container.init.paused();
+        Ok(())
+    }
+
+    /// Lets them run again, and delivers what came for the container's processes meanwhile.
+    pub async fn resume(&self, id: &str) -> Result<(), SandboxError> {
+        let container = self.container(id)?;
+        let machine = self.running_machine()?;
+        if container.status() != Status::Paused {
+            return Err(SandboxError::Status {
+                what: "cannot resume a container that is not paused",
+                status: container.status(),
+            });
+        }
+        machine.vmm().order(Request::Resume, vec![]).await?;
+        container.init.resumed();
+        for signal in container.take_deferred() {
+            match deliver(machine, id, &signal).await {
+                // It may have ended before it stood still.
+                Ok(())
+                | Err(SandboxError::Agent(AgentError::Refused {
+                    kind: Refusal::NotFound,
+                    ..
+                })) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the size of a process's terminal.
+    pub async fn resize(
+        &self,
+        id: &str,
+        exec_id: &str,
+        size: TerminalSize,
+    ) -> Result<(), SandboxError> {
+        let process = self.process(id, exec_id)?;
+        if !process.stdio.terminal || self.container(id)?.status() == Status::Paused {
+            return Ok(());
+        }
+        let machine = self.running_machine()?;
         let agent = machine.agent().await?;
-        let answer = agent.signal(id, "", signal, all).await;
+        let answer = agent.resize(id, exec_id, size.width, size.height).await;
         machine.explain(answer).await
     }
 
-    /// Forgets a container that does not run.
-    pub async fn delete(&self, id: &str) -> Result<Option<Exit>, SandboxError> {
+    /// Forgets a container that does not run; one that was never started is killed first, as runc does.
+    pub async fn delete(self: &Arc<Self>, id: &str) -> Result<Option<Exit>, SandboxError> {
         let container = self.container(id)?;
         let status = container.status();
-        if matches!(status, Status::Creating | Status::Running) {
+        if !matches!(status, Status::Created | Status::Stopped) {
             return Err(SandboxError::Status {
                 what: "cannot delete the container",
                 status,
             });
+        }
+        if status == Status::Created && self.failure.get().is_none() {
+            self.kill(id, "", libc::SIGKILL.unsigned_abs(), true)
+                .await?;
+            container.init.wait().await;
         }
         self.containers().remove(id);
         // With the last container the guest goes too, and it is not worth tidying up.
@@ -283,24 +541,47 @@ impl Sandbox {
                 .share()
                 .remove_container(&container.id, &container.binds)?;
         }
-        Ok(container.exit())
+        self.run_poststop_hooks(&container).await;
+        Ok(container.init.exit())
     }
 
-    /// What is known of a container.
-    pub fn describe(&self, id: &str) -> Result<Description, SandboxError> {
+    /// What is known of a process.
+    pub fn describe(&self, id: &str, exec_id: &str) -> Result<Description, SandboxError> {
         let container = self.container(id)?;
-        let status = container.status();
+        let process = self.process(id, exec_id)?;
+        let status = match process.status() {
+            Status::Running if container.status() == Status::Paused => Status::Paused,
+            status => status,
+        };
         let pid = match status {
             Status::Stopped => 0,
-            _ => self.machine.get().map_or(0, |machine| machine.vmm().pid()),
+            _ => self.stand_in(&process),
         };
         Ok(Description {
             bundle: container.bundle.clone(),
             pid,
             status,
-            stdio: container.stdio,
-            exit: container.exit(),
+            stdio: process.stdio,
+            exit: process.exit(),
         })
+    }
+
+    /// The processes of the host that stand for the container's.
+    pub fn pids(&self, id: &str) -> Result<Vec<u32>, SandboxError> {
+        let container = self.container(id)?;
+        let alive = |process: &Arc<Process>| {
+            !matches!(process.status(), Status::Creating | Status::Stopped)
+        };
+        let processes = container.processes().into_iter().filter(alive);
+        let mut pids: Vec<u32> = processes.map(|process| self.stand_in(&process)).collect();
+        pids.sort_unstable();
+        pids.dedup();
+        Ok(pids)
+    }
+
+    fn stand_in(&self, process: &Process) -> u32 {
+        let vmm = || self.machine.get().map_or(0, |machine| machine.vmm().pid());
+        process.proxy.unwrap_or_else(vmm)
     }
 
     /// Whether there is no container.
@@ -314,24 +595,7 @@ impl Sandbox {
             return;
         }
         if let Some(machine) = self.machine.get() {
-            if let Some(agent) = machine.agent_if_ready() {
-                let vmm = machine.vmm();
-                let in_order = async {
-                    tokio::select! {
-                        // The VM's end is what counts; the answer may be lost with it.
-                        _ = vmm.ended() => {}
-                        () = async { let _ = agent.shutdown().await; vmm.ended().await; } => {}
-                    }
-                };
-                if tokio::time::timeout(POWER_OFF_TIMEOUT, in_order)
-                    .await
-                    .is_err()
-                {
-                    tracing::warn!("the guest did not power off in time and is killed");
-                }
-            }
-            let ended = machine.vmm().kill().await;
-            tracing::debug!(reason = ended.reason, "the VM has ended");
+            let ended = self.power_off(machine).await;
             self.timeline.mark("server: VM ended");
             self.timeline.merge(timeline::Record {
                 entries: ended.timeline,
@@ -342,29 +606,117 @@ impl Sandbox {
             }
         }
         for container in self.all_containers() {
-            container.ended(LOST_EXIT_CODE);
+            container.lost(LOST_EXIT_CODE);
+            self.run_poststop_hooks(&container).await;
         }
+        self.leave_cgroup();
         if let Err(error) = self.params.state.remove() {
             tracing::error!(%error, "the state directory stays");
         }
         self.timeline.mark("server: cleaned");
     }
 
-    /// Follows a container to its end.
-    async fn watch_container(self: Arc<Self>, container: Arc<Container>, agent: Agent) {
+    /// Ends the VM in order if that is possible, and in any case.
+    async fn power_off(&self, machine: &Machine) -> Ended {
+        if let Some(agent) = machine.agent_if_ready() {
+            let vmm = machine.vmm();
+            let paused = self
+                .all_containers()
+                .iter()
+                .any(|container| container.status() == Status::Paused);
+            let in_order = async {
+                if paused {
+                    // What is dirty in a guest that stands still is worth no less.
+                    let _ = vmm.order(Request::Resume, vec![]).await;
+                }
+                tokio::select! {
+                    // The VM's end is what counts; the answer may be lost with it.
+                    _ = vmm.ended() => {}
+                    () = async { let _ = agent.shutdown().await; vmm.ended().await; } => {}
+                }
+            };
+            if tokio::time::timeout(POWER_OFF_TIMEOUT, in_order)
+                .await
+                .is_err()
+            {
+                tracing::warn!("the guest did not power off in time and is killed");
+            }
+        }
+        let ended = machine.vmm().kill().await;
+        tracing::debug!(reason = ended.reason, "the VM has ended");
+        ended
+    }
+
+    fn leave_cgroup(&self) {
+        if let Some(cgroup) = self.cgroup.get()
+            && let Err(error) = host_cgroup::leave_for(&self.origin)
+                .map_err(|error| error.to_string())
+                .and_then(|()| cgroup.remove().map_err(|error| error.to_string()))
+        {
+            tracing::warn!(error, "the host's cgroup stays");
+        }
+    }
+
+    /// Follows a process to its end.
+    async fn watch_process(
+        self: Arc<Self>,
+        container: Arc<Container>,
+        exec_id: impl AsRef<str> + Send,
+        process: Arc<Process>,
+        agent: Agent,
+    ) {
         let Some(machine) = self.machine.get() else {
             return;
         };
-        let answer = agent.wait(container.id.as_str(), "").await;
+        let answer = agent.wait(container.id.as_str(), exec_id.as_ref()).await;
         match machine.explain(answer).await {
             Ok(exit) => {
                 self.timeline.mark("server: container exited");
-                container.ended(exit.exit_code.min(255));
+                process.ended(exit.exit_code.min(255));
             }
             Err(error) => {
                 self.fail(&error.to_string());
                 machine.vmm().kill().await;
             }
+        }
+    }
+
+    /// Follows a process's stand-in to its end: one that was killed takes the process with it, and when a container's goes
+    /// after it, having written its output, the guest is of no more use.
+    fn watch_stand_in(
+        self: &Arc<Self>,
+        container: Arc<Container>,
+        exec_id: &str,
+        proxy: Option<u32>,
+    ) -> Result<(), SandboxError> {
+        let Some(pid) = proxy else {
+            return Ok(());
+        };
+        let ended = standin::Watch::new(pid).map_err(|cause| SandboxError::StandIn(pid, cause))?;
+        let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
+        tokio::spawn(async move {
+            ended.wait().await;
+            let id = container.id.as_str();
+            let killed = sandbox
+                .kill(id, &exec_id, libc::SIGKILL.unsigned_abs(), false)
+                .await;
+            match killed {
+                Ok(()) => tracing::debug!(pid, "a stand-in has gone before its process"),
+                Err(_) if exec_id.is_empty() => sandbox.idle().await,
+                Err(_) => {}
+            }
+        });
+        Ok(())
+    }
+
+    /// Powers the guest off when every container has stopped; they stay known until they are deleted.
+    async fn idle(&self) {
+        let stopped = |container: &Arc<Container>| container.status() == Status::Stopped;
+        if self.all_containers().iter().all(stopped)
+            && let Some(machine) = self.machine.get()
+        {
+            tracing::debug!("nothing runs any more");
+            self.power_off(machine).await;
         }
     }
 
@@ -379,7 +731,11 @@ impl Sandbox {
         if self.failure.set(reason.to_owned()).is_err() {
             return;
         }
-        if self.closing.get().is_none() {
+        let containers = self.all_containers();
+        let running = containers
+            .iter()
+            .any(|container| container.status() != Status::Stopped);
+        if running && self.closing.get().is_none() {
             tracing::debug!(reason, "the sandbox has failed");
             if let Ok(mut record) = self.params.state.load() {
                 record.failure = Some(reason.to_owned());
@@ -388,8 +744,8 @@ impl Sandbox {
                 }
             }
         }
-        for container in self.all_containers() {
-            container.ended(LOST_EXIT_CODE);
+        for container in containers {
+            container.lost(LOST_EXIT_CODE);
         }
     }
 
@@ -407,6 +763,18 @@ impl Sandbox {
             .get(id)
             .cloned()
             .ok_or_else(|| SandboxError::NotFound(id.to_owned()))
+    }
+
+    /// A process of a container; an empty `exec_id` is its init.
+    fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>, SandboxError> {
+        let container = self.container(id)?;
+        if exec_id.is_empty() {
+            return Ok(container.init.clone());
+        }
+        match container.exec(exec_id) {
+            Some(exec) => Ok(exec.process.clone()),
+            None => Err(SandboxError::NoProcess(exec_id.to_owned())),
+        }
     }
 
     fn all_containers(&self) -> Vec<Arc<Container>> {
@@ -432,4 +800,12 @@ impl Sandbox {
         let directory: &Path = self.params.config.debug_directory.as_deref()?;
         Some(directory.join(format!("{}-{suffix}.log", self.params.id)))
     }
+}
+
+async fn deliver(machine: &Machine, id: &str, signal: &Signal) -> Result<(), SandboxError> {
+    let agent = machine.agent().await?;
+    let answer = agent
+        .signal(id, &signal.exec_id, signal.number, signal.all)
+        .await;
+    machine.explain(answer).await
 }

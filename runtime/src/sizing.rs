@@ -2,18 +2,23 @@
 //!
 //! Guest memory is touched lazily, so what a guest does not use costs the host nothing.
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxCpu, Spec};
 
+use crate::annotations::Overrides;
 use crate::config::Config;
+use crate::spec::SpecError;
 
-/// vCPUs of a guest by default.
-pub const DEFAULT_VCPUS: u8 = 1;
+/// The period of a quota that names none, in microseconds (Documentation/admin-guide/cgroup-v2.rst, cpu.max).
+const DEFAULT_PERIOD: u64 = 100_000;
+
+/// Most vCPUs of a guest by default: those of the host, up to here.
+pub const DEFAULT_VCPUS: u8 = 4;
 
 /// Most vCPUs of a guest.
 pub const MAX_VCPUS: u8 = 32;
 
 /// Memory of a guest by default, in MiB.
-pub const DEFAULT_MEMORY_MIB: u64 = 256;
+pub const DEFAULT_MEMORY_MIB: u64 = 512;
 
 /// Least memory that a guest boots with, in MiB.
 pub const MIN_MEMORY_MIB: u64 = 64;
@@ -31,12 +36,15 @@ pub struct Size {
 }
 
 impl Size {
-    /// The size for the container of `spec`: its memory limit and the guest's own base, or the configured default.
-    pub fn of(spec: &Spec, config: &Config) -> Self {
-        let limit = spec
+    /// The size for the container of `spec`: what its annotations say, or its limits and the guest's own base, or the
+    /// configured defaults.
+    pub fn of(spec: &Spec, config: &Config) -> Result<Self, SpecError> {
+        let overrides = Overrides::of(spec)?;
+        let resources = spec
             .linux()
             .as_ref()
-            .and_then(|linux| linux.resources().as_ref())
+            .and_then(|linux| linux.resources().as_ref());
+        let limit = resources
             .and_then(|resources| resources.memory().as_ref())
             .and_then(|memory| memory.limit())
             .and_then(|bytes| u64::try_from(bytes).ok())
@@ -45,11 +53,48 @@ impl Size {
             Some(bytes) => bytes.div_ceil(1 << 20).saturating_add(BASE_MEMORY_MIB),
             None => config.memory_mib,
         };
-        Self {
-            vcpus: config.vcpus,
-            memory_mib: memory_mib.min(host_memory_mib().unwrap_or(u64::MAX)),
-        }
+        let memory_mib = memory_mib.min(host_memory_mib().unwrap_or(u64::MAX));
+        let vcpus = resources
+            .and_then(|resources| resources.cpu().as_ref())
+            .and_then(limited_vcpus)
+            .unwrap_or(config.vcpus)
+            .min(host_cpus());
+        Ok(Self {
+            vcpus: overrides.vcpus.unwrap_or(vcpus),
+            memory_mib: overrides.memory_mib.unwrap_or(memory_mib),
+        })
     }
+}
+
+/// As many vCPUs as a container may use: its quota, rounded up, or the processors that it is bound to, whichever is less.
+fn limited_vcpus(cpu: &LinuxCpu) -> Option<u8> {
+    let quota = match (cpu.quota(), cpu.period().unwrap_or(DEFAULT_PERIOD)) {
+        (Some(quota), period @ 1..) if quota > 0 => Some(quota.unsigned_abs().div_ceil(period)),
+        _ => None,
+    };
+    let bound = cpu.cpus().as_deref().and_then(count);
+    let vcpus = quota.into_iter().chain(bound).min()?;
+    Some(u8::try_from(vcpus).unwrap_or(MAX_VCPUS).clamp(1, MAX_VCPUS))
+}
+
+/// How many processors a list such as `0-3,7` names.
+fn count(list: &str) -> Option<u64> {
+    let mut total: u64 = 0;
+    for part in list.split(',').filter(|part| !part.trim().is_empty()) {
+        let (first, last) = part
+            .trim()
+            .split_once('-')
+            .unwrap_or((part.trim(), part.trim()));
+        let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+        total = total.saturating_add(last.checked_sub(first)?.saturating_add(1));
+    }
+    (total > 0).then_some(total)
+}
+
+/// Processors of the host that this process may use.
+pub fn host_cpus() -> u8 {
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u8::try_from(cpus).unwrap_or(MAX_VCPUS).min(MAX_VCPUS)
 }
 
 /// The host's memory: a limit above it, as some clients write for "none", must not size the guest.
@@ -70,7 +115,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("c.toml");
         std::fs::write(&file, "memory_mib = 128").unwrap();
-        Size::of(&spec, &Config::load(Some(&file)).unwrap()).memory_mib
+        Size::of(&spec, &Config::load(Some(&file)).unwrap())
+            .unwrap()
+            .memory_mib
     }
 
     #[test]
@@ -79,6 +126,27 @@ mod tests {
         assert_eq!(memory_of(r#"{"memory":{"limit":-1}}"#), 128);
         assert_eq!(memory_of(r#"{"memory":{"limit":33554432}}"#), 32 + 64);
         assert_eq!(memory_of(r#"{"memory":{"limit":33554433}}"#), 33 + 64);
+    }
+
+    #[test]
+    fn a_quota_or_a_set_of_processors_counts_the_vcpus() {
+        let vcpus = |cpu: &str| limited_vcpus(&serde_json::from_str(cpu).unwrap());
+        for (cpu, expected) in [
+            ("{}", None),
+            (r#"{"quota":-1,"period":100000}"#, None),
+            (r#"{"quota":150000,"period":100000}"#, Some(2)),
+            (r#"{"quota":100000}"#, Some(1)),
+            (r#"{"quota":1000,"period":0}"#, None),
+            (r#"{"cpus":"0-3,7"}"#, Some(5)),
+            (r#"{"cpus":"2","quota":400000}"#, Some(1)),
+            (r#"{"cpus":"x"}"#, None),
+            (
+                r#"{"quota":9223372036854775807,"period":1}"#,
+                Some(MAX_VCPUS),
+            ),
+        ] {
+            assert_eq!(vcpus(cpu), expected, "{cpu}");
+        }
     }
 
     #[test]

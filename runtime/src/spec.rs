@@ -10,6 +10,8 @@ use oci_spec::runtime::{Capability, Hooks, Linux, LinuxNamespaceType, Process, S
 use serde_json::Value;
 use thiserror::Error;
 
+use crate::annotations::Overrides;
+
 /// File name of a bundle's configuration (runtime-spec, bundle.md).
 pub const CONFIG_FILE: &str = "config.json";
 
@@ -156,8 +158,9 @@ fn validate(spec: &Spec) -> Result<(), SpecError> {
         ));
     };
     validate_process(process)?;
+    Overrides::of(spec)?;
     if let Some(hooks) = spec.hooks() {
-        no_hooks(hooks)?;
+        validate_hooks(hooks)?;
     }
     if spec.vm().is_some() {
         return Err(SpecError::unsupported(
@@ -173,16 +176,6 @@ fn validate(spec: &Spec) -> Result<(), SpecError> {
     };
     validate_namespaces(linux, spec.hostname().is_some())?;
     validate_linux(linux)?;
-    for (n, mount) in spec.mounts().iter().flatten().enumerate() {
-        let mapped = mount.uid_mappings().iter().flatten().count()
-            + mount.gid_mappings().iter().flatten().count();
-        if mapped > 0 {
-            return Err(SpecError::unsupported(
-                format!("mounts[{n}].uidMappings"),
-                "id-mapped mounts can't be carried into the guest",
-            ));
-        }
-    }
     Ok(())
 }
 
@@ -221,12 +214,6 @@ fn validate_process(process: &Process) -> Result<(), SpecError> {
             format!("is {:?}: give an absolute path", process.cwd()),
         ));
     }
-    if process.terminal() == Some(true) {
-        return Err(SpecError::unsupported(
-            "process.terminal",
-            "terminals are not there yet; set it to false",
-        ));
-    }
     let present = |value: &Option<String>| value.as_deref().is_some_and(|v| !v.is_empty());
     if present(process.apparmor_profile())
         && process.apparmor_profile().as_deref() != Some("unconfined")
@@ -242,21 +229,11 @@ fn validate_process(process: &Process) -> Result<(), SpecError> {
             "the guest's kernel has no SELinux; remove it",
         ));
     }
-    for (field, there) in [
-        ("process.scheduler", process.scheduler().is_some()),
-        (
-            "process.execCPUAffinity",
-            process.exec_cpu_affinity().is_some(),
-        ),
-    ] {
-        if there {
-            return Err(not_yet(field));
-        }
-    }
     Ok(())
 }
 
-fn no_hooks(hooks: &Hooks) -> Result<(), SpecError> {
+/// Hooks are programs of the host, but for startContainer's, which are the container's.
+fn validate_hooks(hooks: &Hooks) -> Result<(), SpecError> {
     #[allow(deprecated)]
     let prestart = hooks.prestart();
     for (field, hooks) in [
@@ -267,8 +244,19 @@ fn no_hooks(hooks: &Hooks) -> Result<(), SpecError> {
         ("hooks.poststart", hooks.poststart()),
         ("hooks.poststop", hooks.poststop()),
     ] {
-        if hooks.as_ref().is_some_and(|hooks| !hooks.is_empty()) {
-            return Err(not_yet(field));
+        for (n, hook) in hooks.iter().flatten().enumerate() {
+            if !hook.path().is_absolute() {
+                return Err(SpecError::field(
+                    format!("{field}[{n}].path"),
+                    format!("is {:?}: give an absolute path", hook.path()),
+                ));
+            }
+            if hook.timeout().is_some_and(|timeout| timeout <= 0) {
+                return Err(SpecError::field(
+                    format!("{field}[{n}].timeout"),
+                    "must be more than zero seconds",
+                ));
+            }
         }
     }
     Ok(())
@@ -299,12 +287,6 @@ fn validate_namespaces(linux: &Linux, has_hostname: bool) -> Result<(), SpecErro
                     name(namespace.typ())
                 ),
             ));
-        }
-        if matches!(
-            namespace.typ(),
-            LinuxNamespaceType::User | LinuxNamespaceType::Time
-        ) {
-            return Err(not_yet(&format!("{field}.type")));
         }
     }
     for required in [
@@ -348,21 +330,11 @@ fn name(typ: LinuxNamespaceType) -> &'static str {
 }
 
 fn validate_linux(linux: &Linux) -> Result<(), SpecError> {
-    fn some<T>(values: &Option<Vec<T>>) -> bool {
-        values.as_ref().is_some_and(|values| !values.is_empty())
-    }
-    let net_devices = linux.net_devices().as_ref().is_some_and(|m| !m.is_empty());
-    let time_offsets = linux.time_offsets().as_ref().is_some_and(|m| !m.is_empty());
-    for (field, there) in [
-        ("linux.uidMappings", some(linux.uid_mappings())),
-        ("linux.gidMappings", some(linux.gid_mappings())),
-        ("linux.seccomp", linux.seccomp().is_some()),
-        ("linux.netDevices", net_devices),
-        ("linux.timeOffsets", time_offsets),
-    ] {
-        if there {
-            return Err(not_yet(field));
-        }
+    if linux.net_devices().as_ref().is_some_and(|m| !m.is_empty()) {
+        return Err(SpecError::unsupported(
+            "linux.netDevices",
+            "a network interface of the host can't move into a VM; remove it",
+        ));
     }
     for (field, there) in [
         ("linux.intelRdt", linux.intel_rdt().is_some()),
@@ -386,10 +358,6 @@ fn validate_linux(linux: &Linux) -> Result<(), SpecError> {
         ));
     }
     Ok(())
-}
-
-fn not_yet(field: &str) -> SpecError {
-    SpecError::unsupported(field, "this version does not implement it yet; remove it")
 }
 
 /// The root filesystem: `root.path`, relative to the bundle (runtime-spec, config.md, "Root").
@@ -509,8 +477,6 @@ pub(crate) mod tests {
 
     #[test]
     fn what_is_wrong_or_not_supported_is_refused_by_the_name_of_its_field() {
-        let hook = json!([{"path": "/bin/true"}]);
-        let map = json!([{"containerID": 0, "hostID": 0, "size": 1}]);
         for (pointer, value, expected) in [
             ("/ociVersion", json!(""), "`ociVersion` is \"\""),
             ("/ociVersion", json!("2.0.0"), "`ociVersion` is \"2.0.0\""),
@@ -553,11 +519,6 @@ pub(crate) mod tests {
                 "`process.user.uid`: invalid type",
             ),
             (
-                "/process/terminal",
-                json!(true),
-                "`process.terminal` is not supported",
-            ),
-            (
                 "/process/apparmorProfile",
                 json!("x"),
                 "`process.apparmorProfile`",
@@ -575,8 +536,21 @@ pub(crate) mod tests {
                 "`root.path` names an invalid rootfs",
             ),
             ("/root/path", json!("config.json"), "not a directory"),
-            ("/hooks", json!({"prestart": hook}), "`hooks.prestart`"),
-            ("/hooks", json!({"poststop": hook}), "`hooks.poststop`"),
+            (
+                "/hooks",
+                json!({"prestart": [{"path": "bin/true"}]}),
+                "`hooks.prestart[0].path` is \"bin/true\"",
+            ),
+            (
+                "/hooks",
+                json!({"poststop": [{"path": "/bin/true", "timeout": 0}]}),
+                "`hooks.poststop[0].timeout`",
+            ),
+            (
+                "/annotations",
+                json!({"io.bulkhead.color": "red"}),
+                "`annotations[\"io.bulkhead.color\"]` is unknown",
+            ),
             ("/vm", json!({"kernel": {"path": "/k"}}), "`vm`"),
             ("/linux", Value::Null, "`linux` is missing"),
             ("/linux/namespaces", json!([]), "\"mount\" entry"),
@@ -601,28 +575,12 @@ pub(crate) mod tests {
                 "`linux.namespaces[1].type`",
             ),
             (
-                "/linux/namespaces/4",
-                json!({"type": "user"}),
-                "`linux.namespaces[4].type`",
-            ),
-            (
                 "/linux/namespaces/2/path",
                 json!("/proc/1/ns/net"),
                 "`linux.namespaces[2].path` is not supported",
             ),
-            ("/linux/uidMappings", map.clone(), "`linux.uidMappings`"),
-            (
-                "/linux/seccomp",
-                json!({"defaultAction": "SCMP_ACT_ALLOW"}),
-                "`linux.seccomp`",
-            ),
             ("/linux/intelRdt", json!({}), "`linux.intelRdt`"),
             ("/linux/mountLabel", json!("x"), "`linux.mountLabel`"),
-            (
-                "/mounts",
-                json!([{"destination": "/a", "uidMappings": map}]),
-                "`mounts[0].uidMappings`",
-            ),
         ] {
             let mut config = good();
             set(&mut config, pointer, value);

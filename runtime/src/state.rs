@@ -5,21 +5,25 @@
 //! | `task.sock` | the server's socket (Task API over ttrpc) |
 //! | `vsock`, `vsock_<port>` | the VMM's hybrid vsock |
 //! | `share/` | where the server mounts the shared tree, in its own mount namespace |
+//! | `server.log` | warnings of a server whose client does not wait for its end |
 //! | `state.json` | what outlives a crash of the server: see [`Record`] |
 //!
 //! Directories are made and removed under a lock on the root, so a directory that is there has its socket, and one whose
 //! socket nobody listens on is what a killed server left and may be taken over.
 
+use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::host_cgroup::HostCgroup;
 use crate::id::ContainerId;
 use crate::sock;
 
@@ -41,15 +45,25 @@ pub enum StateError {
     },
 }
 
-/// Content of `state.json`.
+/// Content of `state.json`: what is to be known of a container when its server is gone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
+    /// The spec's version.
+    pub oci_version: String,
     /// The container's id.
     pub id: String,
     /// The bundle's directory.
     pub bundle: PathBuf,
-    /// Process id of the VMM.
+    /// The root filesystem on the host.
+    pub rootfs: PathBuf,
+    /// When it was made.
+    pub created: SystemTime,
+    /// The spec's annotations.
+    pub annotations: HashMap<String, String>,
+    /// The process of the host that stands for its init.
     pub pid: u32,
+    /// The host's cgroup.
+    pub cgroup: Option<HostCgroup>,
     /// Why the sandbox ended, if not by its container's exit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
@@ -159,6 +173,11 @@ impl StateDir {
         self.path.join("share")
     }
 
+    /// Where a server logs that has no client.
+    pub fn server_log(&self) -> PathBuf {
+        self.path.join("server.log")
+    }
+
     /// Writes `state.json`, whole or not at all.
     pub fn save(&self, record: &Record) -> Result<(), StateError> {
         let path = self.path.join("state.json");
@@ -221,9 +240,14 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let (state, _listener) = StateDir::claim(root.path(), &id()).unwrap();
         let record = Record {
+            oci_version: "1.0.2".into(),
             id: "c1".into(),
             bundle: "/b".into(),
+            rootfs: "/b/rootfs".into(),
+            created: SystemTime::UNIX_EPOCH,
+            annotations: HashMap::from([("a".into(), "b".into())]),
             pid: 7,
+            cgroup: None,
             failure: Some("the VM crashed".into()),
         };
         state.save(&record).unwrap();

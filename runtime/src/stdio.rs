@@ -5,9 +5,12 @@
 //! | empty | nobody: the process gets `/dev/null` |
 //! | `vsock:` | the client of the Task API, which connects to the guest itself ([`crate::streams`]) |
 //!
+//! A process with a terminal has one stream for all three, in `stdin` and `stdout`.
+//!
 //! containerd's own forms (paths of FIFOs, `fifo://`, `binary://`, `file://`) are for the server to attach.
 
 use bulkhead_protocol::agent;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// The field's value for [`Attach::Client`].
@@ -30,7 +33,7 @@ pub struct StdioError {
     value: String,
 }
 
-/// The three streams of a process.
+/// The streams of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stdio {
     /// Standard input.
@@ -39,6 +42,8 @@ pub struct Stdio {
     pub stdout: Attach,
     /// Standard error.
     pub stderr: Attach,
+    /// A terminal in place of the three.
+    pub terminal: bool,
 }
 
 impl Attach {
@@ -63,24 +68,51 @@ impl Attach {
 }
 
 impl Stdio {
+    /// A terminal that the client attaches.
+    pub const TERMINAL: Self = Self {
+        stdin: Attach::Client,
+        stdout: Attach::Client,
+        stderr: Attach::Nobody,
+        terminal: true,
+    };
+
     /// Reads the Task API's fields.
-    pub fn parse(stdin: &str, stdout: &str, stderr: &str) -> Result<Self, StdioError> {
+    pub fn parse(
+        stdin: &str,
+        stdout: &str,
+        stderr: &str,
+        terminal: bool,
+    ) -> Result<Self, StdioError> {
         Ok(Self {
             stdin: Attach::parse("stdin", stdin)?,
             stdout: Attach::parse("stdout", stdout)?,
             stderr: Attach::parse("stderr", stderr)?,
+            terminal,
         })
     }
 
-    /// What the agent is told.
-    pub fn for_agent(self) -> agent::Stdio {
+    /// What the agent is told; `size` is the terminal's, in columns and rows.
+    pub fn for_agent(self, size: Option<TerminalSize>) -> agent::Stdio {
+        let TerminalSize { width, height } = size.unwrap_or_default();
         agent::Stdio {
             stdin: self.stdin == Attach::Client,
             stdout: self.stdout == Attach::Client,
             stderr: self.stderr == Attach::Client,
+            terminal: self.terminal,
+            terminal_width: width,
+            terminal_height: height,
             ..Default::default()
         }
     }
+}
+
+/// Columns and rows of a terminal; 0 is unknown.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Columns.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
 }
 
 #[cfg(test)]
@@ -93,20 +125,22 @@ mod tests {
             stdin: Attach::Nobody,
             stdout: Attach::Client,
             stderr: Attach::Client,
+            terminal: false,
         };
         let parsed = Stdio::parse(
             stdio.stdin.as_field(),
             stdio.stdout.as_field(),
             stdio.stderr.as_field(),
+            false,
         );
         assert_eq!(parsed, Ok(stdio));
-        let told = stdio.for_agent();
+        let told = stdio.for_agent(None);
         assert!(!told.stdin && told.stdout && told.stderr && !told.terminal);
     }
 
     #[test]
     fn other_forms_are_refused_by_the_name_of_their_field() {
-        let error = Stdio::parse("", "/run/fifo", "").unwrap_err();
+        let error = Stdio::parse("", "/run/fifo", "", false).unwrap_err();
         assert!(error.to_string().starts_with("stdout is \"/run/fifo\""));
     }
 }

@@ -20,6 +20,7 @@ pub fn status(status: Status) -> task::Status {
         Status::Creating => task::Status::UNKNOWN,
         Status::Created => task::Status::CREATED,
         Status::Running => task::Status::RUNNING,
+        Status::Paused => task::Status::PAUSED,
         Status::Stopped => task::Status::STOPPED,
     }
 }
@@ -27,12 +28,16 @@ pub fn status(status: Status) -> task::Status {
 /// An error with the code by which clients tell kinds apart, and the sentence for the user.
 pub fn rpc_error(error: &SandboxError) -> ttrpc::Error {
     let code = match error {
-        SandboxError::Id(_) | SandboxError::Spec(_) | SandboxError::Stdio(_) => {
-            Code::INVALID_ARGUMENT
-        }
-        SandboxError::NotFound(_) => Code::NOT_FOUND,
-        SandboxError::Exists(_) => Code::ALREADY_EXISTS,
+        SandboxError::Id(_)
+        | SandboxError::Spec(_)
+        | SandboxError::Stdio(_)
+        | SandboxError::Request { .. } => Code::INVALID_ARGUMENT,
+        SandboxError::NotFound(_) | SandboxError::NoProcess(_) => Code::NOT_FOUND,
+        SandboxError::Exists(_) | SandboxError::ExecExists(_) => Code::ALREADY_EXISTS,
         SandboxError::Status { .. } | SandboxError::Preflight(_) => Code::FAILED_PRECONDITION,
+        SandboxError::Hook(_) | SandboxError::HostCgroup(_) | SandboxError::StandIn(..) => {
+            Code::UNKNOWN
+        }
         SandboxError::Failed(_) | SandboxError::Boot(_) => Code::UNAVAILABLE,
         SandboxError::Agent(AgentError::Refused { kind, .. }) => match kind {
             Refusal::Invalid => Code::INVALID_ARGUMENT,

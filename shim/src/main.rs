@@ -4,6 +4,7 @@
 
 mod exits;
 mod logging;
+mod metrics;
 mod serve;
 mod service;
 

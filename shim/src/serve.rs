@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use anyhow::Context;
+use bulkhead_protocol::agent_ttrpc::create_agent;
 use bulkhead_runtime::config::Config;
 use bulkhead_runtime::launch::{self, ServerArgs};
 use bulkhead_runtime::sandbox::{Params, Sandbox};
@@ -100,23 +101,25 @@ async fn run(
     Ok(())
 }
 
-/// The Task API under both of its names.
+/// The Task API under both of its names, and what it lacks.
 fn both_versions(service: Arc<TaskService>) -> std::collections::HashMap<String, Service> {
-    let mut services = create_task(service.clone());
+    let mut services = create_agent(service.clone());
+    services.extend(create_task(service.clone()));
     for (name, older) in create_task(service) {
         services.insert(name.replace(TASK_V3, TASK_V2), older);
     }
     services
 }
 
-/// Returns when the other end of the lifeline is closed; never without one.
+/// Returns when the other end of the lifeline is closed; never without one, or once the client has written to it, which
+/// says that the sandbox is to outlive it.
 async fn cut(lifeline: Option<OwnedFd>) {
     if let Some(lifeline) = lifeline.and_then(|fd| pipe::Receiver::from_owned_fd(fd).ok()) {
         let mut byte = [0];
         loop {
-            // Nobody writes: what makes it readable is the end.
             let _ = lifeline.readable().await;
             match lifeline.try_read(&mut byte) {
+                Ok(1..) => break,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 _ => return,
             }

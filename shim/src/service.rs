@@ -5,19 +5,28 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bulkhead_runtime::sandbox::{Create, Sandbox, SandboxError};
-use bulkhead_runtime::stdio::Stdio;
+use bulkhead_protocol::agent::{WaitOomRequest, WaitOomResponse};
+use bulkhead_protocol::agent_ttrpc::Agent;
+use bulkhead_runtime::sandbox::{Create, CreateOptions, Exec, Sandbox, SandboxError};
+use bulkhead_runtime::stdio::{Stdio, TerminalSize};
 use containerd_shim_protos::api::{
     ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-    DeleteResponse, Empty, KillRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
-    StateResponse, WaitRequest, WaitResponse,
+    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest,
+    PidsResponse, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse,
+    StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest,
+    WaitResponse,
 };
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::Task;
+use containerd_shim_protos::types::task::ProcessInfo;
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField, MessageFull};
 use tokio::sync::Notify;
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::{Code, get_status};
 
 use crate::exits::{rpc_error, status, timestamp};
+use crate::metrics::metrics;
 
 /// Answers the Task API.
 pub struct TaskService {
@@ -48,15 +57,23 @@ fn refuse(code: Code, message: &str) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, message))
 }
 
-/// There are no exec'd processes yet.
-fn no_exec(exec_id: &str) -> ttrpc::Result<()> {
-    if exec_id.is_empty() {
-        return Ok(());
+/// What the command line says beside the request; other clients' options mean nothing here.
+fn create_options(options: Option<&Any>) -> ttrpc::Result<CreateOptions> {
+    match options.filter(|options| options.type_url == CreateOptions::TYPE_URL) {
+        Some(options) => {
+            serde_json::from_slice(&options.value).map_err(|error| invalid(&error.to_string()))
+        }
+        None => Ok(CreateOptions::default()),
     }
-    Err(refuse(
-        Code::NOT_FOUND,
-        &format!("process {exec_id:?} does not exist"),
-    ))
+}
+
+/// Refuses a message in which something is missing or wrong.
+fn invalid(message: &str) -> ttrpc::Error {
+    refuse(Code::INVALID_ARGUMENT, message)
+}
+
+fn empty() -> ttrpc::Result<Empty> {
+    Ok(Empty::default())
 }
 
 #[async_trait]
@@ -68,7 +85,6 @@ impl Task for TaskService {
     ) -> ttrpc::Result<CreateTaskResponse> {
         for (field, there) in [
             ("rootfs", !request.rootfs.is_empty()),
-            ("terminal", request.terminal),
             ("checkpoint", !request.checkpoint.is_empty()),
         ] {
             if there {
@@ -76,12 +92,18 @@ impl Task for TaskService {
                 return Err(refuse(Code::UNIMPLEMENTED, &message));
             }
         }
-        let stdio = Stdio::parse(&request.stdin, &request.stdout, &request.stderr)
-            .map_err(|error| rpc_error(&error.into()))?;
+        let stdio = Stdio::parse(
+            &request.stdin,
+            &request.stdout,
+            &request.stderr,
+            request.terminal,
+        )
+        .map_err(|error| rpc_error(&error.into()))?;
         let create = Create {
             id: request.id,
             bundle: request.bundle.into(),
             stdio,
+            options: create_options(request.options.as_ref())?,
         };
         let pid = self
             .complete(|sandbox| async move { sandbox.create(create).await })
@@ -97,9 +119,15 @@ impl Task for TaskService {
         _ctx: &TtrpcContext,
         request: StartRequest,
     ) -> ttrpc::Result<StartResponse> {
-        no_exec(&request.exec_id)?;
+        let StartRequest { id, exec_id, .. } = request;
         let pid = self
-            .complete(|sandbox| async move { sandbox.start(&request.id).await })
+            .complete(|sandbox| async move {
+                if exec_id.is_empty() {
+                    sandbox.start(&id).await
+                } else {
+                    sandbox.start_exec(&id, &exec_id).await
+                }
+            })
             .await?;
         Ok(StartResponse {
             pid,
@@ -107,9 +135,28 @@ impl Task for TaskService {
         })
     }
 
+    async fn exec(&self, _ctx: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let spec = request.spec.into_option();
+        let spec = spec.ok_or_else(|| invalid("`spec` of an exec request is missing"))?;
+        let stdio = Stdio::parse(
+            &request.stdin,
+            &request.stdout,
+            &request.stderr,
+            request.terminal,
+        )
+        .map_err(|error| rpc_error(&error.into()))?;
+        let exec = Exec {
+            id: request.id,
+            exec_id: request.exec_id,
+            process_json: spec.value,
+            stdio,
+        };
+        self.sandbox.exec(exec).map_err(|error| rpc_error(&error))?;
+        empty()
+    }
+
     async fn wait(&self, _ctx: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        no_exec(&request.exec_id)?;
-        let exit = self.sandbox.wait(&request.id).await;
+        let exit = self.sandbox.wait(&request.id, &request.exec_id).await;
         let exit = exit.map_err(|error| rpc_error(&error))?;
         Ok(WaitResponse {
             exit_status: exit.code,
@@ -119,12 +166,90 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _ctx: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        no_exec(&request.exec_id)?;
-        self.complete(|sandbox| async move {
-            sandbox.kill(&request.id, request.signal, request.all).await
+        let KillRequest {
+            id,
+            exec_id,
+            signal,
+            all,
+            ..
+        } = request;
+        self.complete(|sandbox| async move { sandbox.kill(&id, &exec_id, signal, all).await })
+            .await?;
+        empty()
+    }
+
+    async fn pause(&self, _ctx: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.complete(|sandbox| async move { sandbox.pause(&request.id).await })
+            .await?;
+        empty()
+    }
+
+    async fn resume(&self, _ctx: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.complete(|sandbox| async move { sandbox.resume(&request.id).await })
+            .await?;
+        empty()
+    }
+
+    async fn resize_pty(
+        &self,
+        _ctx: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        let size = TerminalSize {
+            width: request.width,
+            height: request.height,
+        };
+        self.sandbox
+            .resize(&request.id, &request.exec_id, size)
+            .await
+            .map_err(|error| rpc_error(&error))?;
+        empty()
+    }
+
+    async fn update(
+        &self,
+        _ctx: &TtrpcContext,
+        request: UpdateTaskRequest,
+    ) -> ttrpc::Result<Empty> {
+        let resources = request.resources.into_option();
+        let resources = resources.ok_or_else(|| invalid("`resources` of an update are missing"))?;
+        let id = request.id;
+        self.complete(|sandbox| async move { sandbox.update(&id, &resources.value).await })
+            .await?;
+        empty()
+    }
+
+    async fn stats(
+        &self,
+        _ctx: &TtrpcContext,
+        request: StatsRequest,
+    ) -> ttrpc::Result<StatsResponse> {
+        let stats = self.sandbox.stats(&request.id).await;
+        let metrics = metrics(&stats.map_err(|error| rpc_error(&error))?);
+        let value = metrics
+            .write_to_bytes()
+            .map_err(|error| refuse(Code::INTERNAL, &error.to_string()))?;
+        Ok(StatsResponse {
+            stats: MessageField::some(Any {
+                type_url: Metrics::descriptor().full_name().to_owned(),
+                value,
+                ..Default::default()
+            }),
+            ..Default::default()
         })
-        .await?;
-        Ok(Empty::default())
+    }
+
+    async fn pids(&self, _ctx: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let pids = self.sandbox.pids(&request.id);
+        let pids = pids.map_err(|error| rpc_error(&error))?;
+        let processes = pids.into_iter().map(|pid| ProcessInfo {
+            pid,
+            ..Default::default()
+        });
+        Ok(PidsResponse {
+            processes: processes.collect(),
+            ..Default::default()
+        })
     }
 
     async fn delete(
@@ -132,9 +257,15 @@ impl Task for TaskService {
         _ctx: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
-        no_exec(&request.exec_id)?;
+        let DeleteRequest { id, exec_id, .. } = request;
         let exit = self
-            .complete(|sandbox| async move { sandbox.delete(&request.id).await })
+            .complete(|sandbox| async move {
+                if exec_id.is_empty() {
+                    sandbox.delete(&id).await
+                } else {
+                    sandbox.delete_exec(&id, &exec_id).await
+                }
+            })
             .await?;
         let mut response = DeleteResponse::default();
         if let Some(exit) = exit {
@@ -149,19 +280,20 @@ impl Task for TaskService {
         _ctx: &TtrpcContext,
         request: StateRequest,
     ) -> ttrpc::Result<StateResponse> {
-        no_exec(&request.exec_id)?;
         let description = self
             .sandbox
-            .describe(&request.id)
+            .describe(&request.id, &request.exec_id)
             .map_err(|error| rpc_error(&error))?;
         let mut response = StateResponse {
             id: request.id,
+            exec_id: request.exec_id,
             bundle: description.bundle.to_string_lossy().into_owned(),
             pid: description.pid,
             status: status(description.status).into(),
             stdin: description.stdio.stdin.as_field().to_owned(),
             stdout: description.stdio.stdout.as_field().to_owned(),
             stderr: description.stdio.stderr.as_field().to_owned(),
+            terminal: description.stdio.terminal,
             ..Default::default()
         };
         if let Some(exit) = description.exit {
@@ -178,7 +310,7 @@ impl Task for TaskService {
     ) -> ttrpc::Result<ConnectResponse> {
         let description = self
             .sandbox
-            .describe(&request.id)
+            .describe(&request.id, "")
             .map_err(|error| rpc_error(&error))?;
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
@@ -198,5 +330,21 @@ impl Task for TaskService {
             self.shutdown.notify_one();
         }
         Ok(Empty::default())
+    }
+}
+
+/// The one call of the agent's API that the Task API has nothing for, passed on.
+#[async_trait]
+impl Agent for TaskService {
+    async fn wait_oom(
+        &self,
+        _ctx: &TtrpcContext,
+        request: WaitOomRequest,
+    ) -> ttrpc::Result<WaitOomResponse> {
+        let kills = self.sandbox.wait_oom(&request.container_id, request.seen);
+        Ok(WaitOomResponse {
+            kills: kills.await.map_err(|error| rpc_error(&error))?,
+            ..Default::default()
+        })
     }
 }

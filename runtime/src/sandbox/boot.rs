@@ -86,6 +86,7 @@ type Ready = Option<Result<Agent, BootError>>;
 pub struct Machine {
     vmm: Vmm,
     share: Share,
+    size: Size,
     ready: watch::Receiver<Ready>,
 }
 
@@ -99,7 +100,11 @@ impl std::fmt::Debug for Machine {
 
 impl Machine {
     /// Starts the VMM with the machine's description and returns without waiting for the guest.
-    pub fn power_on(sandbox: &Arc<Sandbox>, size: Size) -> Result<Self, SandboxError> {
+    pub fn power_on(
+        sandbox: &Arc<Sandbox>,
+        size: Size,
+        cmdline: String,
+    ) -> Result<Self, SandboxError> {
         let files = preflight::open_guest_files(sandbox.config())?;
         let state = sandbox.state_dir();
         // Bound before the guest exists: the agent's call can't come too early.
@@ -129,7 +134,7 @@ impl Machine {
             .then(|| serial_output(sandbox.debug_file("console")))
             .transpose();
         let serial = serial.map_err(|e| BootError::File(format!("the console's log: {e}")))?;
-        let (request, fds) = boot_request(sandbox, size, &share, files, serial);
+        let (request, fds) = boot_request(sandbox, size, cmdline, &share, files, serial);
         let (sender, ready) = watch::channel(None);
         tokio::spawn({
             let (sandbox, vmm) = (sandbox.clone(), vmm.clone());
@@ -147,7 +152,12 @@ impl Machine {
                 sandbox.vm_ended(&ended);
             }
         });
-        Ok(Self { vmm, share, ready })
+        Ok(Self {
+            vmm,
+            share,
+            size,
+            ready,
+        })
     }
 
     /// The VMM.
@@ -158,6 +168,11 @@ impl Machine {
     /// The shared tree.
     pub fn share(&self) -> &Share {
         &self.share
+    }
+
+    /// How big the guest is.
+    pub fn size(&self) -> Size {
+        self.size
     }
 
     /// The agent, once it has called; the reason if it never will.
@@ -233,6 +248,7 @@ async fn bring_up(
 fn boot_request(
     sandbox: &Sandbox,
     size: Size,
+    cmdline: String,
     share: &Share,
     files: GuestFiles,
     serial: Option<OwnedFd>,
@@ -240,7 +256,7 @@ fn boot_request(
     let config = BootConfig {
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
-        cmdline: String::new(),
+        cmdline,
         // The current directory is the state directory: a socket's address has no room for long paths.
         vsock_path: sandbox
             .state_dir()

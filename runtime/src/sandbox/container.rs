@@ -1,48 +1,15 @@
-//! One container's life-cycle state and its exit.
+//! One container: its init, its exec'd processes, and what the host holds for it.
 
-use std::fmt;
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use tokio::sync::watch;
+use oci_spec::runtime::Hooks;
 
+use super::process::{Process, Status};
 use crate::adapt::HostBind;
+use crate::hooks::HookState;
 use crate::id::ContainerId;
-use crate::stdio::Stdio;
-
-/// Life-cycle states (runtime-spec, runtime.md, "State").
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Status {
-    /// The guest boots or the container is being made.
-    Creating,
-    /// Made; the program has not been executed.
-    Created,
-    /// The program runs.
-    Running,
-    /// It has ended.
-    Stopped,
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Creating => "creating",
-            Self::Created => "created",
-            Self::Running => "running",
-            Self::Stopped => "stopped",
-        })
-    }
-}
-
-/// How a process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exit {
-    /// 0 to 255; 128 + N when ended by signal N.
-    pub code: u32,
-    /// When, by the host's clock.
-    pub at: SystemTime,
-}
 
 /// One container.
 #[derive(Debug)]
@@ -53,126 +20,125 @@ pub struct Container {
     pub bundle: PathBuf,
     /// What is bound for it into the share.
     pub binds: Vec<HostBind>,
-    /// Who attaches its streams.
-    pub stdio: Stdio,
-    status: Mutex<Status>,
-    exit: watch::Sender<Option<Exit>>,
+    /// The hooks that run on the host.
+    pub hooks: Option<Hooks>,
+    /// What hooks are told beside status and pid.
+    pub hook_state: HookState,
+    /// Its first process, whose life is the container's.
+    pub init: Arc<Process>,
+    execs: Mutex<HashMap<String, Arc<Exec>>>,
+    deferred: Mutex<Vec<Signal>>,
+    poststop: OnceLock<()>,
+}
+
+/// An exec'd process, from the call that describes it.
+#[derive(Debug)]
+pub struct Exec {
+    /// The spec's `process`, as JSON, until it is started.
+    pub spec: Vec<u8>,
+    /// Size of its terminal at the start.
+    pub size: Option<crate::stdio::TerminalSize>,
+    /// Its life.
+    pub process: Arc<Process>,
+}
+
+/// A signal on its way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signal {
+    /// The process; empty for the init.
+    pub exec_id: String,
+    /// Its number.
+    pub number: u32,
+    /// Whether it is for every process.
+    pub all: bool,
 }
 
 impl Container {
     /// A container that is being made.
-    pub fn new(id: ContainerId, bundle: PathBuf, binds: Vec<HostBind>, stdio: Stdio) -> Self {
+    pub fn new(
+        id: ContainerId,
+        bundle: PathBuf,
+        binds: Vec<HostBind>,
+        hooks: Option<Hooks>,
+        hook_state: HookState,
+        init: Process,
+    ) -> Self {
         Self {
             id,
             bundle,
             binds,
-            stdio,
-            status: Mutex::new(Status::Creating),
-            exit: watch::Sender::new(None),
+            hooks,
+            hook_state,
+            init: Arc::new(init),
+            execs: Mutex::default(),
+            deferred: Mutex::default(),
+            poststop: OnceLock::new(),
         }
     }
 
     /// Where in its life it is.
     pub fn status(&self) -> Status {
-        *self.lock()
+        self.init.status()
     }
 
-    /// It has been made.
-    pub fn created(&self) {
-        self.advance(Status::Creating, Status::Created);
-    }
-
-    /// Its program has been executed. It may even have ended since.
-    pub fn started(&self) {
-        self.advance(Status::Created, Status::Running);
-    }
-
-    /// It has ended; only the first end counts.
-    pub fn ended(&self, code: u32) {
-        let mut status = self.lock();
-        if *status == Status::Stopped {
-            return;
+    /// Remembers an exec'd process; `false` when the id is taken.
+    pub fn add_exec(&self, exec_id: &str, exec: Exec) -> bool {
+        let mut execs = self.execs();
+        let free = !execs.contains_key(exec_id);
+        if free {
+            execs.insert(exec_id.to_owned(), Arc::new(exec));
         }
-        *status = Status::Stopped;
-        let at = SystemTime::now();
-        self.exit.send_replace(Some(Exit { code, at }));
+        free
     }
 
-    /// How it ended, if it has.
-    pub fn exit(&self) -> Option<Exit> {
-        *self.exit.borrow()
+    /// An exec'd process.
+    pub fn exec(&self, exec_id: &str) -> Option<Arc<Exec>> {
+        self.execs().get(exec_id).cloned()
     }
 
-    /// Waits for its end.
-    pub async fn wait(&self) -> Exit {
-        let mut exit = self.exit.subscribe();
-        loop {
-            if let Some(exit) = *exit.borrow_and_update() {
-                return exit;
-            }
-            // The sender lives as long as `self`.
-            let _ = exit.changed().await;
+    /// Forgets an exec'd process.
+    pub fn remove_exec(&self, exec_id: &str) {
+        self.execs().remove(exec_id);
+    }
+
+    /// The init and every exec'd process.
+    pub fn processes(&self) -> Vec<Arc<Process>> {
+        let execs = self.execs();
+        let execs = execs.values().map(|exec| exec.process.clone());
+        std::iter::once(self.init.clone()).chain(execs).collect()
+    }
+
+    /// The machine under it has ended, and with it every process.
+    pub fn lost(&self, code: u32) {
+        for process in self.processes() {
+            process.ended(code);
         }
     }
 
-    fn advance(&self, from: Status, to: Status) {
-        let mut status = self.lock();
-        if *status == from {
-            *status = to;
-        }
+    /// Keeps a signal for later.
+    pub fn defer(&self, signal: Signal) {
+        self.deferred().push(signal);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Status> {
-        self.status
+    /// The signals that were kept.
+    pub fn take_deferred(&self) -> Vec<Signal> {
+        std::mem::take(&mut *self.deferred())
+    }
+
+    /// Whether the caller is the one to run the poststop hooks.
+    pub fn claim_poststop(&self) -> bool {
+        self.poststop.set(()).is_ok()
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Exec>>> {
+        self.execs
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::stdio::Attach;
-
-    fn container() -> Container {
-        let stdio = Stdio {
-            stdin: Attach::Nobody,
-            stdout: Attach::Nobody,
-            stderr: Attach::Nobody,
-        };
-        Container::new(ContainerId::new("c").unwrap(), "/b".into(), vec![], stdio)
-    }
-
-    #[test]
-    fn a_container_goes_through_its_states_in_order() {
-        let container = container();
-        assert_eq!(container.status(), Status::Creating);
-        container.started();
-        assert_eq!(container.status(), Status::Creating);
-        container.created();
-        container.started();
-        assert_eq!(container.status(), Status::Running);
-        container.ended(3);
-        assert_eq!(container.status(), Status::Stopped);
-    }
-
-    #[test]
-    fn an_end_that_overtakes_the_answer_to_start_stays_the_end() {
-        let container = container();
-        container.created();
-        container.ended(0);
-        container.started();
-        assert_eq!(container.status(), Status::Stopped);
-    }
-
-    #[test]
-    fn only_the_first_end_counts_and_waiting_after_it_returns_at_once() {
-        let container = container();
-        container.ended(3);
-        container.ended(255);
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .build()
-            .unwrap();
-        assert_eq!(runtime.block_on(container.wait()).code, 3);
+    fn deferred(&self) -> MutexGuard<'_, Vec<Signal>> {
+        self.deferred
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }

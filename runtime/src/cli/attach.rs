@@ -1,0 +1,189 @@
+//! A process's streams in this process: each stream a thread that moves its bytes, and the process followed to its end.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+
+use anyhow::Context;
+use bulkhead_protocol::agent::StreamKind;
+use bulkhead_runtime::id::ContainerId;
+use bulkhead_runtime::stdio::{Attach, Stdio};
+use bulkhead_runtime::streams::{self, Stream};
+use tokio::sync::oneshot;
+
+use super::client::{Server, ServerError};
+use super::signals::{Signal, Signals};
+use super::terminal;
+
+/// Stack of a thread that only moves bytes.
+const PUMP_STACK: usize = 128 * 1024;
+
+/// Which of our standard streams are worth a connection.
+pub fn own_stdio() -> Stdio {
+    let attach = |fd: BorrowedFd| {
+        if streams::is_null(fd) {
+            Attach::Nobody
+        } else {
+            Attach::Client
+        }
+    };
+    Stdio {
+        stdin: attach(io::stdin().as_fd()),
+        stdout: attach(io::stdout().as_fd()),
+        stderr: attach(io::stderr().as_fd()),
+        terminal: false,
+    }
+}
+
+/// What the streams' threads have to say.
+#[derive(Default)]
+pub struct Streams {
+    attached: Vec<oneshot::Receiver<anyhow::Result<()>>>,
+    drained: Vec<oneshot::Receiver<()>>,
+}
+
+impl Streams {
+    /// Gives each stream of a process a thread that connects it to the standard stream of ours and moves its bytes.
+    pub fn attach(
+        stdio: Stdio,
+        vsock: &Path,
+        id: &ContainerId,
+        exec_id: &str,
+    ) -> anyhow::Result<Self> {
+        let mut streams = Self::default();
+        let wanted: &[_] = if stdio.terminal {
+            &[(Attach::Client, StreamKind::TERMINAL)]
+        } else {
+            &[
+                (stdio.stdin, StreamKind::STDIN),
+                (stdio.stdout, StreamKind::STDOUT),
+                (stdio.stderr, StreamKind::STDERR),
+            ]
+        };
+        for &(attach, kind) in wanted {
+            if attach == Attach::Client {
+                streams.add(kind, vsock, id, exec_id)?;
+            }
+        }
+        Ok(streams)
+    }
+
+    fn add(
+        &mut self,
+        kind: StreamKind,
+        vsock: &Path,
+        id: &ContainerId,
+        exec_id: &str,
+    ) -> anyhow::Result<()> {
+        let (vsock, id, exec_id) = (vsock.to_path_buf(), id.clone(), exec_id.to_owned());
+        let (attached, attached_receiver) = oneshot::channel();
+        let (drained, drained_receiver) = oneshot::channel();
+        thread::Builder::new()
+            .stack_size(PUMP_STACK)
+            .spawn(move || {
+                // Who waits for these may be gone, and the process with it in a moment.
+                match connect(&vsock, &id, &exec_id, kind) {
+                    Ok(socket) => {
+                        let _ = attached.send(Ok(()));
+                        // A closed end, ours or the guest's, is an end like any other.
+                        let _ = pump(kind, socket);
+                    }
+                    Err(error) => {
+                        let _ = attached.send(Err(error));
+                    }
+                }
+                let _ = drained.send(());
+            })
+            .context("cannot start a thread")?;
+        self.attached.push(attached_receiver);
+        if kind != StreamKind::STDIN {
+            self.drained.push(drained_receiver);
+        }
+        Ok(())
+    }
+
+    /// Returns when every stream is attached, or one can't be.
+    async fn attached(&mut self) -> anyhow::Result<()> {
+        for attached in &mut self.attached {
+            // A thread that is gone without a word has nothing to tell.
+            attached.await.unwrap_or(Ok(()))?;
+        }
+        Ok(())
+    }
+
+    /// Returns when all output is written.
+    pub async fn drained(&mut self) {
+        for drained in &mut self.drained {
+            let _ = drained.await;
+        }
+    }
+}
+
+fn connect(
+    vsock: &Path,
+    id: &ContainerId,
+    exec_id: &str,
+    kind: StreamKind,
+) -> anyhow::Result<UnixStream> {
+    let stream = Stream {
+        container_id: id.as_str(),
+        exec_id,
+        kind,
+    };
+    streams::attach(vsock, &stream)
+        .with_context(|| format!("cannot attach {kind:?} of the container"))
+}
+
+fn pump(kind: StreamKind, socket: UnixStream) -> io::Result<u64> {
+    match kind {
+        StreamKind::STDIN => streams::pump_in(io::stdin().as_fd(), &socket),
+        StreamKind::STDOUT => streams::pump_out(&socket, io::stdout().as_fd()),
+        StreamKind::STDERR => streams::pump_out(&socket, io::stderr().as_fd()),
+        _ => {
+            let typed = socket.try_clone()?;
+            thread::Builder::new()
+                .stack_size(PUMP_STACK)
+                .spawn(move || streams::pump_in(io::stdin().as_fd(), &typed))?;
+            streams::pump_out(&socket, io::stdout().as_fd())
+        }
+    }
+}
+
+/// Follows a started process to its end, passing on what comes in for it: signals, and a new size of our terminal. Returns
+/// its exit code; its output may still be on its way ([`Streams::drained`]).
+pub async fn follow(
+    server: &Server<'_>,
+    signals: &mut Signals,
+    streams: &mut Streams,
+) -> anyhow::Result<u32> {
+    let wait = server.wait();
+    let attached = streams.attached();
+    tokio::pin!(wait, attached);
+    let mut all_attached = false;
+    loop {
+        tokio::select! {
+            code = &mut wait => return Ok(code?),
+            // Without its streams a process could wait for ever.
+            result = &mut attached, if !all_attached => {
+                result?;
+                all_attached = true;
+            }
+            signal = signals.next() => {
+                let passed = match signal {
+                    Signal::Number(number) => server.kill(number, false).await,
+                    Signal::Resized => match terminal::size(io::stdin().as_fd()) {
+                        Some(size) => server.resize(size).await,
+                        None => Ok(()),
+                    },
+                };
+                match passed {
+                    // The process may be gone by now; that is no news.
+                    Ok(()) | Err(ServerError::Refused { .. }) => {}
+                    Err(error @ ServerError::Gone) => return Err(error.into()),
+                }
+            }
+        }
+    }
+}

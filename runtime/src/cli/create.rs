@@ -1,0 +1,478 @@
+//! `bulkhead create` and `bulkhead run`: from the bundle to a container.
+//!
+//! A container that outlives the command has a proxy ([`super::proxy`]); one in the foreground has this process. The sandbox
+//! is tied to the command until that has done its work: when it goes before, however that came, the server notices and takes
+//! everything down.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow, bail};
+use bulkhead_runtime::id::ContainerId;
+use bulkhead_runtime::launch::{Launch, Launched};
+use bulkhead_runtime::sandbox::CreateOptions;
+use bulkhead_runtime::spec::Bundle;
+use bulkhead_runtime::state::StateDir;
+use bulkhead_runtime::stdio::{Stdio, TerminalSize};
+use bulkhead_runtime::timeline::{Record, Timeline};
+use clap::Args;
+use nix::sched::CloneFlags;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use thiserror::Error;
+
+use super::attach::{Streams, follow, own_stdio};
+use super::client::Server;
+use super::proxy::{Job, Proxy};
+use super::signals::Signals;
+use super::terminal::{self, Pair, Raw};
+use super::{Invocation, absolute};
+
+/// What `create` and `run` share.
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// Directory of the bundle
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    bundle: PathBuf,
+    /// Unix socket that takes the master of the container's terminal
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+    /// File to which the pid that stands for the container is written
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// Accepted for runc's sake: the guest's root is never on a ramdisk of the host
+    #[arg(long, hide = true)]
+    no_pivot: bool,
+    /// Accepted for runc's sake: the guest has its own keyrings
+    #[arg(long, hide = true)]
+    no_new_keyring: bool,
+    /// Number of further descriptors to pass; none can be carried into a VM
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    preserve_fds: u32,
+    /// Name of the container
+    id: String,
+}
+
+/// `run` on top of `create`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    create: CreateArgs,
+    /// Return once the container runs
+    #[arg(short, long)]
+    detach: bool,
+    /// Keep the container's state when it has ended
+    #[arg(long)]
+    keep: bool,
+    /// Accepted for runc's sake: there are no processes to be reaped
+    #[arg(long, hide = true)]
+    no_subreaper: bool,
+    /// File to which the boot timeline is written as JSON
+    #[arg(long, value_name = "FILE", hide = true)]
+    timeline: Option<PathBuf>,
+}
+
+/// The sandbox ended under its container.
+#[derive(Debug, Error)]
+#[error("{reason}")]
+pub struct Lost {
+    reason: String,
+    /// What the command exits with.
+    pub exit_code: i32,
+}
+
+/// How a container in the foreground came to its end.
+enum Outcome {
+    /// With an exit code.
+    Exited(u32),
+    /// By a signal that came before there was a container to give it to.
+    Signalled(u32),
+}
+
+/// Runs `bulkhead create`.
+pub fn create(invocation: &Invocation, args: &CreateArgs) -> anyhow::Result<i32> {
+    detached(invocation, args, false)
+}
+
+/// Runs `bulkhead run` and returns the exit code.
+pub fn run(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
+    if args.detach {
+        return detached(invocation, &args.create, true);
+    }
+    if args.create.console_socket.is_some() {
+        bail!(
+            "--console-socket is for a container in the background: add --detach or leave it out"
+        );
+    }
+    foreground(invocation, args)
+}
+
+/// What is known before anything is started.
+struct Prepared {
+    id: ContainerId,
+    bundle: PathBuf,
+    spec: Spec,
+}
+
+impl Prepared {
+    /// Checks the arguments and the bundle.
+    fn new(args: &CreateArgs) -> anyhow::Result<Self> {
+        no_descriptors(args.preserve_fds)?;
+        let id = ContainerId::new(args.id.as_str())?;
+        let Bundle { dir, spec, .. } = Bundle::load(&absolute(&args.bundle)?)?;
+        Ok(Self {
+            id,
+            bundle: dir,
+            spec,
+        })
+    }
+
+    fn terminal(&self) -> bool {
+        let process = self.spec.process().as_ref();
+        process.and_then(|process| process.terminal()) == Some(true)
+    }
+
+    /// The spec's `process.consoleSize`.
+    fn console_size(&self) -> Option<TerminalSize> {
+        let size = self.spec.process().as_ref()?.console_size()?;
+        Some(TerminalSize {
+            width: u32::try_from(size.width()).ok()?,
+            height: u32::try_from(size.height()).ok()?,
+        })
+    }
+
+    fn launch(
+        &self,
+        invocation: &Invocation,
+        foreground: bool,
+        timeline: bool,
+    ) -> anyhow::Result<Launched> {
+        let launch = Launch {
+            id: &self.id,
+            root: &invocation.root,
+            config: &invocation.config,
+            config_file: invocation.config_file.as_deref(),
+            debug: invocation.debug,
+            foreground,
+            timeline,
+        };
+        Ok(launch.start()?)
+    }
+}
+
+/// Refuses descriptors that can't be passed.
+pub fn no_descriptors(count: u32) -> anyhow::Result<()> {
+    if count == 0 {
+        return Ok(());
+    }
+    bail!(
+        "--preserve-fds {count}: open files of the host can't be carried into a VM, only standard streams and terminals; \
+         leave it out, or mount what the container needs"
+    )
+}
+
+/// A container that outlives the command.
+fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::Result<i32> {
+    let prepared = Prepared::new(args)?;
+    let pair = match (prepared.terminal(), &args.console_socket) {
+        (true, None) => bail!(
+            "process.terminal is true, and a container in the background has no terminal without --console-socket: \
+             name one, or set it to false"
+        ),
+        (false, Some(_)) => bail!(
+            "--console-socket is for a terminal, and process.terminal is false: set it to true or leave the flag out"
+        ),
+        (true, Some(_)) => Some(Pair::open(prepared.console_size())?),
+        (false, None) => None,
+    };
+    let Launched {
+        mut child,
+        connection,
+        state,
+        lifeline,
+        ..
+    } = prepared.launch(invocation, false, false)?;
+    let stdio = if pair.is_some() {
+        Stdio::TERMINAL
+    } else {
+        own_stdio()
+    };
+    let made = Proxy::fork(&Job {
+        state: &state,
+        id: &prepared.id,
+        exec_id: "",
+        stdio,
+        terminal: pair.as_ref().map(Pair::slave),
+        namespaces: namespaces(&prepared.spec),
+    })
+    .and_then(|proxy| {
+        let options = CreateOptions {
+            proxy: Some(proxy.pid),
+            terminal_size: prepared.console_size(),
+            systemd_cgroup: invocation.systemd_cgroup,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let made = runtime.block_on(async {
+            let server = Server::new(connection, prepared.id.as_str(), "")?;
+            let made = make(&server, &prepared, stdio, &options, &pair, args, start).await;
+            if made.is_err() {
+                server.shutdown().await;
+            }
+            made
+        });
+        made?;
+        proxy
+            .go()
+            .context("the process that stands for the container's has gone")
+    });
+    match made {
+        Ok(()) => {
+            if let Some(mut lifeline) = lifeline.map(File::from) {
+                lifeline
+                    .write_all(&[1])
+                    .context("the sandbox server has gone")?;
+            }
+            Ok(0)
+        }
+        Err(error) => {
+            drop(lifeline);
+            let last_words = std::fs::read_to_string(state.server_log()).unwrap_or_default();
+            let _ = child.wait();
+            state.remove()?;
+            let said = last_words
+                .lines()
+                .next_back()
+                .unwrap_or_default()
+                .to_owned();
+            Err(if said.is_empty() {
+                error
+            } else {
+                error.context(said)
+            })
+        }
+    }
+}
+
+async fn make(
+    server: &Server<'_>,
+    prepared: &Prepared,
+    stdio: Stdio,
+    options: &CreateOptions,
+    pair: &Option<Pair>,
+    args: &CreateArgs,
+    start: bool,
+) -> anyhow::Result<()> {
+    let pid = server
+        .create(path_text(&prepared.bundle)?, stdio, options)
+        .await?;
+    if let (Some(pair), Some(socket)) = (pair, &args.console_socket) {
+        pair.send_master(socket)?;
+    }
+    if let Some(path) = &args.pid_file {
+        write_pid_file(path, pid)?;
+    }
+    if start {
+        server.start().await?;
+    }
+    Ok(())
+}
+
+/// A container in the foreground.
+fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
+    let timeline = Timeline::default();
+    timeline.mark("client: started");
+    let prepared = Prepared::new(&args.create)?;
+    let raw = prepared.terminal().then(Raw::enter).transpose()?;
+    let launched = prepared.launch(invocation, true, args.timeline.is_some())?;
+    timeline.mark("client: server started");
+    let Launched {
+        mut child,
+        connection,
+        state,
+        lifeline,
+        timeline: server_timeline,
+    } = launched;
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let result = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+        let result = runtime.block_on(session(
+            connection, &state, &prepared, args, invocation, &timeline,
+        ));
+        // A pump may still wait for our standard input; the process's end is its end.
+        runtime.shutdown_background();
+        result
+    });
+    drop(raw);
+    timeline.mark("client: container deleted");
+    if args.keep && matches!(result, Ok(Outcome::Exited(_))) {
+        keep(lifeline)?;
+        return exit_code(result?);
+    }
+    drop(lifeline);
+    let ended = child.wait().context("cannot wait for the sandbox server")?;
+    // The server leaves nothing, unless something made an end of it.
+    let cgroup = state.load().ok().and_then(|record| record.cgroup);
+    let removed = state.remove();
+    timeline.mark("client: server ended");
+    if let (Some(path), Some(server)) = (&args.timeline, server_timeline) {
+        write_timeline(path, &timeline, server)?;
+    }
+    let code = exit_code(result?)?;
+    removed?;
+    if let Some(cgroup) = cgroup {
+        cgroup.remove()?;
+    }
+    if !ended.success() {
+        return Err(anyhow!(
+            "the sandbox server failed ({ended}) after the container's end"
+        ));
+    }
+    Ok(code)
+}
+
+/// Lets the sandbox outlive the command.
+fn keep(lifeline: Option<OwnedFd>) -> anyhow::Result<()> {
+    if let Some(mut lifeline) = lifeline.map(File::from) {
+        lifeline
+            .write_all(&[1])
+            .context("the sandbox server has gone")?;
+    }
+    Ok(())
+}
+
+fn exit_code(outcome: Outcome) -> anyhow::Result<i32> {
+    let code = match outcome {
+        Outcome::Exited(code) => code,
+        Outcome::Signalled(signal) => 128 + signal,
+    };
+    i32::try_from(code).context("the container's exit code is none")
+}
+
+/// Everything between the server's start and its end.
+async fn session(
+    connection: UnixStream,
+    state: &StateDir,
+    prepared: &Prepared,
+    args: &RunArgs,
+    invocation: &Invocation,
+    timeline: &Timeline,
+) -> anyhow::Result<Outcome> {
+    let mut signals = Signals::catch()?;
+    let server = Server::new(connection, prepared.id.as_str(), "")?;
+    let result = container(
+        &server,
+        &mut signals,
+        state,
+        prepared,
+        args,
+        invocation,
+        timeline,
+    )
+    .await;
+    if !(args.keep && matches!(result, Ok(Outcome::Exited(_)))) {
+        server.shutdown().await;
+    }
+    result
+}
+
+async fn container(
+    server: &Server<'_>,
+    signals: &mut Signals,
+    state: &StateDir,
+    prepared: &Prepared,
+    args: &RunArgs,
+    invocation: &Invocation,
+    timeline: &Timeline,
+) -> anyhow::Result<Outcome> {
+    let (stdio, size) = if prepared.terminal() {
+        (Stdio::TERMINAL, terminal::size(io::stdin().as_fd()))
+    } else {
+        (own_stdio(), None)
+    };
+    let options = CreateOptions {
+        proxy: None,
+        terminal_size: size.or_else(|| prepared.console_size()),
+        systemd_cgroup: invocation.systemd_cgroup,
+    };
+    let bundle = path_text(&prepared.bundle)?;
+    let pid = tokio::select! {
+        created = server.create(bundle, stdio, &options) => created?,
+        signal = signals.end() => return Ok(Outcome::Signalled(signal)),
+    };
+    timeline.mark("client: container created");
+    if let Some(path) = &args.create.pid_file {
+        write_pid_file(path, pid)?;
+    }
+    // The streams are attached while the program starts: the guest keeps what comes before.
+    let mut streams = Streams::attach(stdio, &state.vsock(), &prepared.id, "")?;
+    server.start().await?;
+    timeline.mark("client: container started");
+
+    let code = follow(server, signals, &mut streams).await?;
+    timeline.mark("client: container exited");
+    if let Some(reason) = state.load().ok().and_then(|record| record.failure) {
+        let exit_code = i32::try_from(code).unwrap_or(super::FAILURE);
+        return Err(Lost { reason, exit_code }.into());
+    }
+    // A reader of our output may be slow, and a second signal says not to wait for it.
+    tokio::select! {
+        () = streams.drained() => {}
+        _ = signals.end() => {}
+    }
+    timeline.mark("client: output written");
+    if !args.keep {
+        server.delete().await?;
+    }
+    Ok(Outcome::Exited(code))
+}
+
+/// The namespaces of the spec that a process of the host can have as well, for those who look at them from outside.
+fn namespaces(spec: &Spec) -> CloneFlags {
+    let list = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_deref());
+    let flag = |typ| match typ {
+        LinuxNamespaceType::Mount => CloneFlags::CLONE_NEWNS,
+        LinuxNamespaceType::Pid => CloneFlags::CLONE_NEWPID,
+        LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
+        LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
+        LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
+        LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        LinuxNamespaceType::User | LinuxNamespaceType::Time => CloneFlags::empty(),
+    };
+    let flags = list.into_iter().flatten().map(|entry| flag(entry.typ()));
+    flags.collect()
+}
+
+/// Writes a pid file, whole or not at all: decimal, no newline.
+pub fn write_pid_file(path: &Path, pid: u32) -> anyhow::Result<()> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("{} is no path of a pid file", path.display()))?;
+    let new = path.with_file_name(format!(".{name}"));
+    std::fs::write(&new, pid.to_string())
+        .and_then(|()| std::fs::rename(&new, path))
+        .with_context(|| format!("cannot write the pid file {}", path.display()))
+}
+
+fn path_text(path: &Path) -> anyhow::Result<&str> {
+    path.to_str().context("the bundle's path is not UTF-8")
+}
+
+fn write_timeline(path: &Path, ours: &Timeline, mut server: File) -> anyhow::Result<()> {
+    let mut text = Vec::new();
+    server.read_to_end(&mut text)?;
+    let mut record = ours.record();
+    // A server that was killed has written none.
+    if let Ok(theirs) = serde_json::from_slice::<Record>(&text) {
+        record.merge(theirs);
+    }
+    std::fs::write(path, serde_json::to_vec_pretty(&record)?)
+        .with_context(|| format!("cannot write the timeline to {}", path.display()))
+}

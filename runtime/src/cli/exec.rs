@@ -1,0 +1,414 @@
+//! `bulkhead exec`: another process in a running container.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use anyhow::{Context, bail};
+use bulkhead_runtime::sandbox::{ExecOptions, OPTIONS, Status};
+use bulkhead_runtime::stdio::{Stdio, TerminalSize};
+use clap::Args;
+use nix::sched::CloneFlags;
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+
+use super::attach::{Streams, follow, own_stdio};
+use super::client::Server;
+use super::create::{no_descriptors, write_pid_file};
+use super::known::{Known, block_on};
+use super::proxy::{Job, Proxy};
+use super::signals::Signals;
+use super::terminal::{self, Pair, Raw};
+use super::{Invocation, absolute};
+
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// Unix socket that takes the master of the process's terminal
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+    /// Working directory in the container
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<String>,
+    /// Environment variable, NAME=VALUE
+    #[arg(short, long, value_name = "ENV")]
+    env: Vec<String>,
+    /// Give the process a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// User, UID or UID:GID
+    #[arg(short, long, value_name = "UID[:GID]")]
+    user: Option<String>,
+    /// Further group
+    #[arg(short = 'g', long, value_name = "GID")]
+    additional_gids: Vec<u32>,
+    /// File with the process as JSON, as in a config.json
+    #[arg(short, long, value_name = "FILE")]
+    process: Option<PathBuf>,
+    /// Return once the process runs
+    #[arg(short, long)]
+    detach: bool,
+    /// File to which the pid that stands for the process is written
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// SELinux label
+    #[arg(long, value_name = "LABEL")]
+    process_label: Option<String>,
+    /// AppArmor profile
+    #[arg(long, value_name = "PROFILE")]
+    apparmor: Option<String>,
+    /// Set the process's no_new_privs
+    #[arg(long)]
+    no_new_privs: bool,
+    /// Capability to add
+    #[arg(short, long, value_name = "CAP")]
+    cap: Vec<String>,
+    /// Number of further descriptors to pass; none can be carried into a VM
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    preserve_fds: u32,
+    /// Cgroup below the container's; only its own is possible
+    #[arg(long, value_name = "PATH")]
+    cgroup: Vec<String>,
+    /// Execute in a paused container: a VM that stands still can't
+    #[arg(long)]
+    ignore_paused: bool,
+    /// Name of the container
+    id: String,
+    /// Program and arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+/// The process did not come to be; runc's exit code for it is another than for other failures.
+#[derive(Debug, Error)]
+#[error("{0:#}")]
+pub struct NotExecuted(anyhow::Error);
+
+impl NotExecuted {
+    /// runc's exit code.
+    pub const EXIT_CODE: i32 = 255;
+}
+
+/// Runs `bulkhead exec`; the exit code is the process's.
+pub fn exec(invocation: &Invocation, args: &ExecArgs) -> anyhow::Result<i32> {
+    run(invocation, args).map_err(|error| NotExecuted(error).into())
+}
+
+fn run(invocation: &Invocation, args: &ExecArgs) -> anyhow::Result<i32> {
+    no_descriptors(args.preserve_fds)?;
+    if let Some(path) = args.cgroup.iter().find(|path| *path != "/") {
+        bail!(
+            "--cgroup {path}: a process of a container in a VM runs in the container's own cgroup; leave it out"
+        );
+    }
+    let known = Known::find(invocation, &args.id)?;
+    match known.process_state()?.status {
+        Status::Running => {}
+        Status::Paused => bail!(
+            "cannot exec in a paused container: its VM stands still{}",
+            if args.ignore_paused {
+                ", --ignore-paused or not"
+            } else {
+                "; resume it first"
+            }
+        ),
+        Status::Stopped => bail!("cannot exec in a stopped container: container not running"),
+        status => bail!("cannot exec in a container that is {status}: start it first"),
+    }
+    let process = process(&known, args)?;
+    let terminal = process.get("terminal").and_then(Value::as_bool) == Some(true);
+    if args.detach {
+        detached(&known, args, process, terminal)
+    } else {
+        if args.console_socket.is_some() {
+            bail!(
+                "--console-socket is for a process in the background: add --detach or leave it out"
+            );
+        }
+        foreground(&known, args, process, terminal)
+    }
+}
+
+/// The process's description: a file's, or the container's own changed by the flags.
+fn process(known: &Known, args: &ExecArgs) -> anyhow::Result<Map<String, Value>> {
+    if let Some(path) = &args.process {
+        let path = absolute(path)?;
+        let text =
+            std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let process: Map<String, Value> = serde_json::from_slice(&text)
+            .with_context(|| format!("{} is not a process of the runtime spec", path.display()))?;
+        return check(process);
+    }
+    let path = known.record()?.bundle.join("config.json");
+    let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut spec: Value = serde_json::from_slice(&text)
+        .with_context(|| format!("{} is not a valid runtime spec", path.display()))?;
+    let Some(Value::Object(mut process)) = spec.get_mut("process").map(Value::take) else {
+        bail!("{} has no process", path.display());
+    };
+    change(&mut process, args)?;
+    check(process)
+}
+
+fn change(process: &mut Map<String, Value>, args: &ExecArgs) -> anyhow::Result<()> {
+    process.insert("args".into(), json!(args.args));
+    process.insert("terminal".into(), json!(args.tty));
+    process.remove("consoleSize");
+    if let Some(cwd) = &args.cwd {
+        process.insert("cwd".into(), json!(cwd));
+    }
+    if let Some(profile) = &args.apparmor {
+        process.insert("apparmorProfile".into(), json!(profile));
+    }
+    if let Some(label) = &args.process_label {
+        process.insert("selinuxLabel".into(), json!(label));
+    }
+    if args.no_new_privs {
+        process.insert("noNewPrivileges".into(), json!(true));
+    }
+    extend(process, "env", &args.env);
+    if !args.cap.is_empty() {
+        let sets = process.entry("capabilities").or_insert_with(|| json!({}));
+        if let Value::Object(sets) = sets {
+            for set in ["bounding", "effective", "permitted"] {
+                extend(sets, set, &args.cap);
+            }
+        }
+    }
+    let user = process.entry("user").or_insert_with(|| json!({}));
+    let Value::Object(user) = user else {
+        bail!("process.user is not an object");
+    };
+    if let Some(given) = &args.user {
+        let (uid, gid) = given
+            .split_once(':')
+            .map_or((given.as_str(), None), |(u, g)| (u, Some(g)));
+        let number = |text: &str| {
+            text.parse::<u32>()
+                .with_context(|| format!("--user {given}: give UID or UID:GID, in numbers"))
+        };
+        user.insert("uid".into(), json!(number(uid)?));
+        if let Some(gid) = gid {
+            user.insert("gid".into(), json!(number(gid)?));
+        }
+    }
+    extend(user, "additionalGids", &args.additional_gids);
+    Ok(())
+}
+
+/// Adds to a list, which need not be there.
+fn extend<T: Clone + Into<Value>>(object: &mut Map<String, Value>, name: &str, more: &[T]) {
+    if more.is_empty() {
+        return;
+    }
+    let list = object.entry(name).or_insert_with(|| json!([]));
+    if let Value::Array(list) = list {
+        list.extend(more.iter().cloned().map(Into::into));
+    }
+}
+
+fn check(process: Map<String, Value>) -> anyhow::Result<Map<String, Value>> {
+    let args = process.get("args").and_then(Value::as_array);
+    if args.is_none_or(Vec::is_empty) {
+        bail!("process.args must not be empty: say which program to run");
+    }
+    let cwd = process
+        .get("cwd")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    if !cwd.starts_with('/') {
+        bail!("process.cwd is {cwd:?}: give an absolute path");
+    }
+    Ok(process)
+}
+
+/// A name that no other process of the container has.
+fn exec_id() -> String {
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    format!("{}-{}", std::process::id(), now.as_nanos())
+}
+
+fn with_options(mut process: Map<String, Value>, options: &ExecOptions) -> anyhow::Result<Vec<u8>> {
+    process.insert(OPTIONS.into(), serde_json::to_value(options)?);
+    Ok(serde_json::to_vec(&process)?)
+}
+
+/// The description's own `consoleSize`.
+fn console_size(process: &Map<String, Value>) -> Option<TerminalSize> {
+    let size = process.get("consoleSize")?;
+    let of = |name| u32::try_from(size.get(name)?.as_u64()?).ok();
+    Some(TerminalSize {
+        width: of("width")?,
+        height: of("height")?,
+    })
+}
+
+fn foreground(
+    known: &Known,
+    args: &ExecArgs,
+    process: Map<String, Value>,
+    terminal: bool,
+) -> anyhow::Result<i32> {
+    let raw = terminal.then(Raw::enter).transpose()?;
+    let (stdio, size) = if terminal {
+        (Stdio::TERMINAL, terminal::size(io::stdin().as_fd()))
+    } else {
+        (own_stdio(), None)
+    };
+    let options = ExecOptions {
+        proxy: None,
+        terminal_size: size.or_else(|| console_size(&process)),
+    };
+    let json = with_options(process, &options)?;
+    let exec_id = exec_id();
+    let connection = known
+        .connect()?
+        .context("cannot exec in a stopped container: container not running")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(async {
+        let mut signals = Signals::catch()?;
+        let server = Server::new(connection, known.id.as_str(), &exec_id)?;
+        server.exec(json, stdio).await?;
+        let pid = server.start().await?;
+        if let Some(path) = &args.pid_file {
+            write_pid_file(path, pid)?;
+        }
+        let mut streams = Streams::attach(stdio, &known.state.vsock(), &known.id, &exec_id)?;
+        let code = follow(&server, &mut signals, &mut streams).await?;
+        tokio::select! {
+            () = streams.drained() => {}
+            _ = signals.end() => {}
+        }
+        // The server forgets it with its container anyway.
+        let _ = server.delete().await;
+        Ok::<_, anyhow::Error>(code)
+    });
+    // A pump may still wait for our standard input; the process's end is its end.
+    runtime.shutdown_background();
+    drop(raw);
+    Ok(i32::try_from(result?).unwrap_or(NotExecuted::EXIT_CODE))
+}
+
+fn detached(
+    known: &Known,
+    args: &ExecArgs,
+    process: Map<String, Value>,
+    terminal: bool,
+) -> anyhow::Result<i32> {
+    let pair = match (terminal, &args.console_socket) {
+        (true, None) => bail!(
+            "a process in the background has no terminal without --console-socket: name one, or leave --tty out"
+        ),
+        (false, Some(_)) => bail!("--console-socket is for a terminal: add --tty or leave it out"),
+        (true, Some(_)) => Some(Pair::open(console_size(&process))?),
+        (false, None) => None,
+    };
+    let stdio = if terminal {
+        Stdio::TERMINAL
+    } else {
+        own_stdio()
+    };
+    let exec_id = exec_id();
+    let connection = known
+        .connect()?
+        .context("cannot exec in a stopped container: container not running")?;
+    let proxy = Proxy::fork(&Job {
+        state: &known.state,
+        id: &known.id,
+        exec_id: &exec_id,
+        stdio,
+        terminal: pair.as_ref().map(Pair::slave),
+        namespaces: CloneFlags::empty(),
+    })?;
+    let options = ExecOptions {
+        proxy: Some(proxy.pid),
+        terminal_size: console_size(&process),
+    };
+    let json = with_options(process, &options)?;
+    block_on(async {
+        let server = Server::new(connection, known.id.as_str(), &exec_id)?;
+        server.exec(json, stdio).await?;
+        if let (Some(pair), Some(socket)) = (&pair, &args.console_socket) {
+            pair.send_master(socket)?;
+        }
+        let pid = server.start().await?;
+        if let Some(path) = &args.pid_file {
+            write_pid_file(path, pid)?;
+        }
+        Ok(())
+    })?;
+    proxy
+        .go()
+        .context("the process that stands for the container's has gone")?;
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        exec: ExecArgs,
+    }
+
+    fn changed(line: &[&str]) -> Result<Value, String> {
+        let line = std::iter::once(&"exec").chain(line);
+        let args = Line::parse_from(line).exec;
+        let process = json!({
+            "args": ["old"], "cwd": "/", "env": ["A=b"], "user": {"uid": 1, "gid": 2},
+            "capabilities": {"bounding": ["CAP_KILL"]}, "consoleSize": {"width": 1, "height": 2},
+        });
+        let Value::Object(mut process) = process else {
+            panic!("no object")
+        };
+        change(&mut process, &args).map_err(|e| e.to_string())?;
+        Ok(Value::Object(process))
+    }
+
+    #[test]
+    fn flags_change_the_containers_own_process() {
+        let process = changed(&[
+            "-t",
+            "-e",
+            "C=d",
+            "--user",
+            "7:8",
+            "-g",
+            "9",
+            "--cwd",
+            "/tmp",
+            "--cap",
+            "CAP_CHOWN",
+            "--no-new-privs",
+            "c1",
+            "ls",
+            "-l",
+        ])
+        .unwrap();
+        assert_eq!(
+            process,
+            json!({
+                "args": ["ls", "-l"], "cwd": "/tmp", "env": ["A=b", "C=d"], "terminal": true, "noNewPrivileges": true,
+                "user": {"uid": 7, "gid": 8, "additionalGids": [9]},
+                "capabilities": {"bounding": ["CAP_KILL", "CAP_CHOWN"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"]},
+            })
+        );
+        assert_eq!(
+            changed(&["c1", "ls"]).unwrap()["user"],
+            json!({"uid": 1, "gid": 2})
+        );
+    }
+
+    #[test]
+    fn a_user_by_name_is_refused() {
+        let message = changed(&["--user", "root", "c1", "ls"]).unwrap_err();
+        assert!(message.contains("--user root: give UID"), "{message}");
+    }
+}

@@ -1,0 +1,109 @@
+//! `bulkhead start`, `kill`, `pause`, `resume` and `delete`.
+
+use clap::Args;
+
+use super::Invocation;
+use super::client::ServerError;
+use super::known::{Known, Unknown, block_on};
+use super::signals;
+use bulkhead_runtime::sandbox::Status;
+
+/// A command about one container.
+#[derive(Debug, Args)]
+pub struct IdArgs {
+    /// Name of the container
+    pub id: String,
+}
+
+#[derive(Debug, Args)]
+pub struct KillArgs {
+    /// Send the signal to every process of the container
+    #[arg(short, long)]
+    all: bool,
+    /// Name of the container
+    id: String,
+    /// Signal: a number, or a name with or without SIG
+    #[arg(default_value = "SIGTERM")]
+    signal: String,
+}
+
+#[derive(Debug, Args)]
+pub struct DeleteArgs {
+    /// Kill the container if it runs; it is no error when there is none
+    #[arg(short, long)]
+    force: bool,
+    /// Name of the container
+    id: String,
+}
+
+/// Runs `bulkhead start`.
+pub fn start(invocation: &Invocation, args: &IdArgs) -> anyhow::Result<i32> {
+    Known::find(invocation, &args.id)?.call(async |server| server.start().await)?;
+    Ok(0)
+}
+
+/// Runs `bulkhead pause`.
+pub fn pause(invocation: &Invocation, args: &IdArgs) -> anyhow::Result<i32> {
+    Known::find(invocation, &args.id)?.call(async |server| server.pause().await)?;
+    Ok(0)
+}
+
+/// Runs `bulkhead resume`.
+pub fn resume(invocation: &Invocation, args: &IdArgs) -> anyhow::Result<i32> {
+    Known::find(invocation, &args.id)?.call(async |server| server.resume().await)?;
+    Ok(0)
+}
+
+/// Runs `bulkhead kill`.
+pub fn kill(invocation: &Invocation, args: &KillArgs) -> anyhow::Result<i32> {
+    let signal = signals::parse(&args.signal)?;
+    let known = Known::find(invocation, &args.id)?;
+    // As under runc: what is left of a stopped container is nothing, and all of nothing is signalled easily.
+    if args.all && known.process_state()?.status == Status::Stopped {
+        return Ok(0);
+    }
+    known.call(async |server| server.kill(signal, args.all).await)?;
+    Ok(0)
+}
+
+/// Runs `bulkhead delete`.
+pub fn delete(invocation: &Invocation, args: &DeleteArgs) -> anyhow::Result<i32> {
+    let known = match Known::find(invocation, &args.id) {
+        Err(error) if args.force && error.is::<Unknown>() => return Ok(0),
+        known => known?,
+    };
+    let cgroup = known.state.load().ok().and_then(|record| record.cgroup);
+    if let Some(connection) = known.connect()? {
+        let end = connection.try_clone()?;
+        block_on(async {
+            let server = super::client::Server::new(connection, known.id.as_str(), "")?;
+            match server.delete().await {
+                Err(error @ ServerError::Refused { .. })
+                    if !args.force && !error.is_not_found() =>
+                {
+                    return Err(error.into());
+                }
+                _ => {}
+            }
+            server.shutdown().await;
+            Ok(())
+        })?;
+        wait_for_end(&end);
+    }
+    // A server that ended in order has left nothing of this.
+    if let Some(cgroup) = cgroup {
+        cgroup.remove()?;
+    }
+    known.state.remove()?;
+    Ok(0)
+}
+
+/// Waits until the server, which has been told to end, has closed its connections.
+fn wait_for_end(mut connection: &std::os::unix::net::UnixStream) {
+    use std::io::Read;
+    let mut bytes = [0; 256];
+    // The client that shared this connection has made it non-blocking.
+    if connection.set_nonblocking(false).is_ok() {
+        while let Ok(1..) = connection.read(&mut bytes) {}
+    }
+}

@@ -1,0 +1,181 @@
+//! The process of the host that stands for a process of a container: its pid is the one in pid files.
+//!
+//! It holds the standard streams that the command has inherited, passes on signals, and exits with the container's code, so
+//! that whoever waits for it (conmon, containerd's shim for runc) learns what runc would tell. It is forked from the command
+//! before that has any thread, waits until the container is made, and stays when the command has gone.
+
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::path::Path;
+
+use anyhow::Context;
+use bulkhead_runtime::id::ContainerId;
+use bulkhead_runtime::state::StateDir;
+use bulkhead_runtime::stdio::Stdio;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::unistd::{ForkResult, fork, setsid};
+
+use super::attach::{Streams, follow};
+use super::client::Server;
+use super::signals::Signals;
+use super::terminal;
+
+/// Exit code when the sandbox is lost.
+const LOST: i32 = 255;
+
+/// What a proxy stands for.
+#[derive(Debug)]
+pub struct Job<'a> {
+    /// The sandbox's state directory.
+    pub state: &'a StateDir,
+    /// The container.
+    pub id: &'a ContainerId,
+    /// The exec'd process; empty for the init.
+    pub exec_id: &'a str,
+    /// Which streams it attaches.
+    pub stdio: Stdio,
+    /// The slave of its terminal.
+    pub terminal: Option<BorrowedFd<'a>>,
+    /// Namespaces that it makes for itself: those that a client looks at in `/proc/<pid>/ns`.
+    pub namespaces: CloneFlags,
+}
+
+/// A proxy that waits for its container. Dropping this ends it.
+#[derive(Debug)]
+pub struct Proxy {
+    /// Its pid.
+    pub pid: u32,
+    go: PipeWriter,
+}
+
+impl Proxy {
+    /// Forks it. Call it while there is one thread.
+    pub fn fork(job: &Job) -> anyhow::Result<Self> {
+        let (ready_reader, ready_writer) = io::pipe()?;
+        let (go_reader, go_writer) = io::pipe()?;
+        let own = std::fs::File::open("/proc/self/ns/pid")?;
+        if job.namespaces.contains(CloneFlags::CLONE_NEWPID) {
+            unshare(CloneFlags::CLONE_NEWPID).context("cannot make a pid namespace")?;
+        }
+        // SAFETY: this process has one thread, so its child may do whatever it could.
+        match unsafe { fork() }.context("cannot fork")? {
+            ForkResult::Child => {
+                drop((ready_reader, go_writer, own));
+                std::process::exit(main(job, ready_writer, go_reader));
+            }
+            ForkResult::Parent { child } => {
+                // For the children that are still to come: without this, a thread could not even be made.
+                setns(&own, CloneFlags::CLONE_NEWPID).context("cannot leave a pid namespace")?;
+                drop((ready_writer, go_reader));
+                let mut problem = String::new();
+                { ready_reader }.read_to_string(&mut problem)?;
+                if !problem.is_empty() {
+                    anyhow::bail!(
+                        "cannot set up the process that stands for the container's: {problem}"
+                    );
+                }
+                Ok(Self {
+                    pid: child.as_raw().unsigned_abs(),
+                    go: go_writer,
+                })
+            }
+        }
+    }
+
+    /// Lets it stand for its container: it exists.
+    pub fn go(mut self) -> io::Result<()> {
+        self.go.write_all(&[1])
+    }
+}
+
+/// The proxy's whole life.
+fn main(job: &Job, mut ready: PipeWriter, mut go: PipeReader) -> i32 {
+    let keep = [
+        Some(ready.as_raw_fd()),
+        Some(go.as_raw_fd()),
+        job.terminal.map(|fd| fd.as_raw_fd()),
+    ];
+    if let Err(error) = set_up(job, keep) {
+        let _ = write!(ready, "{error:#}");
+        return LOST;
+    }
+    drop(ready);
+    let mut byte = [0];
+    if !matches!(go.read(&mut byte), Ok(1)) {
+        return LOST;
+    }
+    drop(go);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let Ok(runtime) = runtime else {
+        return LOST;
+    };
+    let code = runtime.block_on(stand(job)).unwrap_or(LOST);
+    // Input may still be waited for; the end of the process is its end.
+    runtime.shutdown_background();
+    code
+}
+
+fn set_up(job: &Job, keep: [Option<RawFd>; 3]) -> anyhow::Result<()> {
+    close_others(keep)?;
+    // Nobody looks at its name but users.
+    let _ = nix::sys::prctl::set_name(c"bulkhead-proxy");
+    setsid().context("cannot make a session")?;
+    let namespaces = job.namespaces - CloneFlags::CLONE_NEWPID;
+    unshare(namespaces).context("cannot make namespaces")?;
+    if namespaces.contains(CloneFlags::CLONE_NEWNS) {
+        // Mounts of the host go away here too when they do there.
+        mount(
+            None::<&Path>,
+            "/",
+            None::<&Path>,
+            MsFlags::MS_REC | MsFlags::MS_SLAVE,
+            None::<&Path>,
+        )
+        .context("cannot separate the mounts")?;
+    }
+    if let Some(slave) = job.terminal {
+        terminal::take(slave).context("cannot take the terminal")?;
+    }
+    Ok(())
+}
+
+/// Closes what the command had open: connections and pipes whose other ends wait for their end.
+fn close_others(keep: [Option<RawFd>; 3]) -> io::Result<()> {
+    let mut keep: Vec<RawFd> = keep.into_iter().flatten().collect();
+    keep.sort_unstable();
+    let mut first: RawFd = 3;
+    for last in keep.iter().map(|fd| fd - 1).chain([RawFd::MAX]) {
+        if first <= last {
+            // SAFETY: a system call on numbers. Whoever owns these descriptors is never dropped in this process, which leaves
+            // by `exit`.
+            let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+            if result != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        first = last.saturating_add(2);
+    }
+    Ok(())
+}
+
+/// From the container's creation to its end.
+async fn stand(job: &Job<'_>) -> anyhow::Result<i32> {
+    let mut signals = Signals::catch()?;
+    let connection = bulkhead_runtime::sock::connect(&job.state.task_socket())?;
+    let server = Server::new(connection, job.id.as_str(), job.exec_id)?;
+    let mut streams = Streams::attach(job.stdio, &job.state.vsock(), job.id, job.exec_id)?;
+    let code = follow(&server, &mut signals, &mut streams).await?;
+    // A reader of our output may be slow, and a signal says not to wait for it.
+    tokio::select! {
+        () = streams.drained() => {}
+        _ = signals.end() => {}
+    }
+    if !job.exec_id.is_empty() {
+        // The server forgets it with its container anyway.
+        let _ = server.delete().await;
+    }
+    Ok(i32::try_from(code).unwrap_or(LOST))
+}

@@ -1,0 +1,128 @@
+//! Terminals of the host: raw mode, sizes, and the pair that stands between a client and a container.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use anyhow::{Context, anyhow};
+use bulkhead_runtime::sock;
+use bulkhead_runtime::stdio::TerminalSize;
+use nix::pty::{OpenptyResult, openpty};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+
+nix::ioctl_read_bad!(get_window_size, libc::TIOCGWINSZ, libc::winsize);
+nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, libc::winsize);
+nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
+
+/// The size of a terminal; `None` if `fd` is none, or has no size.
+pub fn size(fd: BorrowedFd) -> Option<TerminalSize> {
+    let mut size = libc::winsize {
+        ws_row: 0,
+        ws_col: 0,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: the kernel fills `size`, which is what this request takes.
+    unsafe { get_window_size(fd.as_raw_fd(), &mut size) }.ok()?;
+    Some(TerminalSize {
+        width: size.ws_col.into(),
+        height: size.ws_row.into(),
+    })
+    .filter(|size| *size != TerminalSize::default())
+}
+
+/// The terminal of this process in raw mode: what is typed goes to the container as it is. Dropping it restores what was.
+#[derive(Debug)]
+pub struct Raw(Termios);
+
+impl Raw {
+    /// Switches our standard input's terminal.
+    pub fn enter() -> anyhow::Result<Self> {
+        let before = tcgetattr(io::stdin()).map_err(|_| {
+            anyhow!("standard input is no terminal: set `process.terminal` to false or name a --console-socket")
+        })?;
+        make_raw(io::stdin().as_fd(), &before).context("cannot switch the terminal to raw mode")?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        // A terminal that has been hung up has nothing to restore.
+        let _ = tcsetattr(io::stdin(), SetArg::TCSADRAIN, &self.0);
+    }
+}
+
+fn make_raw(fd: BorrowedFd, before: &Termios) -> nix::Result<()> {
+    let mut raw = before.clone();
+    cfmakeraw(&mut raw);
+    tcsetattr(fd, SetArg::TCSANOW, &raw)
+}
+
+/// A pair between a client, which gets the master, and the process that stands for the container's, which moves bytes
+/// between the slave and the guest. The terminal that the container sees is the guest's; this one only passes on.
+#[derive(Debug)]
+pub struct Pair {
+    master: OwnedFd,
+    slave: OwnedFd,
+}
+
+impl Pair {
+    /// Makes one of that size.
+    pub fn open(size: Option<TerminalSize>) -> anyhow::Result<Self> {
+        let OpenptyResult { master, slave } =
+            openpty(None, None).context("cannot make a terminal")?;
+        for end in [&master, &slave] {
+            let flags = nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC);
+            nix::fcntl::fcntl(end, flags)?;
+        }
+        let before = tcgetattr(&slave).context("cannot read the new terminal's settings")?;
+        make_raw(slave.as_fd(), &before).context("cannot switch the new terminal to raw mode")?;
+        if let Some(size) = size {
+            let bounded = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+            let size = libc::winsize {
+                ws_row: bounded(size.height),
+                ws_col: bounded(size.width),
+                ws_xpixel: 0,
+                ws_ypixel: 0,
+            };
+            // SAFETY: the kernel reads `size`, which is what this request takes.
+            unsafe { set_window_size(slave.as_raw_fd(), &size) }
+                .context("cannot set the new terminal's size")?;
+        }
+        Ok(Self { master, slave })
+    }
+
+    /// Sends the master to whoever listens at `socket`, as runc does.
+    pub fn send_master(&self, socket: &Path) -> anyhow::Result<()> {
+        let connection = sock::connect(socket).with_context(|| {
+            format!("cannot connect to the console socket {}", socket.display())
+        })?;
+        let fds = [self.master.as_raw_fd()];
+        sendmsg::<()>(
+            connection.as_raw_fd(),
+            &[IoSlice::new(b"/dev/ptmx")],
+            &[ControlMessage::ScmRights(&fds)],
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .context("cannot send the terminal over the console socket")?;
+        Ok(())
+    }
+
+    /// The slave's end.
+    pub fn slave(&self) -> BorrowedFd<'_> {
+        self.slave.as_fd()
+    }
+}
+
+/// Makes the terminal `slave` this session's own and this process's standard streams.
+pub fn take(slave: BorrowedFd) -> io::Result<()> {
+    // SAFETY: the request takes a number.
+    unsafe { set_controlling_terminal(slave.as_raw_fd(), 0) }?;
+    nix::unistd::dup2_stdin(slave)?;
+    nix::unistd::dup2_stdout(slave)?;
+    nix::unistd::dup2_stderr(slave)?;
+    Ok(())
+}

@@ -1,0 +1,247 @@
+//! The hooks that run on the host (runtime-spec, config.md, "POSIX-platform Hooks"): prestart, createRuntime,
+//! createContainer, poststart and poststop. startContainer hooks run in the guest.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use oci_spec::runtime::Hook;
+use serde::Serialize;
+use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::Command;
+
+use crate::sandbox::Status;
+
+/// Most bytes of a hook's standard error that are shown.
+const MAX_SAID: u64 = 512;
+
+/// What was wrong with a hook.
+#[derive(Debug, Error)]
+#[error("hooks.{kind}[{n}] ({}): {problem}", path.display())]
+pub struct HookError {
+    kind: &'static str,
+    n: usize,
+    path: PathBuf,
+    problem: String,
+}
+
+/// What of the container's state (runtime-spec, runtime.md, "State") does not change in its life.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HookState {
+    /// The spec's version.
+    pub oci_version: String,
+    /// The container's id.
+    pub id: String,
+    /// The bundle's directory.
+    pub bundle: PathBuf,
+    /// The spec's annotations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub annotations: Option<std::collections::HashMap<String, String>>,
+}
+
+#[derive(Serialize)]
+struct State<'a> {
+    #[serde(flatten)]
+    state: &'a HookState,
+    status: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+}
+
+/// Runs hooks one after the other; the first that fails is the end.
+pub async fn run(
+    kind: &'static str,
+    hooks: Option<&Vec<Hook>>,
+    state: &HookState,
+    status: Status,
+    pid: Option<u32>,
+) -> Result<(), HookError> {
+    for (n, hook) in hooks.into_iter().flatten().enumerate() {
+        run_one(hook, state, status, pid)
+            .await
+            .map_err(|problem| HookError {
+                kind,
+                n,
+                path: hook.path().clone(),
+                problem,
+            })?;
+    }
+    Ok(())
+}
+
+/// Runs hooks one after the other; what fails is logged, and the rest goes on.
+pub async fn run_all(
+    kind: &'static str,
+    hooks: Option<&Vec<Hook>>,
+    state: &HookState,
+    status: Status,
+    pid: Option<u32>,
+) {
+    for (n, hook) in hooks.into_iter().flatten().enumerate() {
+        if let Err(problem) = run_one(hook, state, status, pid).await {
+            tracing::warn!("hooks.{kind}[{n}] ({}): {problem}", hook.path().display());
+        }
+    }
+}
+
+async fn run_one(
+    hook: &Hook,
+    state: &HookState,
+    status: Status,
+    pid: Option<u32>,
+) -> Result<(), String> {
+    let state_json = serde_json::to_vec(&State {
+        state,
+        status: status.to_string(),
+        pid,
+    })
+    .map_err(|error| error.to_string())?;
+    let timeout = hook
+        .timeout()
+        .and_then(|seconds| u64::try_from(seconds).ok());
+    let output = output(hook, &state.bundle, &state_json, timeout).await;
+    let (status, said) = output.map_err(|error| error.to_string())?;
+    if status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&said);
+    Err(format!("{status}: {}", said.trim().replace('\n', " | ")))
+}
+
+/// Runs the program to its end, and returns its status and the beginning of what it said on standard error.
+async fn output(
+    hook: &Hook,
+    bundle: &Path,
+    state: &[u8],
+    timeout: Option<u64>,
+) -> io::Result<(ExitStatus, Vec<u8>)> {
+    let mut command = Command::new(hook.path());
+    let args = hook.args().as_deref().unwrap_or_default();
+    if let Some((name, args)) = args.split_first() {
+        std::os::unix::process::CommandExt::arg0(command.as_std_mut(), name);
+        command.args(args);
+    }
+    // Without a list of its own a hook gets the runtime's environment, as runc's do.
+    if let Some(env) = hook.env() {
+        command.env_clear();
+        command.envs(env.iter().filter_map(|entry| entry.split_once('=')));
+    }
+    let mut child = command
+        .current_dir(bundle)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    let stdin = child.stdin.take();
+    let stderr = child.stderr.take();
+    let run = async {
+        if let Some(mut stdin) = stdin {
+            // A hook need not read its input.
+            let _ = stdin.write_all(state).await;
+        }
+        let mut said = Vec::new();
+        if let Some(mut stderr) = stderr {
+            // The rest has to be read too, or the hook waits.
+            (&mut stderr).take(MAX_SAID).read_to_end(&mut said).await?;
+            tokio::io::copy(&mut stderr, &mut tokio::io::sink()).await?;
+        }
+        io::Result::Ok((child.wait().await?, said))
+    };
+    let Some(seconds) = timeout else {
+        return run.await;
+    };
+    let ended = tokio::time::timeout(Duration::from_secs(seconds), run).await;
+    match ended {
+        Ok(ended) => ended,
+        Err(_) => {
+            child.kill().await?;
+            let problem = format!("did not end within {seconds} s and was killed");
+            Err(io::Error::new(io::ErrorKind::TimedOut, problem))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn state(bundle: &Path) -> HookState {
+        HookState {
+            oci_version: "1.0.2".into(),
+            id: "c1".into(),
+            bundle: bundle.to_path_buf(),
+            annotations: None,
+        }
+    }
+
+    fn hooks(hooks: Value) -> Vec<Hook> {
+        serde_json::from_value(hooks).unwrap()
+    }
+
+    fn run_them(hooks: &Vec<Hook>, dir: &Path) -> Result<(), HookError> {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+            .block_on(run(
+                "prestart",
+                Some(hooks),
+                &state(dir),
+                Status::Creating,
+                Some(7),
+            ))
+    }
+
+    #[test]
+    fn a_hook_gets_the_state_its_arguments_its_environment_and_the_bundle_as_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let hooks = hooks(json!([{
+            "path": "/bin/sh",
+            "args": ["sh", "-c", "cat > state; echo $A $0 $1 ${HOME-none} > seen", "zero", "one"],
+            "env": ["A=b"]
+        }]));
+        run_them(&hooks, dir.path()).unwrap();
+        let state = std::fs::read(dir.path().join("state")).unwrap();
+        let state: Value = serde_json::from_slice(&state).unwrap();
+        assert_eq!(
+            state,
+            json!({"ociVersion": "1.0.2", "id": "c1", "bundle": dir.path(), "status": "creating", "pid": 7})
+        );
+        let seen = std::fs::read_to_string(dir.path().join("seen")).unwrap();
+        assert_eq!(seen, "b zero one none\n");
+    }
+
+    #[test]
+    fn the_first_failure_ends_the_list_and_names_the_hook() {
+        let dir = tempfile::tempdir().unwrap();
+        let hooks = hooks(json!([
+            {"path": "/bin/sh", "args": ["sh", "-c", "echo no such network >&2; exit 3"]},
+            {"path": "/bin/sh", "args": ["sh", "-c", "touch second"]}
+        ]));
+        let message = run_them(&hooks, dir.path()).unwrap_err().to_string();
+        assert!(
+            message.starts_with("hooks.prestart[0] (/bin/sh): "),
+            "{message}"
+        );
+        assert!(message.contains("3: no such network"), "{message}");
+        assert!(!dir.path().join("second").exists());
+    }
+
+    #[test]
+    fn a_hook_that_takes_too_long_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let hooks = hooks(json!([
+            {"path": "/bin/sh", "args": ["sh", "-c", "echo $$ > pid; exec sleep 1000"], "timeout": 1}
+        ]));
+        let message = run_them(&hooks, dir.path()).unwrap_err().to_string();
+        assert!(message.contains("did not end within 1 s"), "{message}");
+        let pid = std::fs::read_to_string(dir.path().join("pid")).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+        assert!(status.map_or(true, |status| status.contains(") Z ")));
+    }
+}

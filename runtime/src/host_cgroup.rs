@@ -1,0 +1,273 @@
+//! The host's cgroup of a sandbox: at the spec's `cgroupsPath`, holding its server, its VMM and the processes that stand for
+//! the container's, so that readers of host cgroups see true numbers and the host's limits bound the whole VM.
+//!
+//! Only cgroup v2; a host without it gets none. The guest enforces each container's limits inside.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use libcgroups::common::{
+    AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager,
+};
+use libcgroups_nix::unistd::Pid;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+use oci_spec::runtime::{LinuxMemory, LinuxResources, LinuxResourcesBuilder, Spec};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::id::ContainerId;
+
+/// Where cgroup v2 is mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// Memory of server, VMM and proxies beside the guest's, in bytes: what the host's limit is above it.
+const OVERHEAD: u64 = 64 << 20;
+
+/// How long the processes of a cgroup may take to be gone once they are killed, in milliseconds.
+const KILL_TIMEOUT_MS: u16 = 10_000;
+
+/// What went wrong with the host's cgroup.
+#[derive(Debug, Error)]
+pub enum HostCgroupError {
+    /// The path is no path of a cgroup.
+    #[error("config.json: `linux.cgroupsPath` {0:?} {1}")]
+    Path(PathBuf, &'static str),
+    /// Somebody else is in it.
+    #[error("the cgroup {} is not empty: remove its processes or name another `linux.cgroupsPath`", .0.display())]
+    Occupied(PathBuf),
+    /// An operation failed.
+    #[error("cannot {what} the host's cgroup {}: {message}", path.display())]
+    Failed {
+        /// The operation.
+        what: &'static str,
+        /// On which cgroup.
+        path: PathBuf,
+        /// What went wrong.
+        message: String,
+    },
+}
+
+/// Which cgroup it is: enough to find it again from the state directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostCgroup {
+    /// As the driver wants it: a path below the mount, or systemd's `slice:prefix:name`.
+    path: PathBuf,
+    /// Whether systemd makes it.
+    systemd: bool,
+    /// The container's name, by which systemd names a unit whose path says none.
+    name: String,
+}
+
+impl HostCgroup {
+    /// The cgroup of a container; `None` where the host has no cgroup v2.
+    pub fn of(
+        spec: &Spec,
+        id: &ContainerId,
+        systemd: bool,
+    ) -> Result<Option<Self>, HostCgroupError> {
+        if !statfs(ROOT).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC) {
+            return Ok(None);
+        }
+        let given = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.cgroups_path().clone())
+            .filter(|path| !path.as_os_str().is_empty());
+        let path = match given {
+            Some(path) if systemd => {
+                if path.to_string_lossy().split(':').count() != 3 {
+                    return Err(HostCgroupError::Path(
+                        path,
+                        "must be \"slice:prefix:name\" with --systemd-cgroup",
+                    ));
+                }
+                path
+            }
+            Some(path) => {
+                let up = |part| matches!(part, std::path::Component::ParentDir);
+                if path.components().any(up) {
+                    return Err(HostCgroupError::Path(path, "must not contain \"..\""));
+                }
+                if path.is_absolute() {
+                    path
+                } else {
+                    beside_own().join(path)
+                }
+            }
+            None if systemd => format!(":bulkhead:{id}").into(),
+            None => beside_own().join(id),
+        };
+        Ok(Some(Self {
+            path,
+            systemd,
+            name: id.as_str().to_owned(),
+        }))
+    }
+
+    /// Makes the cgroup and puts the first process into it. One that is there must be empty.
+    pub fn make(&self, pid: u32) -> Result<(), HostCgroupError> {
+        if let Some(directory) = self.directory()
+            && populated(&directory).is_ok_and(|populated| populated)
+        {
+            return Err(HostCgroupError::Occupied(directory));
+        }
+        self.add(pid)
+    }
+
+    /// Puts a process into it.
+    pub fn add(&self, pid: u32) -> Result<(), HostCgroupError> {
+        let pid = i32::try_from(pid).map_err(|e| self.failed("enter", &e))?;
+        let manager = self.manager()?;
+        manager
+            .add_task(Pid::from_raw(pid))
+            .map_err(|e| self.failed("enter", &e))
+    }
+
+    /// Applies what of a container's resources is the host's to enforce: processors, I/O, and the memory of a guest of that
+    /// size.
+    pub fn apply(&self, resources: &LinuxResources, guest_mib: u64) -> Result<(), HostCgroupError> {
+        let resources = of_host(resources, guest_mib).map_err(|e| self.failed("limit", &e))?;
+        let options = ControllerOpt {
+            resources: &resources,
+            disable_oom_killer: false,
+            oom_score_adj: None,
+            freezer_state: None,
+        };
+        self.manager()?
+            .apply(&options)
+            .map_err(|e| self.failed("limit", &e))
+    }
+
+    /// Kills what is in it, and removes it. The caller must not be.
+    pub fn remove(&self) -> Result<(), HostCgroupError> {
+        let Some(directory) = self.directory().filter(|directory| directory.exists()) else {
+            return Ok(());
+        };
+        end_processes(&directory).map_err(|e| self.failed("empty", &e))?;
+        if self.systemd {
+            return self
+                .manager()?
+                .remove()
+                .map_err(|e| self.failed("remove", &e));
+        }
+        match fs::remove_dir(&directory) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(self.failed("remove", &e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Its directory. systemd alone knows where its units are.
+    pub fn directory(&self) -> Option<PathBuf> {
+        if self.systemd {
+            return None;
+        }
+        let below = self.path.strip_prefix("/").unwrap_or(&self.path);
+        Some(Path::new(ROOT).join(below))
+    }
+
+    fn manager(&self) -> Result<AnyCgroupManager, HostCgroupError> {
+        create_cgroup_manager(CgroupConfig {
+            cgroup_path: self.path.clone(),
+            systemd_cgroup: self.systemd,
+            container_name: self.name.clone(),
+        })
+        .map_err(|e| self.failed("find", &e))
+    }
+
+    fn failed(&self, what: &'static str, error: &dyn std::fmt::Display) -> HostCgroupError {
+        HostCgroupError::Failed {
+            what,
+            path: self.path.clone(),
+            message: error.to_string(),
+        }
+    }
+}
+
+/// Moves this process out of whatever cgroup it is in, to where it was before: `directory`, or the root.
+pub fn leave_for(directory: &Path) -> io::Result<()> {
+    let pid = std::process::id().to_string();
+    fs::write(directory.join("cgroup.procs"), &pid)
+        .or_else(|_| fs::write(Path::new(ROOT).join("cgroup.procs"), &pid))
+}
+
+/// This process's own cgroup.
+pub fn own() -> PathBuf {
+    let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = text.lines().find_map(|line| line.strip_prefix("0::/"));
+    Path::new(ROOT).join(own.unwrap_or_default())
+}
+
+/// Where runc puts a container without a path of its own: beside the caller's cgroup, since processes and children don't go
+/// together in cgroup v2.
+fn beside_own() -> PathBuf {
+    let own = own();
+    let below = own.strip_prefix(ROOT).unwrap_or(Path::new(""));
+    Path::new("/").join(below.parent().unwrap_or(Path::new("")))
+}
+
+/// The host's part of a container's resources.
+fn of_host(resources: &LinuxResources, guest_mib: u64) -> Result<LinuxResources, String> {
+    let limit = (guest_mib << 20).saturating_add(OVERHEAD);
+    let mut memory = LinuxMemory::default();
+    memory.set_limit(i64::try_from(limit).ok());
+    let mut host = LinuxResourcesBuilder::default()
+        .memory(memory)
+        .build()
+        .map_err(|e| e.to_string())?;
+    host.set_devices(None);
+    host.set_cpu(resources.cpu().clone());
+    host.set_block_io(resources.block_io().clone());
+    Ok(host)
+}
+
+fn populated(directory: &Path) -> io::Result<bool> {
+    let events = fs::read_to_string(directory.join("cgroup.events"))?;
+    Ok(events.lines().any(|line| line == "populated 1"))
+}
+
+/// Kills every process of a cgroup and waits until the last one is gone. The kernel marks `cgroup.events` with POLLPRI when
+/// it changes (Documentation/admin-guide/cgroup-v2.rst).
+fn end_processes(directory: &Path) -> io::Result<()> {
+    let events = fs::File::open(directory.join("cgroup.events"))?;
+    let read = || fs::read_to_string(directory.join("cgroup.events"));
+    // The first read arms the notification of the open file.
+    io::Read::read_to_string(&mut &events, &mut String::new())?;
+    if read()?.contains("populated 1") {
+        fs::write(directory.join("cgroup.kill"), "1")?;
+    }
+    while read()?.contains("populated 1") {
+        let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        if poll(&mut fds, PollTimeout::from(KILL_TIMEOUT_MS))? == 0 {
+            let mut left = OsString::from("processes of it do not end: ");
+            left.push(fs::read_to_string(directory.join("cgroup.procs"))?.replace('\n', " "));
+            return Err(io::Error::other(left.to_string_lossy().into_owned()));
+        }
+        io::Seek::rewind(&mut &events)?;
+        io::Read::read_to_string(&mut &events, &mut String::new())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_bounds_memory_by_the_guests_size_and_leaves_the_containers_limits_to_the_guest() {
+        let resources: LinuxResources = serde_json::from_str(
+            r#"{"memory":{"limit":1048576,"swap":2097152},"pids":{"limit":3},"cpu":{"quota":5000,"period":10000},
+               "unified":{"memory.high":"1"},"devices":[{"allow":false,"access":"rwm"}]}"#,
+        )
+        .unwrap();
+        let host = of_host(&resources, 128).unwrap();
+        let memory = host.memory().as_ref().unwrap();
+        assert_eq!(memory.limit(), Some((128 + 64) << 20));
+        assert_eq!(memory.swap(), None);
+        assert_eq!(host.cpu(), resources.cpu());
+        assert!(host.pids().is_none() && host.unified().is_none() && host.devices().is_none());
+    }
+}

@@ -1,0 +1,165 @@
+//! Processes that are executed in a running container.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::container;
+use super::process::{Exit, Process, Status};
+use super::{Sandbox, SandboxError};
+use crate::stdio::{Stdio, TerminalSize};
+
+/// A process to execute.
+#[derive(Debug)]
+pub struct Exec {
+    /// The container.
+    pub id: String,
+    /// The process's name in it.
+    pub exec_id: String,
+    /// The spec's `process`, as JSON.
+    pub process_json: Vec<u8>,
+    /// Who attaches its streams.
+    pub stdio: Stdio,
+}
+
+/// What the command line adds to a process's JSON, whose properties are the spec's alone: beside it, under this name.
+pub const OPTIONS: &str = "io.bulkhead";
+
+/// What the Task API's exec request has no field for.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExecOptions {
+    /// The process of the host that stands for this one. Its end by SIGKILL is the process's.
+    pub proxy: Option<u32>,
+    /// Size of the terminal at the start.
+    pub terminal_size: Option<TerminalSize>,
+}
+
+impl Sandbox {
+    /// Describes a process that [`Sandbox::start_exec`] is to execute.
+    pub fn exec(self: &Arc<Self>, exec: Exec) -> Result<(), SandboxError> {
+        let container = self.container(&exec.id)?;
+        running(&container)?;
+        let wrong = |problem: String| SandboxError::Request {
+            what: "process",
+            problem,
+        };
+        let mut json: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(&exec.process_json).map_err(|e| wrong(e.to_string()))?;
+        let options: ExecOptions = match json.remove(OPTIONS) {
+            Some(options) => serde_json::from_value(options).map_err(|e| wrong(e.to_string()))?,
+            None => ExecOptions::default(),
+        };
+        let spec = serde_json::to_vec(&json).map_err(|e| wrong(e.to_string()))?;
+        let process = Arc::new(Process::new(exec.stdio, options.proxy));
+        process.created();
+        let added = container::Exec {
+            spec,
+            size: options.terminal_size,
+            process,
+        };
+        if !container.add_exec(&exec.exec_id, added) {
+            return Err(SandboxError::ExecExists(exec.exec_id));
+        }
+        let watched = self.watch_stand_in(container.clone(), &exec.exec_id, options.proxy);
+        if watched.is_err() {
+            container.remove_exec(&exec.exec_id);
+        }
+        watched
+    }
+
+    /// Executes it; returns its stand-in's pid.
+    pub async fn start_exec(
+        self: &Arc<Self>,
+        id: &str,
+        exec_id: &str,
+    ) -> Result<u32, SandboxError> {
+        let container = self.container(id)?;
+        let exec = container
+            .exec(exec_id)
+            .ok_or_else(|| SandboxError::NoProcess(exec_id.to_owned()))?;
+        if exec.process.status() != Status::Created {
+            return Err(SandboxError::Status {
+                what: "cannot start the process",
+                status: exec.process.status(),
+            });
+        }
+        let started = self.execute(&container, exec_id, &exec).await;
+        if started.is_err() {
+            exec.process.ended(super::LOST_EXIT_CODE);
+            container.remove_exec(exec_id);
+        }
+        started
+    }
+
+    async fn execute(
+        self: &Arc<Self>,
+        container: &Arc<container::Container>,
+        exec_id: &str,
+        exec: &container::Exec,
+    ) -> Result<u32, SandboxError> {
+        running(container)?;
+        let machine = self.running_machine()?;
+        if let (Some(cgroup), Some(proxy)) = (self.cgroup.get(), exec.process.proxy) {
+            cgroup.add(proxy)?;
+        }
+        let agent = machine.agent().await?;
+        let stdio = exec.process.stdio.for_agent(exec.size);
+        let answer = agent
+            .exec(container.id.as_str(), exec_id, exec.spec.clone(), stdio)
+            .await;
+        machine.explain(answer).await?;
+        exec.process.started();
+        tokio::spawn(self.clone().watch_process(
+            container.clone(),
+            exec_id.to_owned(),
+            exec.process.clone(),
+            agent,
+        ));
+        Ok(self.stand_in(&exec.process))
+    }
+
+    /// Forgets a process that does not run.
+    pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<Option<Exit>, SandboxError> {
+        let container = self.container(id)?;
+        let process = self.process(id, exec_id)?;
+        let status = process.status();
+        if !matches!(status, Status::Created | Status::Stopped) {
+            return Err(SandboxError::Status {
+                what: "cannot delete the process",
+                status,
+            });
+        }
+        container.remove_exec(exec_id);
+        // With the container's init the guest has forgotten, or will forget, all of it.
+        if status == Status::Stopped
+            && container.status() == Status::Running
+            && let Ok(machine) = self.running_machine()
+        {
+            let agent = machine.agent().await?;
+            machine
+                .explain(agent.delete_process(id, exec_id).await)
+                .await?;
+        }
+        Ok(process.exit())
+    }
+
+    /// The bundle of a container, for what a client has to look up there.
+    pub fn bundle(&self, id: &str) -> Result<PathBuf, SandboxError> {
+        Ok(self.container(id)?.bundle.clone())
+    }
+}
+
+fn running(container: &container::Container) -> Result<(), SandboxError> {
+    let what = match container.status() {
+        Status::Running => return Ok(()),
+        Status::Paused => "cannot exec in a paused container",
+        Status::Stopped => "cannot exec in a stopped container",
+        Status::Creating | Status::Created => "cannot exec in a container that is not running",
+    };
+    Err(SandboxError::Status {
+        what,
+        status: container.status(),
+    })
+}

@@ -1,0 +1,85 @@
+//! A container's limits and what it has used.
+
+use bulkhead_protocol::agent::ContainerStatsResponse;
+use oci_spec::runtime::LinuxResources;
+
+use super::process::Status;
+use super::{Sandbox, SandboxError};
+use crate::sizing::BASE_MEMORY_MIB;
+
+impl Sandbox {
+    /// Changes the limits of a container to what `resources_json` (the spec's `linux.resources`) names.
+    pub async fn update(&self, id: &str, resources_json: &[u8]) -> Result<(), SandboxError> {
+        let resources: LinuxResources =
+            serde_json::from_slice(resources_json).map_err(|e| SandboxError::Request {
+                what: "resources",
+                problem: e.to_string(),
+            })?;
+        let machine = self.live_machine(id, "cannot update the container")?;
+        let guest_mib = self.guest_memory_mib(&resources)?;
+        let agent = machine.agent().await?;
+        let of_guest = crate::adapt::guest_resources(resources.clone());
+        let json = serde_json::to_vec(&of_guest).map_err(|e| SandboxError::Request {
+            what: "resources",
+            problem: e.to_string(),
+        })?;
+        machine.explain(agent.update(id, json).await).await?;
+        if let Some(cgroup) = self.cgroup.get() {
+            cgroup.apply(&resources, guest_mib)?;
+        }
+        Ok(())
+    }
+
+    /// The guest's memory, which a limit must fit into.
+    fn guest_memory_mib(&self, resources: &LinuxResources) -> Result<u64, SandboxError> {
+        let guest_mib = self
+            .machine
+            .get()
+            .map_or(0, |machine| machine.size().memory_mib);
+        let limit = resources
+            .memory()
+            .as_ref()
+            .and_then(|memory| memory.limit());
+        let limit_mib = limit
+            .and_then(|bytes| u64::try_from(bytes).ok())
+            .unwrap_or(0)
+            >> 20;
+        let most = guest_mib.saturating_sub(BASE_MEMORY_MIB);
+        if limit_mib > most {
+            return Err(SandboxError::Request {
+                what: "memory.limit",
+                problem: format!(
+                    "{limit_mib} MiB do not fit into this container's VM, which was made for at most {most} MiB: \
+                     create the container with the larger limit"
+                ),
+            });
+        }
+        Ok(guest_mib)
+    }
+
+    /// What a container has used.
+    pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse, SandboxError> {
+        let machine = self.live_machine(id, "cannot read the container's statistics")?;
+        let agent = machine.agent().await?;
+        machine.explain(agent.stats(id).await).await
+    }
+
+    /// Waits for a kill for want of memory beyond the first `seen`; returns how many there were.
+    pub async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, SandboxError> {
+        let machine = self.live_machine(id, "cannot watch the container")?;
+        let agent = machine.agent().await?;
+        machine.explain(agent.wait_oom(id, seen).await).await
+    }
+
+    fn live_machine(
+        &self,
+        id: &str,
+        what: &'static str,
+    ) -> Result<&super::boot::Machine, SandboxError> {
+        let container = self.container(id)?;
+        match container.status() {
+            Status::Created | Status::Running => self.running_machine(),
+            status => Err(SandboxError::Status { what, status }),
+        }
+    }
+}
