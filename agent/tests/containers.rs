@@ -130,6 +130,7 @@ tests![
     ids_of_a_bind_mount_are_mapped,
     masks_follow_links_inside_the_root_only,
     sysfs_mounts_without_a_network_namespace,
+    limits_are_set_before_anything_runs,
 ];
 
 async fn output_errors_and_exit_code_come_back() {
@@ -1337,4 +1338,27 @@ async fn sysfs_mounts_without_a_network_namespace() {
     let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
     namespaces.retain(|namespace| namespace["type"] != "network");
     assert_eq!(bed.output(&spec).await, "/sys/class/net/lo\n1\n");
+}
+
+async fn limits_are_set_before_anything_runs() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("cat /sys/fs/cgroup/cgroup.max.depth");
+    // A file that every cgroup has, whatever controllers this machine's v2 hierarchy got.
+    spec["linux"]["resources"] = json!({"unified": {"cgroup.max.depth": "5"}});
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    let depth = bed.cgroup_of("box").join("cgroup.max.depth");
+    assert_eq!(fs::read_to_string(depth).unwrap(), "5\n");
+    bed.delete("box").await.unwrap();
+    assert_eq!(bed.output(&spec).await, "5\n");
+    spec["linux"]["resources"] = json!({"unified": {"nosuch.max": "5"}});
+    let (code, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert_eq!(
+        message,
+        "linux.resources.unified[\"nosuch.max\"]: cannot set nosuch.max to \"5\": the guest's kernel has no such limit"
+    );
+    assert!(!bed.cgroup_of("box").exists());
 }

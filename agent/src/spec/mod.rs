@@ -466,8 +466,8 @@ mod tests {
             ),
             (
                 "/linux/resources",
-                json!({"blockIO": {"weight": 10}}),
-                "linux.resources.blockIO",
+                json!({"blockIO": {"weight": 9}}),
+                "linux.resources.blockIO.weight",
             ),
             (
                 "/hooks",
