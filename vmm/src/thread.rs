@@ -16,6 +16,10 @@ pub enum Kind {
     Loader,
     /// Runs one vCPU; makes the transports' calls into devices.
     Vcpu(u8),
+    /// Moves the socket device's packets.
+    Vsock,
+    /// Serves the file-system device's requests, one of several.
+    Fs(u8),
     /// Tries `/dev/kvm`; never in a VMM.
     Probe,
 }
@@ -26,6 +30,8 @@ impl Kind {
         match self {
             Self::Loader => "loader".into(),
             Self::Vcpu(id) => format!("vcpu-{id}"),
+            Self::Vsock => "vsock".into(),
+            Self::Fs(index) => format!("fs-{index}"),
             Self::Probe => "probe".into(),
         }
     }

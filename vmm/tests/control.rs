@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use bulkhead_vmm::client::{Client, ClientError, VmmProcess};
-use bulkhead_vmm::control::{AttachConfig, BootConfig, Event, VmState, exit_code};
+use bulkhead_vmm::control::{AttachConfig, BootConfig, Event, ShareConfig, VmState, exit_code};
 use bulkhead_vmm::layout;
 use common::{CODE, POWER_OFF, RESET};
 use tempfile::TempDir;
@@ -210,6 +210,17 @@ fn a_refused_boot_names_the_cause_and_can_be_repeated() {
         assert!(message.contains(expected), "{message}");
         assert_eq!(message.lines().count(), 1);
     }
+    // Refused after the socket was made.
+    let no_share = with(|c| {
+        c.share = Some(ShareConfig {
+            tag: "share".into(),
+            directory: "/nonexistent".into(),
+            queues: 1,
+        });
+    });
+    let vsock_path = no_share.vsock_path.clone();
+    assert!(vmm.refusal(no_share, &good).contains("/nonexistent"));
+    assert!(!vsock_path.exists());
     vmm.boot(&SPIN).unwrap();
     let config = vmm.config();
     let again = vmm.refusal(config, &good);

@@ -36,6 +36,7 @@ use self::worker::{Channel, Stop, Worker};
 use super::driver_queue::DriverQueue;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::control::ShareConfig;
+use crate::thread::Kind;
 
 /// Length of each queue. A driver's requests are at most as long as the queue, less a few headers: a megabyte is 256 pages.
 const QUEUE_SIZE: u16 = 512;
@@ -44,7 +45,7 @@ const TAG_LEN: usize = 36;
 /// Most request queues.
 const MAX_QUEUES: u8 = 8;
 /// Threads for each request queue.
-const THREADS_PER_QUEUE: usize = 2;
+const THREADS_PER_QUEUE: u8 = 2;
 /// Descriptors that are left to the rest of the VMM, if there are as many.
 const RESERVED_DESCRIPTORS: usize = 4096;
 
@@ -173,8 +174,8 @@ impl VirtioDevice for Fs {
             stop,
             threads: Vec::new(),
         };
-        for index in 0..channels.len() * THREADS_PER_QUEUE {
-            let mut served = vec![channels[index / THREADS_PER_QUEUE].clone()];
+        for index in 0..channels.len() as u8 * THREADS_PER_QUEUE {
+            let mut served = vec![channels[usize::from(index / THREADS_PER_QUEUE)].clone()];
             if index == 0 {
                 served.push(high_priority.clone());
             }
@@ -186,7 +187,7 @@ impl VirtioDevice for Fs {
                 share: self.share.clone(),
                 server: server.clone(),
             };
-            match worker.spawn(format!("fs-{index}")) {
+            match worker.spawn(Kind::Fs(index)) {
                 Ok(thread) => running.threads.push(thread),
                 Err(error) => {
                     running.end();

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::identity;
 use super::share::Share;
 use crate::sync::lock;
+use crate::thread::{self, Kind};
 use crate::virtio::driver_queue::{Chain, DriverQueue};
 use crate::virtio::{Interrupt, Memory};
 
@@ -91,9 +92,9 @@ pub struct Worker {
 
 impl Worker {
     /// Starts the thread. Returns once it serves, or with the reason why it can't.
-    pub fn spawn(self, name: String) -> io::Result<JoinHandle<()>> {
+    pub fn spawn(self, kind: Kind) -> io::Result<JoinHandle<()>> {
         let (tell, told) = mpsc::sync_channel(1);
-        let thread = std::thread::Builder::new().name(name).spawn(move || {
+        let thread = thread::spawn(kind, move || {
             let epoll = match self.prepare() {
                 Ok(epoll) => epoll,
                 Err(error) => return drop(tell.send(error)),

@@ -31,6 +31,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::driver_queue::DriverQueue;
 use super::{ActivateError, Activation, VirtioDevice};
+use crate::thread;
 use worker::{Parts, Worker};
 
 /// Receive, transmit and event queue (virtio 1.2, 5.10.2). Linux posts buffers of a page with a descriptor for each header, so
@@ -128,9 +129,7 @@ impl VirtioDevice for Vsock {
             tx: DriverQueue::new(tx, features, "vsock transmit"),
         })
         .map_err(ActivateError::Worker)?;
-        let thread = std::thread::Builder::new()
-            .name(self.name().to_owned())
-            .spawn(move || worker.run())
+        let thread = thread::spawn(thread::Kind::Vsock, move || worker.run())
             .map_err(ActivateError::Worker)?;
         self.running = Some(Running { stop, thread });
         Ok(())
@@ -151,7 +150,10 @@ impl VirtioDevice for Vsock {
 }
 
 impl Drop for Vsock {
+    /// A device that goes before its process does takes its socket with it: the next one may want the path.
     fn drop(&mut self) {
         self.reset();
+        // Whoever owns the folder may have removed it already.
+        let _ = std::fs::remove_file(&self.path);
     }
 }
