@@ -2,15 +2,17 @@
 //!
 //! Ratios are what counts: on an emulated CPU everything is 10 to 30 times slower than on a real one.
 
+mod idle;
 mod memory;
 mod start;
 mod table;
+mod wakeups;
 
 use std::path::PathBuf;
 
 use clap::Parser;
 
-/// Measures start time, memory and sizes, and prints them as tables.
+/// Measures start time, memory, wake-ups and sizes, and prints them as tables.
 #[derive(Debug, Parser)]
 struct Arguments {
     /// Rounds; each runs every program once. The tables show medians.
@@ -32,5 +34,6 @@ fn main() -> anyhow::Result<()> {
         &arguments.guest_probe,
     )?;
     memory::measure(arguments.rounds)?;
+    wakeups::measure()?;
     memory::sizes()
 }

@@ -2,38 +2,28 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Stdio};
 
-use anyhow::{Context, ensure};
-use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::{bulkhead, run_command, start};
-use bulkhead_e2e::{dist, processes};
+use bulkhead_e2e::dist;
 
+use crate::idle::{GUEST_MIB, IdleSandbox, name};
 use crate::table::{median, print};
-
-/// Guest memory of the measured sandbox, in MiB.
-const GUEST_MIB: u64 = 128;
 
 /// Starts idle sandboxes and prints the proportional set size (PSS) of each process, guest memory apart.
 pub fn measure(rounds: usize) -> anyhow::Result<()> {
     let mut sizes: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    let config = std::env::temp_dir().join(format!("bulkhead-bench-{}.toml", std::process::id()));
-    fs::write(&config, format!("memory_mib = {GUEST_MIB}\n"))?;
     for _ in 0..rounds {
-        let bundle = Bundle::shell("echo ready; exec sleep 100000");
-        let mut command = bulkhead();
-        command.arg("--config").arg(&config);
-        let mut child = start(run_command(command, &bundle).stdin(Stdio::null()));
-        let looked = look(&mut child, &mut sizes);
-        let pids = processes::of_the_build_under_test();
-        child.kill()?;
-        child.wait()?;
-        processes::wait_for_end(&pids);
-        looked?;
+        let sandbox = IdleSandbox::start()?;
+        for &pid in &sandbox.pids {
+            let name = name(&format!("/proc/{pid}"))?;
+            let pss = Pss::of(&fs::read_to_string(format!("/proc/{pid}/smaps"))?);
+            let mut add = |what, kib| sizes.entry(what).or_default().push(kib as f64);
+            add(format!("{name}, without guest memory"), pss.own_kib);
+            if pss.guest_kib > 0 {
+                add("guest memory touched".to_owned(), pss.guest_kib);
+            }
+        }
     }
-    fs::remove_file(config)?;
     let rows: Vec<_> = sizes
         .iter()
         .map(|(what, kib)| vec![what.clone(), format!("{:.1} MiB", median(kib) / 1024.0)])
@@ -48,53 +38,39 @@ pub fn measure(rounds: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Adds the sizes of a sandbox's processes once its container runs.
-fn look(client: &mut Child, sizes: &mut BTreeMap<String, Vec<f64>>) -> anyhow::Result<()> {
-    let mut line = String::new();
-    BufReader::new(client.stdout.take().context("no stdout")?).read_line(&mut line)?;
-    ensure!(line == "ready\n", "the container said {line:?}");
-    for pid in processes::of_the_build_under_test() {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm"))?
-            .trim()
-            .to_owned();
-        let (guest, rest) = pss_kib(pid)?;
-        sizes
-            .entry(format!("{name}, without guest memory"))
-            .or_default()
-            .push(rest);
-        if guest > 0.0 {
-            sizes
-                .entry("guest memory touched".to_owned())
-                .or_default()
-                .push(guest);
-        }
-    }
-    Ok(())
+/// A process's memory in its share of all that it maps.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Pss {
+    guest_kib: u64,
+    own_kib: u64,
 }
 
-/// PSS of guest memory and of everything else. Guest memory is the one mapping of its size.
-fn pss_kib(pid: u32) -> anyhow::Result<(f64, f64)> {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let kib = |line: &str| {
-        line.split_whitespace()
-            .nth(1)
-            .and_then(|n| n.parse::<u64>().ok())
-            .unwrap_or(0)
-    };
-    let (mut guest, mut rest, mut size) = (0, 0, 0);
-    for line in smaps.lines() {
-        if line.starts_with("Size:") {
-            size = kib(line);
-        } else if line.starts_with("Pss:") {
-            let share = if size >= GUEST_MIB * 1024 {
-                &mut guest
-            } else {
-                &mut rest
-            };
-            *share += kib(line);
+impl Pss {
+    /// Adds `/proc/<pid>/smaps` up. Guest memory are the writable private mappings that the VMM has excluded from core dumps (`dd`
+    /// among the flags, which come last for each mapping): nothing else of it is.
+    fn of(smaps: &str) -> Self {
+        let mut sum = Self::default();
+        let (mut writable, mut kib) = (false, 0);
+        for line in smaps.lines() {
+            let mut words = line.split_whitespace();
+            match (words.next(), words.next()) {
+                (Some("Pss:"), Some(size)) => kib = size.parse().unwrap_or(0),
+                (Some("VmFlags:"), first) => {
+                    let excluded = first.into_iter().chain(words).any(|flag| flag == "dd");
+                    if excluded && writable {
+                        sum.guest_kib += kib;
+                    } else {
+                        sum.own_kib += kib;
+                    }
+                }
+                (Some(range), Some(rights)) if !range.ends_with(':') => {
+                    writable = rights == "rw-p";
+                }
+                _ => {}
+            }
         }
+        sum
     }
-    Ok((guest as f64, rest as f64))
 }
 
 /// Prints the sizes of what is installed.
@@ -118,4 +94,36 @@ pub fn sizes() -> anyhow::Result<()> {
     }
     print("Sizes of the files", &["file", "size"], &rows);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Pss;
+
+    #[test]
+    fn guest_memory_is_what_no_core_dump_has_however_many_mappings_it_is() {
+        let smaps = "\
+7f0000000000-7f0000200000 rw-p 00000000 00:00 0
+Size:               2048 kB
+Pss:                1000 kB
+VmFlags: rd wr mr mw me nr dd nh
+7f0000200000-7f0008000000 rw-p 00000000 00:00 0
+Pss:               40000 kB
+VmFlags: rd wr mr mw me nr dd
+7f0009000000-7f0009010000 rw-p 00000000 00:00 0                          [heap]
+Pss:                  30 kB
+VmFlags: rd wr mr mw me ac
+7f000a000000-7f000a010000 r-xp 00000000 00:10 7 /bin/program: with words
+Pss:                   7 kB
+VmFlags: rd ex mr mw me
+7ffd00000000-7ffd00004000 r--p 00000000 00:00 0                          [vvar]
+Pss:                   1 kB
+VmFlags: rd mr pf io de dd
+";
+        let expected = Pss {
+            guest_kib: 41000,
+            own_kib: 38,
+        };
+        assert_eq!(Pss::of(smaps), expected);
+    }
 }
