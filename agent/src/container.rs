@@ -3,25 +3,27 @@
 //! The table maps ids to containers; no lock is held while anything is awaited. A container's life:
 //! created (its init waits before the exec) → running → ended, and deleted from any of them.
 
-use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
-use bulkhead_protocol::agent::{CreateContainerRequest, StreamHeader};
+use bulkhead_protocol::agent::{CreateContainerRequest, ExecProcessRequest, StreamHeader};
 use bulkhead_protocol::{GUEST_SHARE, SHARE_TAG};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
-use nix::unistd::Pid;
+use tokio::sync::watch;
 
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::error::{Context, Error, Kind, Result};
 use crate::handshake::{self, Report};
 use crate::init::{self, Job};
 use crate::mounts::Trees;
-use crate::reaper::{Exit, ExitWatch, Reaper, exited};
+use crate::reaper::{Exit, Reaper, exited};
+use crate::registry::Registry;
 use crate::spec::Plan;
 use crate::streams::{ProcessEnds, Streams};
 use crate::sys::{self, Fork};
+use crate::task::Task;
+use crate::terminal::Size;
 use crate::transport::Connection;
 use crate::user_namespace;
 
@@ -37,35 +39,24 @@ pub struct Ground {
 /// All containers of the guest.
 #[derive(Debug)]
 pub struct Containers {
-    table: Mutex<HashMap<String, Entry>>,
+    registry: Registry<Container>,
     reaper: Reaper,
     ground: Ground,
     loopback: Once,
 }
 
-#[derive(Debug)]
-enum Entry {
-    /// The id is taken by a creation under way.
-    Reserved,
-    Made(Arc<Container>),
-}
-
 /// One container.
 #[derive(Debug)]
-struct Container {
-    init: Init,
-    own_pid_namespace: bool,
+pub struct Container {
+    pub(crate) id: String,
+    pub(crate) plan: Plan,
+    pub(crate) init: Task,
+    pub(crate) cgroup: Cgroup,
+    /// Processes that joined it, by their exec ids.
+    pub(crate) execs: Registry<Task>,
+    /// Set when its deletion begins.
+    pub(crate) deleted: watch::Sender<bool>,
     phase: Mutex<Phase>,
-}
-
-/// The first process of a container, with what belongs to it.
-#[derive(Debug)]
-struct Init {
-    pid: Pid,
-    pidfd: OwnedFd,
-    exit: ExitWatch,
-    cgroup: Cgroup,
-    streams: Streams,
 }
 
 #[derive(Debug)]
@@ -80,23 +71,17 @@ impl Containers {
     /// None yet.
     pub fn new(reaper: Reaper, ground: Ground) -> Self {
         Self {
-            table: Mutex::default(),
+            registry: Registry::default(),
             reaper,
             ground,
             loopback: Once::new(),
         }
     }
 
-    fn table(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
-        // Nothing panics while it is held, and a table is whole between any two operations.
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn find(&self, id: &str) -> Result<Arc<Container>> {
-        match self.table().get(id) {
-            Some(Entry::Made(container)) => Ok(Arc::clone(container)),
-            _ => Err(Error::NoContainer(id.to_owned())),
-        }
+        self.registry
+            .get(id)
+            .ok_or_else(|| Error::NoContainer(id.to_owned()))
     }
 
     /// Makes a container up to the exec; returns its init's pid.
@@ -117,7 +102,10 @@ impl Containers {
                 plan.root.display()
             )));
         }
-        let reservation = Reservation::take(self, id)?;
+        let reservation = self
+            .registry
+            .reserve(id)
+            .ok_or_else(|| Error::ContainerExists(id.clone()))?;
         if plan.namespaces & libc::CLONE_NEWNET as u64 == 0 {
             self.loopback.call_once(guest_loopback_up);
         }
@@ -127,40 +115,42 @@ impl Containers {
         }
         let (streams, ends) = Streams::open(&request.stdio)?;
         let stdio = &request.stdio;
-        let terminal = stdio.terminal.then(|| {
-            let bounded = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
-            (
-                bounded(stdio.terminal_width),
-                bounded(stdio.terminal_height),
-            )
+        let size = stdio
+            .terminal
+            .then(|| Size::bounded(stdio.terminal_width, stdio.terminal_height));
+        let (init, socket) = self.fork(id, &plan, &cgroup, streams, ends, size)?;
+        let container = Arc::new(Container {
+            id: id.clone(),
+            plan,
+            init,
+            cgroup,
+            execs: Registry::default(),
+            deleted: watch::Sender::new(false),
+            phase: Mutex::new(Phase::Started),
         });
-        let (mut init, socket) = self.fork(id, &plan, cgroup, streams, ends, terminal)?;
-        let admitted = match &plan.id_maps {
+        let admitted = match &container.plan.id_maps {
             None => Ok(()),
-            Some(maps) => user_namespace::admit(init.pid, &plan, maps).and_then(|()| {
-                socket
-                    .admit()
-                    .what(|| "cannot talk to the container's init")
-            }),
+            Some(maps) => user_namespace::admit(container.init.pid, &container.plan, maps)
+                .and_then(|()| {
+                    socket
+                        .admit()
+                        .what(|| "cannot talk to the container's init")
+                }),
         };
         let set_up = match admitted {
-            Ok(()) => init.set_up(&socket).await,
+            Ok(()) => container.set_up(&socket).await,
             refused => refused,
         };
         if let Err(error) = set_up {
-            init.destroy().await;
+            container.end().await;
             return Err(error);
         }
-        let pid = init.pid;
-        let container = Arc::new(Container {
-            init,
-            own_pid_namespace: plan.namespaces & libc::CLONE_NEWPID as u64 != 0,
-            phase: Mutex::new(Phase::Created(socket)),
-        });
+        *container.phase() = Phase::Created(socket);
+        let pid = container.init.api_pid();
         tokio::spawn(Arc::clone(&container).supervise());
         reservation.fill(container);
-        tracing::debug!(id, %pid, "created");
-        Ok(pid.as_raw().unsigned_abs())
+        tracing::debug!(id, pid, "created");
+        Ok(pid)
     }
 
     /// Forks the init and begins to watch it. Nothing is awaited in between.
@@ -168,11 +158,11 @@ impl Containers {
         &self,
         id: &str,
         plan: &Plan,
-        cgroup: Cgroup,
+        cgroup: &Cgroup,
         streams: Streams,
         ends: ProcessEnds,
-        terminal: Option<(u16, u16)>,
-    ) -> Result<(Init, handshake::Agent)> {
+        terminal: Option<Size>,
+    ) -> Result<(Task, handshake::Agent)> {
         let what = || "cannot make the container's init";
         let (mine, theirs) = handshake::pair().what(what)?;
         let socket = handshake::Agent::new(mine).what(what)?;
@@ -193,11 +183,10 @@ impl Containers {
         match unsafe { sys::fork_into(namespaces, cgroup.dir()) }.what(what)? {
             Fork::Child => init::run(&job),
             Fork::Parent { pid, pidfd } => Ok((
-                Init {
+                Task {
                     pid,
                     pidfd,
                     exit: self.reaper.watch(pid),
-                    cgroup,
                     streams,
                 },
                 socket,
@@ -210,7 +199,7 @@ impl Containers {
         let container = self.find(id)?;
         let socket = {
             let mut phase = container.phase();
-            if container.init.exit.borrow().is_some() {
+            if container.init.has_ended() {
                 return Err(Error::State(
                     "cannot start a container that has stopped".to_owned(),
                 ));
@@ -232,66 +221,83 @@ impl Containers {
                 Ok(())
             }
             Report::Failed(error) => Err(error),
-            Report::Ready(_) => Err(Error::setup(
+            Report::Ready(_) | Report::Forked { .. } => Err(Error::setup(
                 Kind::Internal,
                 "the container's init is out of step",
             )),
         }
     }
 
+    /// Executes another process in a container; returns its pid.
+    pub async fn exec(&self, request: &ExecProcessRequest) -> Result<u32> {
+        let container = self.find(&request.container_id)?;
+        container.exec(request, &self.reaper).await
+    }
+
+    /// Forgets a process of [`Containers::exec`] that has ended.
+    pub fn delete_process(&self, id: &str, exec_id: &str) -> Result<()> {
+        if exec_id.is_empty() {
+            return Err(Error::Request("exec_id: must not be empty".to_owned()));
+        }
+        self.find(id)?.delete_exec(exec_id)
+    }
+
     /// Sends a signal.
     pub fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
-        let container = self.find_process(id, exec_id)?;
+        let container = self.find(id)?;
         let number = i32::try_from(signal)
             .ok()
             .filter(|number| (1..=64).contains(number))
             .ok_or_else(|| Error::Request(format!("signal: {signal} is not from 1 to 64")))?;
         if all {
-            return container.signal_all(number);
-        }
-        if container.init.exit.borrow().is_some() {
-            return Err(Error::NoProcess("container not running".to_owned()));
-        }
-        match sys::signal_process(container.init.pidfd.as_fd(), number) {
-            Err(Errno::ESRCH) => Err(Error::NoProcess("container not running".to_owned())),
-            result => result.what(|| "cannot signal the container's init"),
+            container.signal_all(number)
+        } else if exec_id.is_empty() {
+            container.init.signal(number, "container not running")
+        } else {
+            let gone = "process already finished";
+            container.exec_task(exec_id)?.signal(number, gone)
         }
     }
 
     /// Waits for a process's end, and for its output to be handed over.
     pub async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit> {
-        let container = self.find_process(id, exec_id)?;
-        let exit = exited(&mut container.init.exit.clone()).await;
-        container.init.streams.drained().await;
-        exit.ok_or_else(|| Error::setup(Kind::Internal, "the exit status was lost"))
-    }
-
-    fn find_process(&self, id: &str, exec_id: &str) -> Result<Arc<Container>> {
         let container = self.find(id)?;
         if exec_id.is_empty() {
-            Ok(container)
+            container.init.wait().await
         } else {
-            Err(Error::NoProcess(format!(
-                "container {id} has no process {exec_id}"
-            )))
+            container.exec_task(exec_id)?.wait().await
+        }
+    }
+
+    /// Sets the size of a process's terminal.
+    pub fn resize(&self, id: &str, exec_id: &str, size: Size) -> Result<()> {
+        let container = self.find(id)?;
+        if exec_id.is_empty() {
+            container.init.streams.resize(size)
+        } else {
+            container.exec_task(exec_id)?.streams.resize(size)
         }
     }
 
     /// Kills what is left of a container and forgets it.
     pub async fn delete(&self, id: &str) -> Result<()> {
         let container = self.find(id)?;
-        container.init.end().await;
+        container.deleted.send_replace(true);
+        container.end().await;
         container.init.streams.close();
-        container.init.cgroup.remove()?;
-        self.table().remove(id);
+        for (exec_id, exec) in container.execs.all() {
+            exec.streams.close();
+            container.execs.remove(&exec_id);
+        }
+        container.cgroup.remove()?;
+        self.registry.remove(id);
         tracing::debug!(id, "deleted");
         Ok(())
     }
 
     /// Deletes every container.
     pub async fn delete_all(&self) {
-        let ids: Vec<String> = self.table().keys().cloned().collect();
-        for id in ids {
+        for (id, _) in self.registry.all() {
             match self.delete(&id).await {
                 Ok(()) | Err(Error::NoContainer(_)) => {}
                 Err(error) => tracing::warn!(id, %error, "cannot delete"),
@@ -301,11 +307,14 @@ impl Containers {
 
     /// Gives a stream connection its place.
     pub fn attach(&self, header: &StreamHeader, connection: Connection) -> Result<()> {
-        let container = self.find_process(&header.container_id, &header.exec_id)?;
-        container
-            .init
-            .streams
-            .attach(header.kind.enum_value_or_default(), connection)
+        let container = self.find(&header.container_id)?;
+        let kind = header.kind.enum_value_or_default();
+        if header.exec_id.is_empty() {
+            container.init.streams.attach(kind, connection)
+        } else {
+            let exec = container.exec_task(&header.exec_id)?;
+            exec.streams.attach(kind, connection)
+        }
     }
 }
 
@@ -316,9 +325,9 @@ impl Container {
 
     fn signal_all(&self, number: i32) -> Result<()> {
         if number == Signal::SIGKILL as i32 {
-            return self.init.cgroup.kill();
+            return self.cgroup.kill();
         }
-        for pid in self.init.cgroup.processes()? {
+        for pid in self.cgroup.processes()? {
             // SAFETY: touches no memory. A pid of this list can have ended and been reused only by a process of
             // this guest, and PID 1 reaps only in its own loop, not now.
             match Errno::result(unsafe { libc::kill(pid, number) }) {
@@ -339,29 +348,32 @@ impl Container {
         let exit = exited(&mut self.init.exit.clone()).await;
         // With its pid namespace the kernel has killed everything; without one, what is left would hold the output
         // open, and nobody could be sure of its end.
-        if !self.own_pid_namespace
-            && let Err(error) = self.init.cgroup.kill()
+        if self.plan.namespaces & libc::CLONE_NEWPID as u64 == 0
+            && let Err(error) = self.cgroup.kill()
         {
             tracing::warn!(%error, "cannot kill what a container left");
         }
         self.init.streams.process_ended();
         tracing::debug!(pid = %self.init.pid, code = exit.map(|exit| exit.code), "ended");
     }
-}
 
-impl Init {
     /// Awaits the init's report.
-    async fn set_up(&mut self, socket: &handshake::Agent) -> Result<()> {
+    async fn set_up(&self, socket: &handshake::Agent) -> Result<()> {
         match socket
             .report()
             .await
             .what(|| "cannot hear of the container's init")?
         {
-            Report::Ready(Some(master)) => self.streams.add_terminal(master),
+            Report::Ready(Some(master)) => self.init.streams.add_terminal(master),
             Report::Ready(None) => Ok(()),
             Report::Failed(error) => Err(error),
+            Report::Forked { .. } => Err(Error::setup(
+                Kind::Internal,
+                "the container's init is out of step",
+            )),
             Report::End => {
-                let code = exited(&mut self.exit).await.map_or(255, |exit| exit.code);
+                let exit = exited(&mut self.init.exit.clone()).await;
+                let code = exit.map_or(255, |exit| exit.code);
                 let problem =
                     format!("the container's init ended during its set-up (status {code})");
                 Err(Error::setup(Kind::Internal, problem))
@@ -373,48 +385,11 @@ impl Init {
     async fn end(&self) {
         if let Err(error) = self.cgroup.kill() {
             tracing::warn!(%error, "cannot kill a container's cgroup");
-            let _ = sys::signal_process(self.pidfd.as_fd(), Signal::SIGKILL as i32);
+            self.init.kill();
         }
-        exited(&mut self.exit.clone()).await;
+        exited(&mut self.init.exit.clone()).await;
         if let Err(error) = self.cgroup.emptied().await {
             tracing::warn!(%error, "cannot watch a container's cgroup");
-        }
-    }
-
-    /// Undoes a creation that failed.
-    async fn destroy(self) {
-        self.end().await;
-    }
-}
-
-/// An id taken in the table, given back unless it is filled.
-struct Reservation<'a> {
-    containers: &'a Containers,
-    id: &'a str,
-}
-
-impl<'a> Reservation<'a> {
-    fn take(containers: &'a Containers, id: &'a str) -> Result<Self> {
-        let mut table = containers.table();
-        if table.contains_key(id) {
-            return Err(Error::ContainerExists(id.to_owned()));
-        }
-        table.insert(id.to_owned(), Entry::Reserved);
-        Ok(Self { containers, id })
-    }
-
-    fn fill(self, container: Arc<Container>) {
-        self.containers
-            .table()
-            .insert(self.id.to_owned(), Entry::Made(container));
-    }
-}
-
-impl Drop for Reservation<'_> {
-    fn drop(&mut self) {
-        let mut table = self.containers.table();
-        if matches!(table.get(self.id), Some(Entry::Reserved)) {
-            table.remove(self.id);
         }
     }
 }

@@ -74,6 +74,9 @@ pub enum Error {
     /// The id is taken.
     #[error("container {0} already exists")]
     ContainerExists(String),
+    /// The id of an exec is taken.
+    #[error("process {0} already exists")]
+    ProcessExists(String),
     /// No such container.
     #[error("container {0} does not exist")]
     NoContainer(String),
@@ -123,7 +126,7 @@ impl Error {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Spec { .. } | Self::Request(_) => Kind::InvalidArgument,
-            Self::ContainerExists(_) => Kind::AlreadyExists,
+            Self::ContainerExists(_) | Self::ProcessExists(_) => Kind::AlreadyExists,
             Self::NoContainer(_) | Self::NoProcess(_) => Kind::NotFound,
             Self::State(_) => Kind::FailedPrecondition,
             Self::Setup { kind, .. } => *kind,

@@ -1,7 +1,9 @@
-//! What a container's init and the agent say to each other until the user's program runs.
+//! What a new process of a container and the agent say to each other until the user's program runs.
 //!
-//! One SOCK_SEQPACKET pair, both ends close-on-exec. The init reports `Ready` when all but the exec is done, waits
-//! for the start byte, and then either vanishes into the exec (end of file: success) or reports its error.
+//! One SOCK_SEQPACKET pair, both ends close-on-exec. A container's init reports `Ready` when all but the exec is done,
+//! waits for the start byte, and then either vanishes into the exec (end of file: success) or reports its error.
+//! Where namespaces are joined first, the process that joined them reports the one that it forked as `Forked` and
+//! ends; the rest is that one's to say.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -11,6 +13,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
     recv, recvmsg, send, sendmsg, socketpair,
 };
+use nix::unistd::Pid;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -18,6 +21,7 @@ use crate::error::{Error, Kind};
 
 const READY: u8 = 0;
 const FAILED: u8 = 1;
+const FORKED: u8 = 2;
 const START: u8 = 1;
 const ADMITTED: u8 = 2;
 
@@ -29,6 +33,15 @@ const MAX_REPORT: usize = 4096;
 pub enum Report {
     /// Set up; with the master of its terminal, if it has one.
     Ready(Option<OwnedFd>),
+    /// A process was forked that goes on; a child of the agent.
+    Forked {
+        /// Its pid, in the agent's pid namespace.
+        pid: Pid,
+        /// A descriptor for it.
+        pidfd: OwnedFd,
+        /// Master of its terminal, if it has one.
+        terminal: Option<OwnedFd>,
+    },
     /// It failed, and has ended or is about to.
     Failed(Error),
     /// It is gone, or has become the user's program.
@@ -91,8 +104,8 @@ impl Agent {
 
 fn receive(socket: BorrowedFd<'_>) -> nix::Result<Report> {
     let mut buffer = [0u8; MAX_REPORT];
-    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
-    let (length, terminal) = {
+    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 2]);
+    let (length, mut fds) = {
         let mut slices = [IoSliceMut::new(&mut buffer)];
         let message = recvmsg::<UnixAddr>(
             socket.as_raw_fd(),
@@ -100,39 +113,51 @@ fn receive(socket: BorrowedFd<'_>) -> nix::Result<Report> {
             Some(&mut space),
             MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT,
         )?;
-        let mut terminal = None;
+        let mut owned = Vec::new();
         for control in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(fds) = control {
-                for fd in fds {
-                    // SAFETY: the kernel has just made this descriptor for us.
-                    terminal = Some(unsafe { OwnedFd::from_raw_fd(fd) });
-                }
+                // SAFETY: the kernel has just made these descriptors for us.
+                owned.extend(fds.iter().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) }));
             }
         }
-        (message.bytes, terminal)
+        (message.bytes, owned.into_iter())
     };
     Ok(match buffer.get(..length).unwrap_or_default() {
         [] => Report::End,
-        [READY] => Report::Ready(terminal),
+        [READY] => Report::Ready(fds.next()),
+        [FORKED, pid @ ..] => match (<[u8; 4]>::try_from(pid), fds.next()) {
+            (Ok(pid), Some(pidfd)) => Report::Forked {
+                pid: Pid::from_raw(i32::from_ne_bytes(pid)),
+                pidfd,
+                terminal: fds.next(),
+            },
+            _ => nonsense(),
+        },
         [FAILED, kind, message @ ..] => Report::Failed(Error::setup(
             Kind::from_number(*kind),
             String::from_utf8_lossy(message),
         )),
-        _ => Report::Failed(Error::setup(
-            Kind::Internal,
-            "the container's init sent nonsense",
-        )),
+        _ => nonsense(),
     })
 }
 
-/// Init: everything but the exec is done.
-pub fn send_ready(socket: BorrowedFd<'_>, terminal: Option<BorrowedFd<'_>>) -> nix::Result<()> {
-    let fds: Vec<_> = terminal.iter().map(AsRawFd::as_raw_fd).collect();
-    let rights = [ControlMessage::ScmRights(&fds)];
+fn nonsense() -> Report {
+    Report::Failed(Error::setup(
+        Kind::Internal,
+        "the container's new process sent nonsense",
+    ))
+}
+
+fn send_with(
+    socket: BorrowedFd<'_>,
+    message: &[u8],
+    fds: &[std::os::fd::RawFd],
+) -> nix::Result<()> {
+    let rights = [ControlMessage::ScmRights(fds)];
     let control = if fds.is_empty() { &[][..] } else { &rights[..] };
     sendmsg::<UnixAddr>(
         socket.as_raw_fd(),
-        &[IoSlice::new(&[READY])],
+        &[IoSlice::new(message)],
         control,
         MsgFlags::MSG_NOSIGNAL,
         None,
@@ -140,7 +165,29 @@ pub fn send_ready(socket: BorrowedFd<'_>, terminal: Option<BorrowedFd<'_>>) -> n
     .map(drop)
 }
 
-/// Init: it failed. Nothing can be done if the agent can't be told.
+/// Init: everything but the exec is done.
+pub fn send_ready(socket: BorrowedFd<'_>, terminal: Option<BorrowedFd<'_>>) -> nix::Result<()> {
+    let fds: Vec<_> = terminal.iter().map(AsRawFd::as_raw_fd).collect();
+    send_with(socket, &[READY], &fds)
+}
+
+/// Joiner: it has forked the process that goes on.
+pub fn send_forked(
+    socket: BorrowedFd<'_>,
+    pid: Pid,
+    pidfd: BorrowedFd<'_>,
+    terminal: Option<BorrowedFd<'_>>,
+) -> nix::Result<()> {
+    let mut message = vec![FORKED];
+    message.extend_from_slice(&pid.as_raw().to_ne_bytes());
+    let fds: Vec<_> = std::iter::once(pidfd)
+        .chain(terminal)
+        .map(|fd| fd.as_raw_fd())
+        .collect();
+    send_with(socket, &message, &fds)
+}
+
+/// It failed. Nothing can be done if the agent can't be told.
 pub fn send_failure(socket: BorrowedFd<'_>, error: &Error) {
     let mut message = vec![FAILED, error.kind() as u8];
     message.extend_from_slice(error.to_string().as_bytes());
@@ -154,7 +201,7 @@ pub fn wait_for_admission(socket: BorrowedFd<'_>) -> bool {
     wait_for(socket, ADMITTED)
 }
 
-/// Init: waits for the agent's word. False if it will never come.
+/// Waits for the agent's word. False if it will never come.
 pub fn wait_for_start(socket: BorrowedFd<'_>) -> bool {
     wait_for(socket, START)
 }
@@ -180,6 +227,16 @@ mod tests {
         assert!(matches!(receive(agent.as_fd()), Ok(Report::Ready(None))));
         send_ready(init.as_fd(), Some(init.as_fd())).unwrap();
         assert!(matches!(receive(agent.as_fd()), Ok(Report::Ready(Some(_)))));
+        for terminal in [None, Some(init.as_fd())] {
+            send_forked(init.as_fd(), Pid::from_raw(77), init.as_fd(), terminal).unwrap();
+            let Report::Forked {
+                pid, terminal: got, ..
+            } = receive(agent.as_fd()).unwrap()
+            else {
+                panic!("not forked")
+            };
+            assert_eq!((pid.as_raw(), got.is_some()), (77, terminal.is_some()));
+        }
         let error = Error::setup(
             Kind::NotFound,
             "exec: \"x\": executable file not found in $PATH",

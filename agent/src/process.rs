@@ -34,12 +34,7 @@ pub struct Program {
 
 /// Does everything to this process that the spec's `process` says, except the exec. The root is the container's.
 pub fn become_process(process: &Process, seccomp: Option<&Filter>) -> Result<Program> {
-    for (resource, soft, hard) in limits(process)? {
-        // The agent may have set it from outside of a user namespace, where raising one takes no capability of that.
-        if getrlimit(resource) != Ok((soft, hard)) {
-            setrlimit(resource, soft, hard).what(|| format!("process.rlimits ({resource:?})"))?;
-        }
-    }
+    set_limits(process)?;
     if let Some((class, level)) = process.io_priority {
         crate::sys::set_io_priority(class, level).what(|| "process.ioPriority")?;
     }
@@ -92,6 +87,17 @@ pub fn become_process(process: &Process, seccomp: Option<&Filter>) -> Result<Pro
         path,
         env: environment(process, home),
     })
+}
+
+/// Sets the limits of this process.
+pub fn set_limits(process: &Process) -> Result<()> {
+    for (resource, soft, hard) in limits(process)? {
+        // It may have been set outside of a user namespace, where raising one takes no capability of that.
+        if getrlimit(resource) != Ok((soft, hard)) {
+            setrlimit(resource, soft, hard).what(|| format!("process.rlimits ({resource:?})"))?;
+        }
+    }
+    Ok(())
 }
 
 /// The limits that a process is to have: the spec's, and one of open files.

@@ -1,6 +1,7 @@
 //! Reaping: every child that ends, the containers' inits as well as orphans that PID 1 inherits.
 
 use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -36,6 +37,12 @@ impl Reaper {
         let (sender, receiver) = watch::channel(None);
         self.table().insert(pid, sender);
         receiver
+    }
+
+    /// Watches a child that another child has forked, and that may have ended since. `None` if it has been reaped.
+    pub fn watch_adopted(&self, pid: Pid, pidfd: BorrowedFd<'_>) -> Option<ExitWatch> {
+        // The pid of one that is reaped may be another's by now.
+        (!sys::is_reaped(pidfd)).then(|| self.watch(pid))
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<Pid, watch::Sender<Option<Exit>>>> {

@@ -7,9 +7,11 @@ use async_trait::async_trait;
 use bulkhead_protocol::PROTOCOL_VERSION;
 use bulkhead_protocol::agent::{
     BindDeviceRequest, BindDeviceResponse, CreateContainerRequest, CreateContainerResponse,
-    DeleteContainerRequest, DeleteContainerResponse, HelloRequest, HelloResponse, ShutdownRequest,
-    ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartContainerRequest,
-    StartContainerResponse, TimelineEntry, WaitProcessRequest, WaitProcessResponse,
+    DeleteContainerRequest, DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse,
+    ExecProcessRequest, ExecProcessResponse, HelloRequest, HelloResponse, ResizeTerminalRequest,
+    ResizeTerminalResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest,
+    SignalProcessResponse, StartContainerRequest, StartContainerResponse, TimelineEntry,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::Agent;
 use nix::sys::time::TimeSpec;
@@ -20,6 +22,7 @@ use ttrpc::r#async::TtrpcContext;
 use crate::container::Containers;
 use crate::error::{Error, Kind, Result};
 use crate::hotplug;
+use crate::terminal::Size;
 use crate::timeline::{Timeline, nanoseconds};
 
 /// The agent's side of the API.
@@ -106,6 +109,47 @@ impl Agent for Service {
         let containers = Arc::clone(self.greeted()?);
         whole(async move { containers.start(&request.container_id).await }).await?;
         Ok(StartContainerResponse::default())
+    }
+
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: ExecProcessRequest,
+    ) -> ttrpc::Result<ExecProcessResponse> {
+        let containers = Arc::clone(self.greeted()?);
+        let pid = whole(async move { containers.exec(&request).await }).await?;
+        Ok(ExecProcessResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn delete_process(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteProcessRequest,
+    ) -> ttrpc::Result<DeleteProcessResponse> {
+        self.greeted()?
+            .delete_process(&request.container_id, &request.exec_id)?;
+        Ok(DeleteProcessResponse::default())
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> ttrpc::Result<ResizeTerminalResponse> {
+        let bounded = |name: &str, value: u32| {
+            u16::try_from(value)
+                .map_err(|_| Error::Request(format!("{name}: {value} is more than {}", u16::MAX)))
+        };
+        let size = Size {
+            columns: bounded("width", request.width)?,
+            rows: bounded("height", request.height)?,
+        };
+        self.greeted()?
+            .resize(&request.container_id, &request.exec_id, size)?;
+        Ok(ResizeTerminalResponse::default())
     }
 
     async fn signal_process(

@@ -2,14 +2,15 @@
 //!
 //! A connection takes the place that its [`StreamHeader`] names. Each direction has one bounded buffer, so a slow
 //! reader slows the writer; end of file passes on as a shutdown of one half. An output counts as drained when the
-//! process's end of the pipe is closed everywhere and the last byte was handed to the connection.
+//! process has ended, or its end of the pipe is closed everywhere, and the last byte was handed to the connection.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bulkhead_protocol::MAX_STREAM_HEADER;
 use bulkhead_protocol::agent::{Stdio, StreamHeader, StreamKind};
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use protobuf::Message;
@@ -20,6 +21,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::terminal::Size;
 use crate::transport::Connection;
 
 /// As much as a pipe holds: one read empties it.
@@ -70,6 +72,10 @@ pub struct Streams {
     places: Mutex<Places>,
     /// Outputs not drained yet.
     outstanding: Arc<watch::Sender<usize>>,
+    /// Whether the process has ended.
+    ended: watch::Sender<bool>,
+    /// The terminal, for as long as its stream has it open.
+    terminal: Mutex<Weak<Pty>>,
 }
 
 #[derive(Debug, Default)]
@@ -101,6 +107,8 @@ impl Streams {
         let streams = Self {
             places: Mutex::default(),
             outstanding: Arc::new(watch::Sender::new(0)),
+            ended: watch::Sender::new(false),
+            terminal: Mutex::default(),
         };
         let mut ends = ProcessEnds::default();
         if stdio.terminal {
@@ -121,8 +129,9 @@ impl Streams {
             if wanted {
                 let (read, write) = pipe2(OFlag::O_CLOEXEC).what(what)?;
                 let receiver = pipe::Receiver::from_owned_fd(read).what(what)?;
+                let ended = streams.ended.subscribe();
                 streams.add_output(kind, |connection, guard| {
-                    output(connection, receiver, guard)
+                    output(connection, receiver, guard, ended)
                 });
                 *end = Some(write);
             }
@@ -132,7 +141,8 @@ impl Streams {
 
     /// Makes the place of a terminal.
     pub fn add_terminal(&self, master: OwnedFd) -> Result<()> {
-        let master = Pty::new(master).what(|| "cannot use the container's terminal")?;
+        let master = Arc::new(Pty::new(master).what(|| "cannot use the container's terminal")?);
+        *self.terminal.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&master);
         self.add_output(StreamKind::TERMINAL, |connection, guard| {
             terminal(connection, master, guard)
         });
@@ -179,15 +189,27 @@ impl Streams {
             .position(|(waiting, _)| *waiting == kind);
         let refused = || Error::setup(Kind::NotFound, format!("no free {kind:?} stream"));
         let (_, place) = places.waiting.swap_remove(place.ok_or_else(refused)?);
-        place.send(connection).map_err(|_| refused())
+        // Fails for the input of a process that has ended: the connection, closed, says so.
+        let _ = place.send(connection);
+        Ok(())
+    }
+
+    /// Sets the size of the terminal; the kernel tells the processes at it.
+    pub fn resize(&self, size: Size) -> Result<()> {
+        let master = self
+            .terminal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .upgrade()
+            .ok_or_else(|| Error::State("the process has no terminal".to_owned()))?;
+        crate::sys::set_terminal_size(master.0.get_ref().as_fd(), size.columns, size.rows)
+            .what(|| "cannot set the terminal's size")
     }
 
     /// The process is gone: nobody reads its input any more.
     pub fn process_ended(&self) {
+        self.ended.send_replace(true);
         let mut places = self.places();
-        places
-            .waiting
-            .retain(|(kind, _)| *kind != StreamKind::STDIN);
         places.inputs.drain(..).for_each(|task| task.abort());
     }
 
@@ -238,12 +260,37 @@ async fn output(
     connection: oneshot::Receiver<Connection>,
     mut pipe: pipe::Receiver,
     guard: Outstanding,
+    mut ended: watch::Receiver<bool>,
 ) {
     let Ok(mut connection) = connection.await else {
         return;
     };
     let mut buffer = vec![0; BUFFER];
-    while let Ok(length @ 1..) = pipe.read(&mut buffer).await {
+    let mut guard = Some(guard);
+    loop {
+        let length = if guard.is_some() && *ended.borrow_and_update() {
+            // Not through the runtime, whose knowledge of the pipe may be older than the end of the process.
+            match nix::unistd::read(pipe.as_fd(), &mut buffer) {
+                Ok(length) => Ok(length),
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => {
+                    // All that the process wrote is handed over. What it left in the background may go on.
+                    guard = None;
+                    continue;
+                }
+                Err(errno) => Err(errno.into()),
+            }
+        } else if guard.is_some() {
+            tokio::select! {
+                length = pipe.read(&mut buffer) => length,
+                Ok(()) = ended.changed() => continue,
+            }
+        } else {
+            pipe.read(&mut buffer).await
+        };
+        let Ok(length @ 1..) = length else {
+            break;
+        };
         if connection
             .write_all(buffer.get(..length).unwrap_or_default())
             .await
@@ -258,7 +305,7 @@ async fn output(
 
 /// Ends the sending half, then waits for the host to close: a full close from here could overtake data that the
 /// host has not read yet.
-async fn finish(mut connection: Connection, guard: Outstanding) {
+async fn finish(mut connection: Connection, guard: Option<Outstanding>) {
     if connection.shutdown().await.is_err() {
         return;
     }
@@ -267,7 +314,7 @@ async fn finish(mut connection: Connection, guard: Outstanding) {
     while let Ok(1..) = connection.read(&mut byte).await {}
 }
 
-async fn terminal(connection: oneshot::Receiver<Connection>, master: Pty, guard: Outstanding) {
+async fn terminal(connection: oneshot::Receiver<Connection>, master: Arc<Pty>, guard: Outstanding) {
     let Ok(connection) = connection.await else {
         return;
     };
@@ -306,7 +353,7 @@ async fn terminal(connection: oneshot::Receiver<Connection>, master: Pty, guard:
     };
     drop(master);
     if drained {
-        finish(from_host.unsplit(to_host), guard).await;
+        finish(from_host.unsplit(to_host), Some(guard)).await;
     }
 }
 

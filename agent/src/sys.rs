@@ -364,7 +364,12 @@ unsafe fn fork_with(arguments: CloneArgs) -> Result<Fork> {
     let arguments = CloneArgs {
         flags: arguments.flags | libc::CLONE_PIDFD as u64,
         pidfd: (&raw mut pidfd) as u64,
-        exit_signal: libc::SIGCHLD as u64,
+        // The parent of a sibling hears of it as it hears of this process; the kernel wants that left out.
+        exit_signal: if arguments.flags & libc::CLONE_PARENT as u64 == 0 {
+            libc::SIGCHLD as u64
+        } else {
+            0
+        },
         ..arguments
     };
     // SAFETY: without CLONE_VM and with no stack given this is fork(2); the arguments and `pidfd` live across the
@@ -390,6 +395,47 @@ unsafe fn fork_with(arguments: CloneArgs) -> Result<Fork> {
 pub fn unshare_time() -> Result<()> {
     // SAFETY: touches no memory of ours. The flag is too small for what the C library takes for a namespace's.
     Errno::result(unsafe { libc::syscall(libc::SYS_unshare, crate::spec::CLONE_NEWTIME) }).map(drop)
+}
+
+/// `fork(2)` of a child that is not this process's but its parent's (`CLONE_PARENT`), into new namespaces
+/// (`CLONE_NEW*`), and into the pid namespace that was joined for children. The pid is one of this process's pid
+/// namespace.
+///
+/// # Safety
+/// As with [`fork_into`].
+pub unsafe fn fork_sibling(namespaces: u64) -> Result<Fork> {
+    // SAFETY: the caller's promise is this function's too.
+    unsafe {
+        fork_with(CloneArgs {
+            flags: namespaces | libc::CLONE_PARENT as u64,
+            ..Default::default()
+        })
+    }
+}
+
+/// Joins namespaces (`CLONE_NEW*`) of the process behind a pidfd, all or none; `setns(2)`. Its pid namespace becomes
+/// that of children only.
+pub fn join_namespaces(pidfd: BorrowedFd<'_>, namespaces: u64) -> Result<()> {
+    let flags = libc::c_int::try_from(namespaces).map_err(|_| Errno::EINVAL)?;
+    if flags == 0 {
+        return Ok(());
+    }
+    // SAFETY: touches no memory.
+    Errno::result(unsafe { libc::setns(pidfd.as_raw_fd(), flags) }).map(drop)
+}
+
+/// Whether a child has been reaped: nobody can hear of its end any more.
+pub fn is_reaped(pidfd: BorrowedFd<'_>) -> bool {
+    use nix::sys::wait::{Id, WaitPidFlag, waitid};
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    waitid(Id::PIDFd(pidfd), flags) == Err(Errno::ECHILD)
+}
+
+/// Whether the process behind a pidfd has ended, reaped or not.
+pub fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// Sends a signal to the process behind a pidfd.

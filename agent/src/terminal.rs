@@ -10,6 +10,26 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::paths::{self, Make};
 use crate::sys;
 
+/// How large a terminal is; 0 is unknown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Characters in a line.
+    pub columns: u16,
+    /// Lines.
+    pub rows: u16,
+}
+
+impl Size {
+    /// From the API's numbers; what is too large is as large as can be.
+    pub fn bounded(columns: u32, rows: u32) -> Self {
+        let bounded = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
+        Self {
+            columns: bounded(columns),
+            rows: bounded(rows),
+        }
+    }
+}
+
 /// Both ends.
 #[derive(Debug)]
 pub struct Terminal {
@@ -20,9 +40,9 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Makes one in the devpts below `root` and puts it at /dev/console. The image can't pass off another file as
-    /// the multiplexer: its device number is checked.
-    pub fn make(root: BorrowedFd<'_>, columns: u16, rows: u16) -> Result<Self> {
+    /// Makes one in the devpts below `root`. The image can't pass off another file as the multiplexer: its device
+    /// number is checked.
+    pub fn make(root: BorrowedFd<'_>, size: Size) -> Result<Self> {
         let what = || "process.terminal: cannot make a pseudo-terminal in the container's /dev/pts";
         let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
         let master = match sys::open_in_root(root, b"/dev/ptmx", flags) {
@@ -40,12 +60,17 @@ impl Terminal {
         }
         sys::unlock_pty(master.as_fd()).what(what)?;
         let slave = sys::open_pty_peer(master.as_fd()).what(what)?;
-        if columns != 0 || rows != 0 {
-            sys::set_terminal_size(slave.as_fd(), columns, rows).what(what)?;
+        if size.columns != 0 || size.rows != 0 {
+            sys::set_terminal_size(slave.as_fd(), size.columns, size.rows).what(what)?;
         }
-        let console = sys::clone_tree_of(slave.as_fd(), false).what(what)?;
-        let place = paths::open_or_make(root, b"/dev/console", Make::File).what(what)?;
-        sys::attach(console.as_fd(), place.as_fd()).what(what)?;
         Ok(Self { master, slave })
+    }
+
+    /// Puts it at /dev/console below `root`, as runc does for a container's first process.
+    pub fn show_at_console(&self, root: BorrowedFd<'_>) -> Result<()> {
+        let what = || "process.terminal: cannot put the terminal at /dev/console";
+        let console = sys::clone_tree_of(self.slave.as_fd(), false).what(what)?;
+        let place = paths::open_or_make(root, b"/dev/console", Make::File).what(what)?;
+        sys::attach(console.as_fd(), place.as_fd()).what(what)
     }
 }

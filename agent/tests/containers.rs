@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bed;
+mod life;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -15,6 +16,7 @@ use std::time::Duration;
 use bed::{AGENT_MODE, Bed, all_pipes};
 use bulkhead_protocol::agent::{HelloRequest, ShutdownRequest, Stdio, StreamKind};
 use futures::FutureExt;
+use life::*;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
@@ -114,6 +116,24 @@ tests![
     the_end_of_the_control_connection_ends_everything,
     shutdown_ends_everything_with_an_answer,
     a_hundred_life_cycles_leak_nothing,
+    a_process_joins_a_container,
+    the_user_limits_and_capabilities_of_an_exec_are_its_own_or_the_containers,
+    an_exec_is_never_seen_with_more_capabilities_than_its_own,
+    failures_of_an_exec_are_said_in_runcs_words_and_leave_nothing,
+    a_working_directory_outside_the_root_is_refused,
+    exec_ids_are_taken_once_and_free_after_deletion,
+    an_exec_has_its_own_streams_signals_and_exit_code,
+    the_exit_of_an_exec_comes_after_its_last_byte_and_does_not_wait_for_its_background,
+    a_slow_reader_slows_an_exec,
+    an_exec_ends_with_its_container,
+    deleting_a_container_forgets_its_execs,
+    a_stopped_container_refuses_an_exec,
+    terminals_are_resized,
+    a_terminal_of_an_exec_is_in_the_containers_devpts,
+    an_exec_without_new_namespaces_joins_too,
+    hundreds_of_execs_leak_nothing,
+    a_process_joins_a_user_namespace,
+    a_process_joins_under_the_profile_of_its_container,
     a_profile_as_large_as_the_engines_default_lets_programs_run_and_refuses_the_rest,
     a_profile_holds_with_and_without_new_privileges,
     a_profile_that_forbids_the_exec_is_said_at_start,
@@ -773,14 +793,14 @@ async fn a_terminal_is_a_terminal() {
     bed.create("box", &spec, stdio).await.unwrap();
     let mut terminal = bed.stream("box", StreamKind::TERMINAL).await;
     bed.start("box").await.unwrap();
+    let shown = "/dev/pts/0\r\n40 100\r\nconsole\r\n";
+    let mut output = vec![0; shown.len()];
+    terminal.read_exact(&mut output).await.unwrap();
+    assert_eq!(String::from_utf8(output).unwrap(), shown);
     terminal.write_all(b"typed\n").await.unwrap();
     let mut output = String::new();
     terminal.read_to_string(&mut output).await.unwrap();
-    assert!(
-        output.contains("/dev/pts/0\r\n40 100\r\nconsole\r\n"),
-        "{output:?}"
-    );
-    assert!(output.ends_with("<typed>\r\n"), "{output:?}");
+    assert_eq!(output, "typed\r\n<typed>\r\n");
     assert_eq!(bed.wait("box").await.unwrap().exit_code, 0);
 }
 
@@ -970,7 +990,7 @@ async fn a_profile_that_forbids_the_exec_is_said_at_start() {
 }
 
 /// With a user namespace that maps 0..65536 to 100000 and up, and a root filesystem that belongs to it.
-fn in_user_namespace(bed: &Bed, script: &str) -> serde_json::Value {
+pub fn in_user_namespace(bed: &Bed, script: &str) -> serde_json::Value {
     fn give(path: &Path) {
         std::os::unix::fs::lchown(path, Some(100_000), Some(100_000)).unwrap();
         if path.is_dir() && !path.is_symlink() {

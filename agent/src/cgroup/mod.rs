@@ -8,11 +8,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, chown};
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use tokio::io::Interest;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Result, errno_of};
 
 pub use limits::{Limits, is_list};
 
@@ -113,6 +114,13 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Whether its processes are frozen, or about to be.
+    pub fn is_freezing(&self) -> Result<bool> {
+        fs::read_to_string(self.path.join("cgroup.freeze"))
+            .map(|text| text.trim_end() == "1")
+            .what(|| "cannot tell whether the container is paused")
+    }
+
     /// Kills every process in it.
     pub fn kill(&self) -> Result<()> {
         write_file(&self.path.join("cgroup.kill"), "1")
@@ -129,6 +137,8 @@ impl Cgroup {
                     processes.extend(list.lines().filter_map(|line| line.parse::<i32>().ok()))
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                // A threaded cgroup; the processes of its threads are in the list of the domain above.
+                Err(error) if errno_of(&error) == Errno::EOPNOTSUPP => {}
                 Err(error) => return Err(error).what(what),
             }
         }
@@ -155,7 +165,11 @@ impl Cgroup {
         let mut next = 0;
         while let Some(cgroup) = found.get(next) {
             let entries = match fs::read_dir(cgroup) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+                // Gone since it was found, or with it all.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    found.remove(next);
+                    continue;
+                }
                 entries => entries?,
             };
             for entry in entries {

@@ -242,34 +242,10 @@ fn refuse_what_is_not_done(
             not_yet,
         ),
         ("linux.mountLabel", named(linux.mount_label()), no_lsm),
-        (
-            "process.selinuxLabel",
-            named(process.selinux_label()),
-            no_lsm,
-        ),
-        (
-            "process.apparmorProfile",
-            process
-                .apparmor_profile()
-                .as_deref()
-                .is_some_and(|name| !name.is_empty() && name != "unconfined"),
-            no_lsm,
-        ),
-        ("process.scheduler", process.scheduler().is_some(), not_yet),
-        (
-            "process.execCPUAffinity",
-            process
-                .exec_cpu_affinity()
-                .as_ref()
-                .is_some_and(|affinity| {
-                    named(affinity.initial()) || named(affinity.cpu_affinity_final())
-                }),
-            not_yet,
-        ),
     ];
     match refused.into_iter().find(|(_, present, _)| *present) {
         Some((field, _, why)) => Err(Error::spec(field, why)),
-        None => Ok(()),
+        None => process::refuse_what_is_not_done(process),
     }
 }
 

@@ -8,6 +8,41 @@ use crate::json_path;
 /// Parses config.json. Capabilities that nobody knows are dropped with a warning, as the spec asks
 /// (config.md, "Linux process": "Runtimes SHOULD NOT fail").
 pub(super) fn parse(json: &[u8]) -> Result<oci::Spec> {
+    parse_as(json, &SPEC)
+}
+
+/// Parses a `process` that stands alone, in the same way. Messages name its fields as in config.json.
+pub(super) fn parse_process(json: &[u8]) -> Result<oci::Process> {
+    parse_as(json, &PROCESS)
+}
+
+/// Where a document stands in config.json.
+struct Document {
+    /// Of the request.
+    name: &'static str,
+    /// How its own name is shown.
+    whole: &'static str,
+    /// What its fields' names begin with.
+    prefix: &'static str,
+    /// JSON pointer to the capabilities.
+    capabilities: &'static str,
+}
+
+const SPEC: Document = Document {
+    name: "spec_json",
+    whole: "config.json",
+    prefix: "",
+    capabilities: "/process/capabilities",
+};
+
+const PROCESS: Document = Document {
+    name: "process_json",
+    whole: "process",
+    prefix: "process.",
+    capabilities: "/capabilities",
+};
+
+fn parse_as<T: serde::de::DeserializeOwned>(json: &[u8], document: &Document) -> Result<T> {
     let error = match serde_json::from_slice(json) {
         Ok(spec) => return Ok(spec),
         Err(error) => error,
@@ -18,19 +53,21 @@ pub(super) fn parse(json: &[u8]) -> Result<oci::Spec> {
             .any(|window| window == CAPABILITY)
     {
         // Perhaps an unknown capability; the slow way, taken for such specs only.
-        let mut value = serde_json::from_slice(json).map_err(|error| broken(json, &error))?;
-        drop_unknown_capabilities(&mut value);
+        let mut value =
+            serde_json::from_slice(json).map_err(|error| broken(json, &error, document))?;
+        drop_unknown_capabilities(&mut value, document);
         let cleaned = value.to_string();
-        return serde_json::from_str(&cleaned).map_err(|error| broken(cleaned.as_bytes(), &error));
+        return serde_json::from_str(&cleaned)
+            .map_err(|error| broken(cleaned.as_bytes(), &error, document));
     }
-    Err(broken(json, &error))
+    Err(broken(json, &error, document))
 }
 
 const CAPABILITY: &[u8] = b"\"CAP_";
 
-fn broken(json: &[u8], error: &serde_json::Error) -> Error {
+fn broken(json: &[u8], error: &serde_json::Error, document: &Document) -> Error {
     if !error.is_data() {
-        return Error::Request(format!("spec_json is not JSON: {error}"));
+        return Error::Request(format!("{} is not JSON: {error}", document.name));
     }
     let field = json_path::path_at(json, error.line(), error.column());
     // Without the position, which means nothing to somebody who wrote another file than this one.
@@ -38,19 +75,17 @@ fn broken(json: &[u8], error: &serde_json::Error) -> Error {
     let problem = text
         .rsplit_once(" at line ")
         .map_or(text.as_str(), |(problem, _)| problem);
-    Error::spec(
-        if field.is_empty() {
-            "config.json"
-        } else {
-            &field
-        },
-        problem,
-    )
+    let field = if field.is_empty() {
+        document.whole.to_owned()
+    } else {
+        format!("{}{field}", document.prefix)
+    };
+    Error::spec(field, problem)
 }
 
-fn drop_unknown_capabilities(spec: &mut serde_json::Value) {
-    let Some(sets) = spec
-        .pointer_mut("/process/capabilities")
+fn drop_unknown_capabilities(value: &mut serde_json::Value, document: &Document) {
+    let Some(sets) = value
+        .pointer_mut(document.capabilities)
         .and_then(|sets| sets.as_object_mut())
     else {
         return;

@@ -9,6 +9,7 @@ use caps::CapsHashSet;
 use nix::sys::resource::Resource;
 use oci_spec::runtime as oci;
 
+use super::parse;
 use crate::error::{Error, Result};
 use crate::spec::IdMaps;
 
@@ -44,7 +45,7 @@ pub struct Process {
 }
 
 /// The five sets. Absent ones are empty, as in runc.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Capabilities {
     /// Bounding set.
     pub bounding: CapsHashSet,
@@ -59,6 +60,26 @@ pub struct Capabilities {
 }
 
 impl Process {
+    /// Parses and checks the process of an exec. What it does not say is as in the container's own process, as runc
+    /// has it for capabilities, limits and `oomScoreAdj`; `noNewPrivileges` is its own to say.
+    pub fn for_exec(json: &[u8], container: &Self) -> Result<Self> {
+        let spec = parse::parse_process(json)?;
+        refuse_what_is_not_done(&spec)?;
+        let mut process = Self::from_spec(&spec)?;
+        if spec.capabilities().is_none() {
+            process.capabilities = container.capabilities.clone();
+        }
+        if process.rlimits.is_empty() {
+            process.rlimits.clone_from(&container.rlimits);
+        }
+        if spec.user().umask().is_none() {
+            process.umask = container.umask;
+        }
+        process.oom_score_adj = process.oom_score_adj.or(container.oom_score_adj);
+        process.io_priority = process.io_priority.or(container.io_priority);
+        Ok(process)
+    }
+
     /// Checks a process, of a container or of an exec in it.
     pub fn from_spec(process: &oci::Process) -> Result<Self> {
         let args = process.args().as_deref().unwrap_or_default();
@@ -148,6 +169,45 @@ impl Process {
                 format!("cannot set group {group}, which is unmapped in the user namespace"),
             )),
         }
+    }
+}
+
+/// Refuses what a process may ask and the agent can't do.
+pub(super) fn refuse_what_is_not_done(process: &oci::Process) -> Result<()> {
+    fn named(text: &Option<String>) -> bool {
+        text.as_ref().is_some_and(|text| !text.is_empty())
+    }
+    let not_yet = "not supported yet; remove it";
+    let no_lsm = "the guest's kernel has no such security module; remove it";
+    let refused = [
+        (
+            "process.selinuxLabel",
+            named(process.selinux_label()),
+            no_lsm,
+        ),
+        (
+            "process.apparmorProfile",
+            process
+                .apparmor_profile()
+                .as_deref()
+                .is_some_and(|name| !name.is_empty() && name != "unconfined"),
+            no_lsm,
+        ),
+        ("process.scheduler", process.scheduler().is_some(), not_yet),
+        (
+            "process.execCPUAffinity",
+            process
+                .exec_cpu_affinity()
+                .as_ref()
+                .is_some_and(|affinity| {
+                    named(affinity.initial()) || named(affinity.cpu_affinity_final())
+                }),
+            not_yet,
+        ),
+    ];
+    match refused.into_iter().find(|(_, present, _)| *present) {
+        Some((field, _, why)) => Err(Error::spec(field, why)),
+        None => Ok(()),
     }
 }
 
@@ -246,4 +306,97 @@ impl Capabilities {
 
 fn capability(capability: &oci::Capability) -> Option<caps::Capability> {
     format!("CAP_{capability}").parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn container() -> Process {
+        let spec = json!({
+            "cwd": "/", "args": ["init"], "user": {"uid": 5, "gid": 5, "umask": 0o077}, "noNewPrivileges": true,
+            "oomScoreAdj": 7, "rlimits": [{"type": "RLIMIT_CORE", "soft": 1, "hard": 2}],
+            "capabilities": {"bounding": ["CAP_KILL"]}, "ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 3}
+        });
+        Process::from_spec(&serde_json::from_value(spec).unwrap()).unwrap()
+    }
+
+    fn exec(json: &Value) -> Result<Process> {
+        Process::for_exec(&serde_json::to_vec(json).unwrap(), &container())
+    }
+
+    #[test]
+    fn what_an_exec_does_not_say_is_the_containers() {
+        let container = container();
+        let process =
+            exec(&json!({"cwd": "/", "args": ["x"], "user": {"uid": 0, "gid": 0}})).unwrap();
+        assert_eq!(process.capabilities, container.capabilities);
+        assert_eq!(process.rlimits, container.rlimits);
+        assert_eq!(
+            (process.umask, process.oom_score_adj, process.io_priority),
+            (0o077, Some(7), Some((2, 3)))
+        );
+        // Its own to say, and who it is.
+        assert!(!process.no_new_privileges);
+        assert_eq!((process.uid, process.gid), (0, 0));
+    }
+
+    #[test]
+    fn what_an_exec_says_counts() {
+        let process = exec(&json!({
+            "cwd": "/", "args": ["x"], "user": {"uid": 0, "gid": 0, "umask": 0}, "noNewPrivileges": true,
+            "oomScoreAdj": 0, "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 3, "hard": 4}], "capabilities": {},
+            "ioPriority": {"class": "IOPRIO_CLASS_IDLE", "priority": 0}
+        }))
+        .unwrap();
+        assert_eq!(process.capabilities, Capabilities::default());
+        assert_eq!(process.rlimits, [(Resource::RLIMIT_NOFILE, 3, 4)]);
+        assert_eq!(
+            (process.umask, process.oom_score_adj, process.io_priority),
+            (0, Some(0), Some((3, 0)))
+        );
+        assert!(process.no_new_privileges);
+    }
+
+    #[test]
+    fn errors_of_an_exec_name_the_field() {
+        let user = json!({"uid": 0, "gid": 0});
+        for (process, message) in [
+            (
+                json!({"cwd": "/", "args": [], "user": user}),
+                "process.args: must not be empty",
+            ),
+            (
+                json!({"cwd": "x", "args": ["x"], "user": user}),
+                "process.cwd: must be an absolute path",
+            ),
+            (
+                json!({"cwd": "/", "args": "x", "user": user}),
+                "process.args: ",
+            ),
+            (
+                json!({"args": ["x"], "user": user}),
+                "process: missing field `cwd`",
+            ),
+            (
+                json!({"cwd": "/", "args": ["x"], "user": user, "apparmorProfile": "mine"}),
+                "process.apparmorProfile: ",
+            ),
+        ] {
+            let error = exec(&process).unwrap_err().to_string();
+            assert!(error.starts_with(message), "{error}");
+        }
+        let unknown = json!({"cwd": "/", "args": ["x"], "user": user, "capabilities": {"bounding": ["CAP_NEW", "CAP_KILL"]}});
+        assert_eq!(
+            exec(&unknown).unwrap().capabilities,
+            container().capabilities
+        );
+        let error = Process::for_exec(b"{", &container()).unwrap_err();
+        assert!(
+            error.to_string().starts_with("process_json is not JSON: "),
+            "{error}"
+        );
+    }
 }

@@ -16,9 +16,9 @@ use bulkhead_agent::timeline::Timeline;
 use bulkhead_agent::transport::{Connection, Listener};
 use bulkhead_protocol::PROTOCOL_VERSION;
 use bulkhead_protocol::agent::{
-    CreateContainerRequest, DeleteContainerRequest, HelloRequest, SignalProcessRequest,
-    StartContainerRequest, Stdio, StreamHeader, StreamKind, WaitProcessRequest,
-    WaitProcessResponse,
+    CreateContainerRequest, DeleteContainerRequest, DeleteProcessRequest, ExecProcessRequest,
+    HelloRequest, ResizeTerminalRequest, SignalProcessRequest, StartContainerRequest, Stdio,
+    StreamHeader, StreamKind, WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::AgentClient;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -220,9 +220,133 @@ impl Bed {
         response.map(drop).map_err(status)
     }
 
+    /// A process like runc's default one, for a shell command.
+    pub fn process(&self, script: &str) -> Value {
+        json!({
+            "user": {"uid": 0, "gid": 0},
+            "args": ["/bin/sh", "-c", script],
+            "env": ["PATH=/bin"],
+            "cwd": "/"
+        })
+    }
+
+    /// A container that runs until it is killed.
+    pub async fn running(&self, id: &str) -> u32 {
+        let spec = self.spec("exec sleep 1000");
+        let pid = self.create(id, &spec, Stdio::default()).await.unwrap();
+        self.start(id).await.unwrap();
+        pid
+    }
+
+    pub async fn exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: &Value,
+        stdio: Stdio,
+    ) -> Result<u32, (Code, String)> {
+        let request = ExecProcessRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            process_json: serde_json::to_vec(process).unwrap(),
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        let response = self.client.exec_process(Context::default(), &request).await;
+        response.map(|response| response.pid).map_err(status)
+    }
+
+    pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<(), (Code, String)> {
+        let request = DeleteProcessRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .delete_process(Context::default(), &request)
+            .await;
+        response.map(drop).map_err(status)
+    }
+
+    pub async fn resize(
+        &self,
+        id: &str,
+        exec_id: &str,
+        width: u32,
+        height: u32,
+    ) -> Result<(), (Code, String)> {
+        let request = ResizeTerminalRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            width,
+            height,
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .resize_terminal(Context::default(), &request)
+            .await;
+        response.map(drop).map_err(status)
+    }
+
+    /// Runs a process in a container to its end and forgets it.
+    pub async fn run_exec(&self, id: &str, process: &Value) -> Result<Outcome, (Code, String)> {
+        let exec_id = "exec";
+        self.exec(id, exec_id, process, all_pipes()).await?;
+        let input = self.stream_of(id, exec_id, StreamKind::STDIN).await;
+        let mut output = self.stream_of(id, exec_id, StreamKind::STDOUT).await;
+        let mut errors = self.stream_of(id, exec_id, StreamKind::STDERR).await;
+        drop(input);
+        let (mut stdout, mut stderr) = (String::new(), String::new());
+        let (_, _, exit) = tokio::join!(
+            output.read_to_string(&mut stdout),
+            errors.read_to_string(&mut stderr),
+            self.wait_exec(id, exec_id)
+        );
+        self.delete_exec(id, exec_id).await?;
+        Ok(Outcome {
+            code: exit?.exit_code,
+            stdout,
+            stderr,
+        })
+    }
+
+    /// The standard output of a process that must succeed and write no errors.
+    pub async fn exec_output(&self, id: &str, process: &Value) -> String {
+        let outcome = self.run_exec(id, process).await.unwrap();
+        assert_eq!(
+            (outcome.code, outcome.stderr.as_str()),
+            (0, ""),
+            "{}",
+            outcome.stdout
+        );
+        outcome.stdout
+    }
+
     pub async fn signal(&self, id: &str, signal: u32, all: bool) -> Result<(), (Code, String)> {
+        self.send_signal(id, "", signal, all).await
+    }
+
+    pub async fn signal_exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+    ) -> Result<(), (Code, String)> {
+        self.send_signal(id, exec_id, signal, false).await
+    }
+
+    async fn send_signal(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), (Code, String)> {
         let request = SignalProcessRequest {
             container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
             signal,
             all,
             ..Default::default()
@@ -235,8 +359,17 @@ impl Bed {
     }
 
     pub async fn wait(&self, id: &str) -> Result<WaitProcessResponse, (Code, String)> {
+        self.wait_exec(id, "").await
+    }
+
+    pub async fn wait_exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+    ) -> Result<WaitProcessResponse, (Code, String)> {
         let request = WaitProcessRequest {
             container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
             ..Default::default()
         };
         let response = self.client.wait_process(Context::default(), &request).await;
@@ -257,8 +390,14 @@ impl Bed {
 
     /// Opens one of a container's streams.
     pub async fn stream(&self, id: &str, kind: StreamKind) -> UnixStream {
+        self.stream_of(id, "", kind).await
+    }
+
+    /// Opens one of a process's streams.
+    pub async fn stream_of(&self, id: &str, exec_id: &str, kind: StreamKind) -> UnixStream {
         let header = StreamHeader {
             container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
             kind: kind.into(),
             ..Default::default()
         };

@@ -1,0 +1,597 @@
+//! Processes that join a container, and what is done to a container while it runs.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+use bulkhead_protocol::agent::{Stdio, StreamKind};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+use ttrpc::Code;
+
+use crate::bed::{Bed, all_pipes};
+use crate::in_user_namespace;
+
+pub async fn a_process_joins_a_container() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let script = "hostname; for kind in pid net ipc uts mnt cgroup; do \
+                  test $(readlink /proc/self/ns/$kind) = $(readlink /proc/1/ns/$kind) || echo other $kind; done; \
+                  grep 0:: /proc/self/cgroup; pwd; ls -d /proc/[0-9]* | wc -l; echo $HOME; readlink /proc/1/exe; \
+                  exec ls /proc/self/fd";
+    let output = bed.exec_output("box", &bed.process(script)).await;
+    // Descriptor 3 is the directory that `ls` reads; init, the shell, ls and wc are all there is.
+    let lines: Vec<_> = output.lines().collect();
+    assert_eq!(lines.get(..3), Some(&["box", "0::/", "/"][..]), "{output}");
+    assert_eq!(
+        lines.get(4..),
+        Some(&["/root", "/bin/busybox", "0", "1", "2", "3"][..]),
+        "{output}"
+    );
+    assert!(matches!(lines.get(3), Some(&"3" | &"4")), "{output}");
+}
+
+pub async fn the_user_limits_and_capabilities_of_an_exec_are_its_own_or_the_containers() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("exec sleep 1000");
+    spec["process"]["user"] = json!({"uid": 0, "gid": 0, "umask": 0o077});
+    spec["process"]["oomScoreAdj"] = json!(77);
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    bed.start("box").await.unwrap();
+    let script = "grep -E 'CapBnd|NoNewPrivs' /proc/self/status; ulimit -Sn; umask; cat /proc/self/oom_score_adj";
+    let output = bed.exec_output("box", &bed.process(script)).await;
+    let fields: Vec<_> = output.split_whitespace().collect();
+    let set = "0000000000000420";
+    assert_eq!(
+        fields,
+        ["CapBnd:", set, "NoNewPrivs:", "0", "512", "0077", "77"]
+    );
+
+    let script = "grep -E 'CapBnd|CapEff|NoNewPrivs' /proc/self/status; ulimit -Sn; umask; cat /proc/self/oom_score_adj; \
+                  id -u; id -g; id -G; echo $HOME; pwd; echo $NAME; echo x > /dev/stdout";
+    let mut process = bed.process(script);
+    process["user"] = json!({"uid": 1000, "gid": 1001, "additionalGids": [5, 6], "umask": 0o027});
+    process["capabilities"] = json!({"bounding": ["CAP_KILL"]});
+    process["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200}]);
+    process["oomScoreAdj"] = json!(88);
+    process["noNewPrivileges"] = json!(true);
+    process["cwd"] = json!("/tmp");
+    process["env"] = json!(["PATH=/bin", "NAME=value"]);
+    let output = bed.exec_output("box", &process).await;
+    let fields: Vec<_> = output.split_whitespace().collect();
+    assert_eq!(
+        fields,
+        [
+            "CapEff:",
+            "0000000000000000",
+            "CapBnd:",
+            "0000000000000020",
+            "NoNewPrivs:",
+            "1",
+            "100",
+            "0027",
+            "88",
+            "1000",
+            "1001",
+            "1001",
+            "5",
+            "6",
+            "/home/me",
+            "/tmp",
+            "value",
+            "x"
+        ]
+    );
+}
+
+pub async fn an_exec_is_never_seen_with_more_capabilities_than_its_own() {
+    let bed = Bed::new().await;
+    let set = "0000000000000420";
+    let script = format!(
+        "echo ready; while :; do grep -hs CapPrm /proc/[0-9]*/status | grep -v {set}; done"
+    );
+    bed.create("box", &bed.spec(&script), all_pipes())
+        .await
+        .unwrap();
+    let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+    let _stderr = bed.stream("box", StreamKind::STDERR).await;
+    bed.start("box").await.unwrap();
+    stdout.read_exact(&mut [0; 6]).await.unwrap();
+    for _ in 0..100 {
+        bed.exec_output("box", &bed.process("true")).await;
+    }
+    bed.signal("box", 9, false).await.unwrap();
+    let mut seen = String::new();
+    stdout.read_to_string(&mut seen).await.unwrap();
+    assert_eq!(seen, "");
+}
+
+pub async fn failures_of_an_exec_are_said_in_runcs_words_and_leave_nothing() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let broken = bed.rootfs().join("bin/broken");
+    fs::write(&broken, "\0\0\0").unwrap();
+    fs::set_permissions(&broken, fs::Permissions::from_mode(0o755)).unwrap();
+    let with = |field: &str, value: serde_json::Value| {
+        let mut process = bed.process("");
+        process[field] = value;
+        process
+    };
+    for (process, code, message) in [
+        (
+            with("args", json!(["nothing"])),
+            Code::NOT_FOUND,
+            "exec: \"nothing\": executable file not found in $PATH",
+        ),
+        (
+            with("args", json!(["/x/y"])),
+            Code::NOT_FOUND,
+            "exec: \"/x/y\": stat /x/y: no such file or directory",
+        ),
+        (
+            with("args", json!(["/etc/plain"])),
+            Code::PERMISSION_DENIED,
+            "exec: \"/etc/plain\": permission denied",
+        ),
+        (
+            with("args", json!(["broken"])),
+            Code::INTERNAL,
+            "exec /bin/broken: exec format error",
+        ),
+        (
+            with("cwd", json!("/not/there")),
+            Code::NOT_FOUND,
+            "chdir to cwd (\"/not/there\") set in config.json failed: no such file or directory",
+        ),
+        (
+            with("args", json!([])),
+            Code::INVALID_ARGUMENT,
+            "process.args: must not be empty",
+        ),
+        (
+            with("apparmorProfile", json!("mine")),
+            Code::INVALID_ARGUMENT,
+            "process.apparmorProfile: the guest's kernel has no such security module; remove it",
+        ),
+        (
+            with("terminal", json!(true)),
+            Code::INVALID_ARGUMENT,
+            "process.terminal: the request's stdio says false",
+        ),
+    ] {
+        let error = bed
+            .exec("box", "one", &process, all_pipes())
+            .await
+            .unwrap_err();
+        assert_eq!(error, (code, message.to_owned()));
+    }
+    // The id is free again, and nothing of them runs.
+    let process = bed.process("exec ls -d /proc/[0-9]*");
+    let output = bed.exec_output("box", &process).await;
+    assert_eq!(output.lines().count(), 2, "{output}");
+    assert_eq!(
+        bed.exec("no", "one", &process, all_pipes())
+            .await
+            .unwrap_err()
+            .0,
+        Code::NOT_FOUND
+    );
+}
+
+pub async fn a_working_directory_outside_the_root_is_refused() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    for number in 3..12 {
+        let mut process = bed.process("pwd; ls");
+        process["cwd"] = json!(format!("/proc/self/fd/{number}"));
+        let (_, message) = bed.run_exec("box", &process).await.unwrap_err();
+        assert!(message.starts_with("chdir to cwd ("), "{message}");
+        let mut spec = bed.spec("pwd; ls");
+        spec["process"]["cwd"] = json!(format!("/proc/self/fd/{number}"));
+        let created = bed.create("other", &spec, Stdio::default()).await;
+        assert!(created.is_err());
+    }
+}
+
+pub async fn exec_ids_are_taken_once_and_free_after_deletion() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let process = bed.process("exec sleep 1000");
+    for id in ["", &"x".repeat(256)] {
+        let error = bed.exec("box", id, &process, Stdio::default()).await;
+        assert_eq!(error.unwrap_err().0, Code::INVALID_ARGUMENT);
+    }
+    for _ in 0..2 {
+        bed.exec("box", "one", &process, Stdio::default())
+            .await
+            .unwrap();
+        let error = bed
+            .exec("box", "one", &process, Stdio::default())
+            .await
+            .unwrap_err();
+        assert_eq!(
+            error,
+            (
+                Code::ALREADY_EXISTS,
+                "process one already exists".to_owned()
+            )
+        );
+        assert_eq!(
+            bed.delete_exec("box", "one").await.unwrap_err().0,
+            Code::FAILED_PRECONDITION
+        );
+        bed.signal_exec("box", "one", 15).await.unwrap();
+        assert_eq!(bed.wait_exec("box", "one").await.unwrap().exit_code, 143);
+        let error = bed.signal_exec("box", "one", 15).await.unwrap_err();
+        assert_eq!(
+            error,
+            (Code::NOT_FOUND, "process already finished".to_owned())
+        );
+        bed.delete_exec("box", "one").await.unwrap();
+        assert_eq!(
+            bed.delete_exec("box", "one").await.unwrap_err().0,
+            Code::NOT_FOUND
+        );
+        assert_eq!(
+            bed.wait_exec("box", "one").await.unwrap_err().0,
+            Code::NOT_FOUND
+        );
+    }
+}
+
+pub async fn an_exec_has_its_own_streams_signals_and_exit_code() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let script =
+        "trap 'echo got it >&2; exit 5' TERM; echo ready; cat; while :; do sleep 0.1; done";
+    for id in ["one", "two"] {
+        bed.exec("box", id, &bed.process(script), all_pipes())
+            .await
+            .unwrap();
+    }
+    let mut others = bed.stream_of("box", "two", StreamKind::STDOUT).await;
+    let mut stdin = bed.stream_of("box", "one", StreamKind::STDIN).await;
+    let mut stdout = bed.stream_of("box", "one", StreamKind::STDOUT).await;
+    let mut stderr = bed.stream_of("box", "one", StreamKind::STDERR).await;
+    stdin.write_all(b"typed").await.unwrap();
+    stdin.shutdown().await.unwrap();
+    let mut text = [0; 11];
+    stdout.read_exact(&mut text).await.unwrap();
+    assert_eq!(&text, b"ready\ntyped");
+    bed.signal_exec("box", "one", 15).await.unwrap();
+    let (mut rest, mut errors) = (String::new(), String::new());
+    stdout.read_to_string(&mut rest).await.unwrap();
+    stderr.read_to_string(&mut errors).await.unwrap();
+    assert_eq!((rest.as_str(), errors.as_str()), ("", "got it\n"));
+    assert_eq!(bed.wait_exec("box", "one").await.unwrap().exit_code, 5);
+    // The other one is untouched, and so is the container.
+    let mut ready = [0; 6];
+    others.read_exact(&mut ready).await.unwrap();
+    bed.signal_exec("box", "two", 9).await.unwrap();
+    assert_eq!(others.read(&mut [0; 1]).await.unwrap(), 0);
+    let _stderr = bed.stream_of("box", "two", StreamKind::STDERR).await;
+    assert_eq!(bed.wait_exec("box", "two").await.unwrap().exit_code, 137);
+    assert_eq!(
+        bed.exec_output("box", &bed.process("echo alive")).await,
+        "alive\n"
+    );
+}
+
+pub async fn the_exit_of_an_exec_comes_after_its_last_byte_and_does_not_wait_for_its_background() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let stdio = Stdio {
+        stdout: true,
+        ..Default::default()
+    };
+    let process = bed.process("sleep 1000 & head -c 60000 /dev/zero; exit 3");
+    bed.exec("box", "one", &process, stdio).await.unwrap();
+    let waiting = bed.wait_exec("box", "one");
+    tokio::pin!(waiting);
+    // All of it waits in the pipe, and the exit with it.
+    assert!(
+        timeout(Duration::from_millis(300), &mut waiting)
+            .await
+            .is_err()
+    );
+    let mut stdout = bed.stream_of("box", "one", StreamKind::STDOUT).await;
+    assert_eq!(waiting.await.unwrap().exit_code, 3);
+    let mut data = vec![0; 60_000];
+    stdout.read_exact(&mut data).await.unwrap();
+    bed.delete_exec("box", "one").await.unwrap();
+    assert_eq!(stdout.read(&mut [0; 1]).await.unwrap_or(0), 0);
+}
+
+pub async fn a_slow_reader_slows_an_exec() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let stdio = Stdio {
+        stdout: true,
+        ..Default::default()
+    };
+    let size = 20_000_000;
+    let script = format!("head -c {size} /dev/zero; touch /data/written");
+    bed.exec("box", "one", &bed.process(&script), stdio)
+        .await
+        .unwrap();
+    let mut stdout = bed.stream_of("box", "one", StreamKind::STDOUT).await;
+    let waiting = bed.wait_exec("box", "one");
+    tokio::pin!(waiting);
+    let early = timeout(Duration::from_millis(500), &mut waiting).await;
+    assert!(early.is_err() && !bed.rootfs().join("data/written").exists());
+    let mut data = Vec::new();
+    stdout.read_to_end(&mut data).await.unwrap();
+    assert_eq!(data.len(), size);
+    assert_eq!(waiting.await.unwrap().exit_code, 0);
+}
+
+pub async fn an_exec_ends_with_its_container() {
+    let bed = Bed::new().await;
+    for own_pids in [true, false] {
+        let mut spec = bed.spec("exec sleep 1000");
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|namespace| own_pids || namespace["type"] != "pid");
+        bed.create("box", &spec, Stdio::default()).await.unwrap();
+        bed.start("box").await.unwrap();
+        let process = bed.process("echo hello; exec sleep 1000");
+        bed.exec("box", "one", &process, all_pipes()).await.unwrap();
+        let mut stdout = bed.stream_of("box", "one", StreamKind::STDOUT).await;
+        let _stderr = bed.stream_of("box", "one", StreamKind::STDERR).await;
+        let mut output = [0; 6];
+        stdout.read_exact(&mut output).await.unwrap();
+        bed.signal("box", 9, false).await.unwrap();
+        assert_eq!(bed.wait_exec("box", "one").await.unwrap().exit_code, 137);
+        assert_eq!(stdout.read(&mut output).await.unwrap(), 0);
+        bed.delete_exec("box", "one").await.unwrap();
+        bed.delete("box").await.unwrap();
+    }
+}
+
+pub async fn deleting_a_container_forgets_its_execs() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let process = bed.process("setsid sleep 1000 & exec sleep 1000");
+    let pid = bed.exec("box", "one", &process, all_pipes()).await.unwrap();
+    let waiting = bed.wait_exec("box", "one");
+    let (exit, deleted) = tokio::join!(waiting, async {
+        // The wait is sent first; both are on one connection.
+        bed.delete("box").await
+    });
+    deleted.unwrap();
+    assert_eq!(exit.unwrap().exit_code, 137);
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    assert!(!bed.cgroup_of("box").exists());
+    assert_eq!(
+        bed.delete_exec("box", "one").await.unwrap_err().0,
+        Code::NOT_FOUND
+    );
+    bed.running("box").await;
+    bed.exec("box", "one", &bed.process("true"), Stdio::default())
+        .await
+        .unwrap();
+}
+
+pub async fn a_stopped_container_refuses_an_exec() {
+    let bed = Bed::new().await;
+    let process = bed.process("exec sleep 1000");
+    let refused = (
+        Code::FAILED_PRECONDITION,
+        "cannot exec in a stopped container".to_owned(),
+    );
+    for _ in 0..20 {
+        bed.running("box").await;
+        bed.signal("box", 9, false).await.unwrap();
+        // In time or not, it ends.
+        match bed.exec("box", "one", &process, Stdio::default()).await {
+            Ok(_) => assert_eq!(bed.wait_exec("box", "one").await.unwrap().exit_code, 137),
+            Err(error) => assert_eq!(error, refused),
+        }
+        bed.wait("box").await.unwrap();
+        let error = bed.exec("box", "two", &process, Stdio::default()).await;
+        assert_eq!(error.unwrap_err(), refused);
+        bed.delete("box").await.unwrap();
+    }
+}
+
+pub async fn terminals_are_resized() {
+    let bed = Bed::new().await;
+    let stdio = Stdio {
+        terminal: true,
+        terminal_width: 80,
+        terminal_height: 24,
+        ..Default::default()
+    };
+    let script = "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.1; done";
+    let mut spec = bed.spec(script);
+    spec["process"]["terminal"] = json!(true);
+    bed.create("box", &spec, stdio.clone()).await.unwrap();
+    let mut init = bed.stream("box", StreamKind::TERMINAL).await;
+    bed.start("box").await.unwrap();
+    let mut process = bed.process(script);
+    process["terminal"] = json!(true);
+    bed.exec("box", "one", &process, stdio).await.unwrap();
+    let mut exec = bed.stream_of("box", "one", StreamKind::TERMINAL).await;
+    bed.exec(
+        "box",
+        "two",
+        &bed.process("exec sleep 1000"),
+        Stdio::default(),
+    )
+    .await
+    .unwrap();
+    let error = bed.resize("box", "two", 1, 1).await.unwrap_err();
+    assert_eq!(
+        error,
+        (
+            Code::FAILED_PRECONDITION,
+            "the process has no terminal".to_owned()
+        )
+    );
+    for (width, height) in [(65_536, 1), (1, 65_536)] {
+        let error = bed.resize("box", "one", width, height).await.unwrap_err();
+        assert_eq!(error.0, Code::INVALID_ARGUMENT);
+    }
+    for (id, terminal, width, height) in [("one", &mut exec, 99, 33), ("", &mut init, 120, 50)] {
+        let mut ready = [0; 7];
+        terminal.read_exact(&mut ready).await.unwrap();
+        bed.resize("box", id, width, height).await.unwrap();
+        let mut output = String::new();
+        terminal.read_to_string(&mut output).await.unwrap();
+        assert_eq!(output, format!("{height} {width}\r\n"));
+    }
+}
+
+pub async fn a_terminal_of_an_exec_is_in_the_containers_devpts() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let stdio = Stdio {
+        terminal: true,
+        terminal_width: 100,
+        terminal_height: 40,
+        ..Default::default()
+    };
+    let mut process = bed.process(
+        "tty; stty size; stat -c %u $(tty); echo x > /dev/tty; read line; echo \"<$line>\"; exit 4",
+    );
+    process["terminal"] = json!(true);
+    process["user"] = json!({"uid": 1000, "gid": 1000});
+    bed.exec("box", "one", &process, stdio).await.unwrap();
+    let mut terminal = bed.stream_of("box", "one", StreamKind::TERMINAL).await;
+    let shown = "/dev/pts/0\r\n40 100\r\n1000\r\nx\r\n";
+    let mut output = vec![0; shown.len()];
+    terminal.read_exact(&mut output).await.unwrap();
+    assert_eq!(String::from_utf8(output).unwrap(), shown);
+    terminal.write_all(b"typed\n").await.unwrap();
+    let mut output = String::new();
+    terminal.read_to_string(&mut output).await.unwrap();
+    assert_eq!(output, "typed\r\n<typed>\r\n");
+    assert_eq!(bed.wait_exec("box", "one").await.unwrap().exit_code, 4);
+}
+
+pub async fn an_exec_without_new_namespaces_joins_too() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("exec sleep 1000");
+    spec["linux"]["namespaces"] = json!([{"type": "mount"}]);
+    spec.as_object_mut().unwrap().remove("hostname");
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    bed.start("box").await.unwrap();
+    let outcome = bed
+        .run_exec("box", &bed.process("ls /etc; exit 3"))
+        .await
+        .unwrap();
+    assert_eq!(
+        (outcome.code, outcome.stdout.as_str()),
+        (3, "passwd\nplain\n")
+    );
+}
+
+pub async fn hundreds_of_execs_leak_nothing() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let fds = format!("/proc/{}/fd", bed.agent.id());
+    let count = || fs::read_dir(&fds).unwrap().count();
+    let children = format!("/proc/{0}/task/{0}/children", bed.agent.id());
+    let children = || fs::read_to_string(&children).unwrap_or_default();
+    let memory = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", bed.agent.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS"));
+        let size = line.and_then(|line| line.split_whitespace().nth(1));
+        size.unwrap().parse::<u64>().unwrap()
+    };
+    let process = bed.process("echo x");
+    let failing = {
+        let mut process = bed.process("");
+        process["args"] = json!(["nothing"]);
+        process
+    };
+    for _ in 0..20 {
+        bed.exec_output("box", &process).await;
+    }
+    let before = (count(), children());
+    let memory_before = memory();
+    for _ in 0..300 {
+        assert_eq!(bed.exec_output("box", &process).await, "x\n");
+        bed.exec("box", "exec", &failing, all_pipes())
+            .await
+            .unwrap_err();
+    }
+    assert_eq!((count(), children()), before);
+    assert!(
+        memory() < memory_before + 1024,
+        "{memory_before} kB before, {} kB after",
+        memory()
+    );
+}
+
+pub async fn a_process_joins_a_user_namespace() {
+    let bed = Bed::new().await;
+    let mut spec = in_user_namespace(&bed, "exec sleep 1000");
+    spec["linux"]["namespaces"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"type": "time"}));
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    bed.start("box").await.unwrap();
+    let mut process = bed.process(
+        "id -u; id -G; for kind in user time pid mnt; do \
+         test $(readlink /proc/self/ns/$kind) = $(readlink /proc/1/ns/$kind) || echo other $kind; done; \
+         ulimit -Hn; cat /proc/self/oom_score_adj; touch /data/mine; echo out > /dev/stdout",
+    );
+    process["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 9_000, "hard": 9_000}]);
+    process["oomScoreAdj"] = json!(300);
+    assert_eq!(
+        bed.exec_output("box", &process).await,
+        "0\n0\n9000\n300\nout\n"
+    );
+    let owner = fs::metadata(bed.rootfs().join("data/mine")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&owner), 100_000);
+    process["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [7]});
+    process["args"] = json!(["/bin/sh", "-c", "id -u; id -G; echo x > /dev/stdout"]);
+    assert_eq!(bed.exec_output("box", &process).await, "1000\n1000 7\nx\n");
+    process["user"] = json!({"uid": 70_000, "gid": 0});
+    let (code, message) = bed.run_exec("box", &process).await.unwrap_err();
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(message.starts_with("process.user.uid: "), "{message}");
+
+    let stdio = Stdio {
+        terminal: true,
+        ..Default::default()
+    };
+    let mut process = bed.process("tty; echo x > /dev/tty");
+    process["terminal"] = json!(true);
+    process["user"] = json!({"uid": 1000, "gid": 1000});
+    bed.exec("box", "one", &process, stdio).await.unwrap();
+    let mut terminal = bed.stream_of("box", "one", StreamKind::TERMINAL).await;
+    let mut output = String::new();
+    terminal.read_to_string(&mut output).await.unwrap();
+    assert_eq!(output, "/dev/pts/0\r\nx\r\n");
+}
+
+pub async fn a_process_joins_under_the_profile_of_its_container() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("exec sleep 1000");
+    spec["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [
+            {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95},
+            // Of no concern to a process that forks no more.
+            {"names": ["clone", "clone3", "fork", "vfork"], "action": "SCMP_ACT_ERRNO"}
+        ]
+    });
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    bed.start("box").await.unwrap();
+    for no_new_privileges in [false, true] {
+        let mut process = bed.process("");
+        process["args"] = json!(["mkdir", "/data/made"]);
+        process["noNewPrivileges"] = json!(no_new_privileges);
+        let outcome = bed.run_exec("box", &process).await.unwrap();
+        assert_eq!(outcome.code, 1);
+        assert!(
+            outcome.stderr.contains("not supported"),
+            "{}",
+            outcome.stderr
+        );
+    }
+}
