@@ -5,17 +5,19 @@ use std::fs::File;
 use anyhow::Context;
 use bulkhead_runtime::config::Config;
 use bulkhead_runtime::id::ContainerId;
-use tracing::Level;
+use tracing_subscriber::EnvFilter;
 
 /// Starts logging: warnings, or everything of this project when debugging.
 pub fn start(config: &Config, id: &ContainerId) -> anyhow::Result<()> {
-    let level = if config.debug {
-        Level::DEBUG
-    } else {
-        Level::WARN
-    };
+    let level = if config.debug { "debug" } else { "warn" };
+    let ours = [
+        "bulkhead_runtime",
+        "bulkhead_vmm",
+        "containerd_shim_bulkhead_v2",
+    ];
+    let filter = ours.map(|name| format!("{name}={level}")).join(",");
     let builder = tracing_subscriber::fmt()
-        .with_max_level(level)
+        .with_env_filter(EnvFilter::new(filter))
         .with_ansi(false);
     match config.debug_directory.as_ref().filter(|_| config.debug) {
         Some(directory) => {

@@ -294,12 +294,17 @@ impl Capabilities {
         let set = |names: &Option<oci::Capabilities>| -> CapsHashSet {
             names.iter().flatten().filter_map(capability).collect()
         };
+        let (inheritable, permitted) = (set(sets.inheritable()), set(sets.permitted()));
         Self {
             bounding: set(sets.bounding()),
             effective: set(sets.effective()),
-            inheritable: set(sets.inheritable()),
-            permitted: set(sets.permitted()),
-            ambient: set(sets.ambient()),
+            // Those that the kernel would refuse (capabilities(7)) are left out, as by runc: its own default spec has some.
+            ambient: set(sets.ambient())
+                .into_iter()
+                .filter(|cap| inheritable.contains(cap) && permitted.contains(cap))
+                .collect(),
+            inheritable,
+            permitted,
         }
     }
 }
