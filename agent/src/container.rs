@@ -88,7 +88,8 @@ impl Containers {
     pub async fn create(&self, request: &CreateContainerRequest) -> Result<u32> {
         let id = &request.container_id;
         check_id(id)?;
-        let plan = Plan::from_json(&request.spec_json)?;
+        let mut plan = Plan::from_json(&request.spec_json)?;
+        plan.hooks.bundle.clone_from(&request.bundle);
         let terminal = &request.stdio.terminal;
         if plan.process.terminal != *terminal {
             return Err(Error::spec(

@@ -11,12 +11,12 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::setsid;
 
 use crate::devices::Nodes;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::mounts::{Rootfs, Trees, is_dev};
 use crate::process::{self, Program};
 use crate::spec::{CLONE_NEWTIME, Plan};
 use crate::terminal::{Size, Terminal};
-use crate::{devices, handshake, launch, sys, user_namespace};
+use crate::{devices, handshake, hooks, launch, sys, user_namespace};
 
 /// What a child needs of the agent.
 #[derive(Debug)]
@@ -67,10 +67,20 @@ pub fn run(job: &Job<'_>) -> ! {
         }
     };
     if handshake::wait_for_start(socket) {
-        let error = process::execute(&job.plan.process, &program, job.plan.seccomp.as_deref());
-        handshake::send_failure(socket, &error);
+        handshake::send_failure(socket, &execute(job, &program));
     }
     launch::exit()
+}
+
+/// Becomes the user's program; returns only the error.
+fn execute(job: &Job<'_>, program: &Program) -> Error {
+    let plan = job.plan;
+    let ready = process::go_under_filter(&plan.process, plan.seccomp.as_deref())
+        .and_then(|()| hooks::run(&plan.hooks, job.id, program));
+    match ready {
+        Ok(()) => process::replace(&plan.process, program),
+        Err(error) => error,
+    }
 }
 
 fn set_up(job: &Job<'_>) -> Result<(Program, Option<OwnedFd>)> {

@@ -13,6 +13,7 @@ pub mod devices;
 pub mod error;
 pub mod exec;
 pub mod handshake;
+pub mod hooks;
 pub mod hotplug;
 pub mod init;
 pub mod joiner;

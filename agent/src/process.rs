@@ -2,10 +2,11 @@
 //!
 //! The order, and the texts of the errors, are runc's (libcontainer's `finalizeNamespace`): clients match on them.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -125,13 +126,24 @@ fn cwd_error(cwd: &Path, errno: Errno) -> Error {
     )
 }
 
+/// Puts this process under the filter that [`become_process`] was given, if it left that for the last moment.
+pub fn go_under_filter(process: &Process, seccomp: Option<&Filter>) -> Result<()> {
+    match seccomp {
+        Some(filter) if process.no_new_privileges => filter.load(),
+        _ => Ok(()),
+    }
+}
+
 /// Replaces this process; returns only the error. `seccomp` is what [`become_process`] was given.
 pub fn execute(process: &Process, program: &Program, seccomp: Option<&Filter>) -> Error {
-    if let Some(filter) = seccomp.filter(|_| process.no_new_privileges)
-        && let Err(error) = filter.load()
-    {
-        return error;
+    match go_under_filter(process, seccomp) {
+        Ok(()) => replace(process, program),
+        Err(error) => error,
     }
+}
+
+/// Replaces this process, which is under its filter; returns only the error.
+pub fn replace(process: &Process, program: &Program) -> Error {
     let Err(errno) = execve(&program.path, &process.args, &program.env);
     Error::setup(
         Kind::of(errno),
@@ -141,6 +153,18 @@ pub fn execute(process: &Process, program: &Program, seccomp: Option<&Filter>) -
             errno_text(errno)
         ),
     )
+}
+
+impl Program {
+    /// The environment, as pairs.
+    pub fn variables(&self) -> impl Iterator<Item = (&OsStr, &OsStr)> {
+        self.env.iter().filter_map(|pair| {
+            let pair = pair.to_bytes();
+            let end = pair.iter().position(|&byte| byte == b'=')?;
+            let (name, value) = pair.split_at_checked(end)?;
+            Some((OsStr::from_bytes(name), OsStr::from_bytes(value.get(1..)?)))
+        })
+    }
 }
 
 fn environment(process: &Process, home: Option<String>) -> Vec<CString> {

@@ -438,6 +438,12 @@ pub fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
+/// A descriptor of a child that has not been waited for.
+pub fn open_process(pid: u32) -> Result<OwnedFd> {
+    // SAFETY: touches no memory of ours.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+}
+
 /// Sends a signal to the process behind a pidfd.
 pub fn signal_process(pidfd: BorrowedFd<'_>, signal: i32) -> Result<()> {
     // SAFETY: touches no memory of ours; a null siginfo is allowed.

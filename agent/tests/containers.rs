@@ -151,6 +151,8 @@ tests![
     masks_follow_links_inside_the_root_only,
     sysfs_mounts_without_a_network_namespace,
     limits_are_set_before_anything_runs,
+    start_hooks_run_in_the_container_right_before_the_program,
+    a_start_hook_that_fails_ends_the_start,
 ];
 
 async fn output_errors_and_exit_code_come_back() {
@@ -1381,4 +1383,62 @@ async fn limits_are_set_before_anything_runs() {
         "linux.resources.unified[\"nosuch.max\"]: cannot set nosuch.max to \"5\": the guest's kernel has no such limit"
     );
     assert!(!bed.cgroup_of("box").exists());
+}
+
+async fn start_hooks_run_in_the_container_right_before_the_program() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("cat /data/state /data/log; echo program");
+    spec["annotations"] = json!({"color": "red"});
+    spec["hooks"] = json!({"startContainer": [
+        {"path": "/bin/sh", "args": ["sh", "-c", "cat > /data/state; env | sort > /data/log; id -u >> /data/log"],
+         "env": ["A=1", "PATH=/bin"], "timeout": 30},
+        {"path": "/bin/sh", "args": ["sh", "-c", "echo second $TERM >> /data/log; echo ignored"]}
+    ]});
+    bed.create("box", &spec, all_pipes()).await.unwrap();
+    assert!(!bed.rootfs().join("data/state").exists());
+    bed.delete("box").await.unwrap();
+    let output = bed.output(&spec).await;
+    // PWD and SHLVL are the shell's own.
+    assert!(
+        output.ends_with("}A=1\nPATH=/bin\nPWD=/\nSHLVL=1\n0\nsecond xterm\nprogram\n"),
+        "{output}"
+    );
+    let state = fs::read_to_string(bed.rootfs().join("data/state")).unwrap();
+    let state: serde_json::Value = serde_json::from_str(&state).unwrap();
+    assert_eq!(
+        state,
+        json!({"ociVersion": "1.0.2-dev", "id": "box", "status": "created", "pid": 1, "bundle": bed.dir(),
+               "annotations": {"color": "red"}})
+    );
+}
+
+async fn a_start_hook_that_fails_ends_the_start() {
+    let bed = Bed::new().await;
+    for (hook, expected) in [
+        (
+            json!({"path": "/bin/sh", "args": ["sh", "-c", "echo told; echo why >&2; exit 3"]}),
+            "hooks.startContainer[1]: error running hook: exit status 3, stdout: told, stderr: why",
+        ),
+        (
+            json!({"path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1}),
+            "hooks.startContainer[1]: hook ran past specified timeout of 1.0s",
+        ),
+        (
+            json!({"path": "/no/such"}),
+            "hooks.startContainer[1]: error running hook: no such file or directory",
+        ),
+        (
+            json!({"path": "/bin/sh", "args": ["sh", "-c", "kill -9 $$"]}),
+            "hooks.startContainer[1]: error running hook: signal 9, stdout: , stderr: ",
+        ),
+    ] {
+        let mut spec = bed.spec("touch /data/ran");
+        spec["hooks"] = json!({"startContainer": [{"path": "/bin/true"}, hook]});
+        bed.create("box", &spec, Stdio::default()).await.unwrap();
+        let (_, message) = bed.start("box").await.unwrap_err();
+        assert_eq!(message, expected);
+        assert_eq!(bed.wait("box").await.unwrap().exit_code, 1);
+        bed.delete("box").await.unwrap();
+    }
+    assert!(!bed.rootfs().join("data/ran").exists());
 }

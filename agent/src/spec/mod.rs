@@ -4,6 +4,7 @@
 //! `docs/oci-spec.md` has the table of all fields.
 
 mod devices;
+mod hooks;
 mod ids;
 mod mounts;
 mod namespaces;
@@ -24,6 +25,7 @@ use crate::seccomp::Filter;
 use crate::sys::attr;
 
 pub use devices::Device;
+pub use hooks::{Hook, StartHooks};
 pub use ids::{IdMap, IdMaps};
 pub use mounts::{Mount, MountIds};
 pub use namespaces::CLONE_NEWTIME;
@@ -64,6 +66,8 @@ pub struct Plan {
     pub limits: Limits,
     /// `linux.seccomp`, for every process of the container, those that join it later too.
     pub seccomp: Option<Arc<Filter>>,
+    /// `hooks.startContainer`.
+    pub hooks: StartHooks,
     /// `process`.
     pub process: Process,
 }
@@ -94,7 +98,7 @@ impl Plan {
             .linux()
             .as_ref()
             .ok_or_else(|| Error::spec("linux", "is missing"))?;
-        refuse_what_is_not_done(spec, linux, process)?;
+        refuse_what_is_not_done(linux, process)?;
 
         let namespaces = namespaces::from_spec(linux)?;
         let new_uts = namespaces & libc::CLONE_NEWUTS as u64 != 0;
@@ -145,6 +149,7 @@ impl Plan {
             )?,
             personality: linux.personality().as_ref().map(personality).transpose()?,
             limits: Limits::from_spec(linux.resources().as_ref())?,
+            hooks: StartHooks::from_spec(spec)?,
             process: planned_process,
             id_maps,
             seccomp: linux
@@ -187,14 +192,7 @@ fn absolute_paths(paths: Option<&[String]>, field: &str) -> Result<Vec<PathBuf>>
     }
 }
 
-fn refuse_what_is_not_done(
-    spec: &oci::Spec,
-    linux: &oci::Linux,
-    process: &oci::Process,
-) -> Result<()> {
-    fn listed<T>(list: &Option<Vec<T>>) -> bool {
-        list.as_ref().is_some_and(|list| !list.is_empty())
-    }
+fn refuse_what_is_not_done(linux: &oci::Linux, process: &oci::Process) -> Result<()> {
     fn mapped<K, V>(map: &Option<HashMap<K, V>>) -> bool {
         map.as_ref().is_some_and(|map| !map.is_empty())
     }
@@ -202,28 +200,6 @@ fn refuse_what_is_not_done(
         text.as_ref().is_some_and(|text| !text.is_empty())
     }
     let not_yet = "not supported yet; remove it";
-    let hooks = spec.hooks().as_ref();
-    #[allow(deprecated)]
-    let hook_lists = hooks.map(|hooks| {
-        [
-            ("hooks.prestart", listed(hooks.prestart())),
-            ("hooks.createRuntime", listed(hooks.create_runtime())),
-            ("hooks.createContainer", listed(hooks.create_container())),
-            ("hooks.startContainer", listed(hooks.start_container())),
-            ("hooks.poststart", listed(hooks.poststart())),
-            ("hooks.poststop", listed(hooks.poststop())),
-        ]
-    });
-    let hook = hook_lists
-        .into_iter()
-        .flatten()
-        .find(|(_, present)| *present);
-    if let Some((field, _)) = hook {
-        return Err(Error::spec(
-            field,
-            "hooks don't run in the guest; remove it",
-        ));
-    }
     let no_lsm = "the guest's kernel has no such security module; remove it";
     let refused = [
         (
@@ -447,8 +423,18 @@ mod tests {
             ),
             (
                 "/hooks",
-                json!({"startContainer": hook}),
-                "hooks.startContainer",
+                json!({"startContainer": [{"path": "bin/true"}]}),
+                "hooks.startContainer[0].path",
+            ),
+            (
+                "/hooks",
+                json!({"startContainer": [{"path": "/bin/true", "timeout": 0}]}),
+                "hooks.startContainer[0].timeout",
+            ),
+            (
+                "/hooks",
+                json!({"startContainer": [{"path": "/bin/true", "env": ["A=1", "x"]}]}),
+                "hooks.startContainer[0].env[1]",
             ),
             ("/hooks", json!({"prestart": hook}), "hooks.prestart"),
             (

@@ -112,7 +112,7 @@ impl Process {
         Ok(Self {
             terminal: process.terminal().unwrap_or(false),
             args,
-            env: environment(process.env().as_deref().unwrap_or_default())?,
+            env: environment(process.env().as_deref().unwrap_or_default(), "process.env")?,
             cwd,
             uid: user.uid(),
             gid: user.gid(),
@@ -212,11 +212,11 @@ pub(super) fn refuse_what_is_not_done(process: &oci::Process) -> Result<()> {
 }
 
 /// Checks `NAME=value` pairs. Of equal names the last one counts, as with `setenv`. Messages hold positions only.
-fn environment(env: &[String]) -> Result<Vec<(String, String)>> {
+pub(super) fn environment(env: &[String], field: &str) -> Result<Vec<(String, String)>> {
     let mut pairs: Vec<(String, String)> = Vec::with_capacity(env.len() + 1);
     let mut places: HashMap<String, usize> = HashMap::with_capacity(env.len());
     for (index, pair) in env.iter().enumerate() {
-        let refuse = |problem: &str| Error::spec(format!("process.env[{index}]"), problem);
+        let refuse = |problem: &str| Error::spec(format!("{field}[{index}]"), problem);
         let (name, value) = pair
             .split_once('=')
             .ok_or_else(|| refuse("must have the form NAME=value"))?;

@@ -199,6 +199,7 @@ impl Bed {
             container_id: id.to_owned(),
             spec_json: serde_json::to_vec(spec).unwrap(),
             stdio: Some(stdio).into(),
+            bundle: self.dir().display().to_string(),
             ..Default::default()
         };
         let response = self
