@@ -116,9 +116,9 @@ impl Containers {
         }
         let (streams, ends) = Streams::open(&request.stdio)?;
         let stdio = &request.stdio;
-        let size = stdio
-            .terminal
-            .then(|| Size::bounded(stdio.terminal_width, stdio.terminal_height));
+        let size = stdio.terminal.then(|| {
+            Size::bounded(stdio.terminal_width, stdio.terminal_height).or(plan.process.console_size)
+        });
         let (init, socket) = self.fork(id, &plan, &cgroup, streams, ends, size)?;
         let container = Arc::new(Container {
             id: id.clone(),

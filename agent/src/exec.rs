@@ -44,9 +44,9 @@ impl Container {
             .execs
             .reserve(id)
             .ok_or_else(|| Error::ProcessExists(id.clone()))?;
-        let size = stdio
-            .terminal
-            .then(|| Size::bounded(stdio.terminal_width, stdio.terminal_height));
+        let size = stdio.terminal.then(|| {
+            Size::bounded(stdio.terminal_width, stdio.terminal_height).or(process.console_size)
+        });
         let (streams, ends) = Streams::open(stdio)?;
         let joiner = self.fork_joiner(&process, ends, size, reaper)?;
         let executed = joiner.execute(streams, reaper).await;

@@ -89,6 +89,7 @@ fn protect(job: &Job<'_>) -> Result<()> {
     // Until the exec nobody in the container may look into this copy of the agent; the fork inherits it.
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the process")?;
     launch::set_oom_score(job.process.oom_score_adj)?;
+    process::set_affinity(job.process)?;
     // In a user namespace they can't be raised any more.
     process::set_limits(job.process)
 }

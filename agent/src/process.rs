@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use caps::{CapSet, CapsHashSet};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::sched::sched_setaffinity;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{
@@ -38,6 +39,9 @@ pub fn become_process(process: &Process, seccomp: Option<&Filter>) -> Result<Pro
     set_limits(process)?;
     if let Some((class, level)) = process.io_priority {
         crate::sys::set_io_priority(class, level).what(|| "process.ioPriority")?;
+    }
+    if let Some(scheduler) = &process.scheduler {
+        crate::sys::set_scheduler(scheduler).what(|| "process.scheduler")?;
     }
     let home = process
         .env
@@ -88,6 +92,25 @@ pub fn become_process(process: &Process, seccomp: Option<&Filter>) -> Result<Pro
         path,
         env: environment(process, home),
     })
+}
+
+/// Sets the CPUs of a process that joins a container, which is in the container's cgroup already: from where the
+/// initial ones may be out of reach.
+pub fn set_affinity(process: &Process) -> Result<()> {
+    let Some(affinity) = &process.affinity else {
+        return Ok(());
+    };
+    let this = nix::unistd::Pid::from_raw(0);
+    if let Some(cpus) = &affinity.initial {
+        match sched_setaffinity(this, cpus) {
+            Ok(()) | Err(Errno::EINVAL) => {}
+            Err(errno) => return Err(Error::system("process.execCPUAffinity.initial", errno)),
+        }
+    }
+    match &affinity.last {
+        Some(cpus) => sched_setaffinity(this, cpus).what(|| "process.execCPUAffinity.final"),
+        None => Ok(()),
+    }
 }
 
 /// Sets the limits of this process.

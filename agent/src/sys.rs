@@ -554,6 +554,37 @@ pub fn set_io_priority(class: u16, level: u16) -> Result<()> {
         .map(drop)
 }
 
+/// `struct sched_attr` of `sched_setattr(2)`, version 0.
+#[repr(C)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+/// Sets the scheduling of this process.
+pub fn set_scheduler(scheduler: &crate::spec::Scheduler) -> Result<()> {
+    let attributes = SchedAttr {
+        // 48 bytes.
+        size: size_of::<SchedAttr>() as u32,
+        policy: scheduler.policy,
+        flags: scheduler.flags,
+        nice: scheduler.nice,
+        priority: scheduler.priority,
+        runtime: scheduler.runtime,
+        deadline: scheduler.deadline,
+        period: scheduler.period,
+    };
+    // SAFETY: the kernel reads `attributes`, which lives across the call and says its size.
+    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })
+        .map(drop)
+}
+
 /// The slave of a pseudo-terminal's master, opened without a path.
 pub fn open_pty_peer(master: BorrowedFd<'_>) -> Result<OwnedFd> {
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;

@@ -11,7 +11,7 @@ use crate::paths::{self, Make};
 use crate::sys;
 
 /// How large a terminal is; 0 is unknown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Size {
     /// Characters in a line.
     pub columns: u16,
@@ -27,6 +27,11 @@ impl Size {
             columns: bounded(columns),
             rows: bounded(rows),
         }
+    }
+
+    /// This one, or another if this is unknown.
+    pub fn or(self, other: Self) -> Self {
+        if self == Self::default() { other } else { self }
     }
 }
 

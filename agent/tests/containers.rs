@@ -153,6 +153,9 @@ tests![
     limits_are_set_before_anything_runs,
     start_hooks_run_in_the_container_right_before_the_program,
     a_start_hook_that_fails_ends_the_start,
+    the_scheduler_is_the_specs,
+    processes_that_join_have_their_cpus,
+    a_terminal_of_unknown_size_has_the_specs,
 ];
 
 async fn output_errors_and_exit_code_come_back() {
@@ -1441,4 +1444,70 @@ async fn a_start_hook_that_fails_ends_the_start() {
         bed.delete("box").await.unwrap();
     }
     assert!(!bed.rootfs().join("data/ran").exists());
+}
+
+async fn the_scheduler_is_the_specs() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("exec cat /proc/self/stat");
+    for (scheduler, policy, nice) in [
+        (
+            json!({"policy": "SCHED_BATCH", "nice": 7, "flags": ["SCHED_FLAG_RESET_ON_FORK"]}),
+            "3",
+            "7",
+        ),
+        (json!({"policy": "SCHED_IDLE"}), "5", "0"),
+        (json!({"policy": "SCHED_OTHER", "nice": 19}), "0", "19"),
+    ] {
+        spec["process"]["scheduler"] = scheduler;
+        let stat = bed.output(&spec).await;
+        // Counted from the state, which is the third field (proc_pid_stat(5)).
+        let fields: Vec<_> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+        assert_eq!((fields[41 - 3], fields[19 - 3]), (policy, nice), "{stat}");
+    }
+    spec["process"]["scheduler"] = json!({"policy": "SCHED_ISO"});
+    let (_, message) = bed
+        .create("box", &spec, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(message, "process.scheduler: invalid argument");
+}
+
+async fn processes_that_join_have_their_cpus() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("grep Cpus_allowed_list /proc/self/status; sleep 1000");
+    spec["process"]["execCPUAffinity"] = json!({"initial": "0", "final": "0"});
+    bed.create("box", &spec, all_pipes()).await.unwrap();
+    bed.start("box").await.unwrap();
+    let script = "grep Cpus_allowed_list /proc/self/status";
+    let own = bed.exec_output("box", &bed.process(script)).await;
+    assert_eq!(own, "Cpus_allowed_list:\t0\n");
+    let mut process = bed.process(script);
+    // The second is out of this container's reach, or nobody's.
+    process["execCPUAffinity"] = json!({"initial": "900", "final": "1"});
+    match bed.run_exec("box", &process).await {
+        Ok(outcome) => assert_eq!(outcome.stdout, "Cpus_allowed_list:\t1\n"),
+        Err((_, message)) => assert_eq!(message, "process.execCPUAffinity.final: invalid argument"),
+    }
+}
+
+async fn a_terminal_of_unknown_size_has_the_specs() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("stty size");
+    spec["process"]["terminal"] = json!(true);
+    spec["process"]["consoleSize"] = json!({"width": 90, "height": 30});
+    for (width, expected) in [(0, "30 90\r\n"), (70, "70 70\r\n")] {
+        let stdio = Stdio {
+            terminal: true,
+            terminal_width: width,
+            terminal_height: width,
+            ..Default::default()
+        };
+        bed.create("box", &spec, stdio).await.unwrap();
+        let mut terminal = bed.stream("box", StreamKind::TERMINAL).await;
+        bed.start("box").await.unwrap();
+        let mut output = String::new();
+        terminal.read_to_string(&mut output).await.unwrap();
+        assert_eq!(output, expected);
+        bed.delete("box").await.unwrap();
+    }
 }

@@ -10,6 +10,7 @@ mod mounts;
 mod namespaces;
 mod parse;
 mod process;
+mod scheduling;
 mod sysctl;
 
 use std::collections::HashMap;
@@ -30,6 +31,7 @@ pub use ids::{IdMap, IdMaps};
 pub use mounts::{Mount, MountIds};
 pub use namespaces::CLONE_NEWTIME;
 pub use process::{Capabilities, Process};
+pub use scheduling::{Affinity, Scheduler};
 
 /// Everything that a container's init does, in checked form.
 #[derive(Debug)]
@@ -147,7 +149,7 @@ impl Plan {
                 namespaces,
                 spec.hostname().is_some(),
             )?,
-            personality: linux.personality().as_ref().map(personality).transpose()?,
+            personality: linux.personality().as_ref().map(personality),
             limits: Limits::from_spec(linux.resources().as_ref())?,
             hooks: StartHooks::from_spec(spec)?,
             process: planned_process,
@@ -199,7 +201,6 @@ fn refuse_what_is_not_done(linux: &oci::Linux, process: &oci::Process) -> Result
     fn named(text: &Option<String>) -> bool {
         text.as_ref().is_some_and(|text| !text.is_empty())
     }
-    let not_yet = "not supported yet; remove it";
     let no_lsm = "the guest's kernel has no such security module; remove it";
     let refused = [
         (
@@ -212,11 +213,6 @@ fn refuse_what_is_not_done(linux: &oci::Linux, process: &oci::Process) -> Result
             linux.intel_rdt().is_some(),
             "not available in a guest; remove it",
         ),
-        (
-            "linux.memoryPolicy",
-            linux.memory_policy().is_some(),
-            not_yet,
-        ),
         ("linux.mountLabel", named(linux.mount_label()), no_lsm),
     ];
     match refused.into_iter().find(|(_, present, _)| *present) {
@@ -225,23 +221,21 @@ fn refuse_what_is_not_done(linux: &oci::Linux, process: &oci::Process) -> Result
     }
 }
 
-fn personality(personality: &oci::LinuxPersonality) -> Result<libc::c_ulong> {
-    if personality
+fn personality(personality: &oci::LinuxPersonality) -> libc::c_ulong {
+    // The spec defines none; runc warns and goes on.
+    if let Some(flags) = personality
         .flags()
         .as_ref()
-        .is_some_and(|flags| !flags.is_empty())
+        .filter(|flags| !flags.is_empty())
     {
-        return Err(Error::spec(
-            "linux.personality.flags",
-            "not supported; remove it",
-        ));
+        tracing::warn!(count = flags.len(), "linux.personality.flags: ignored");
     }
     const PER_LINUX: libc::c_ulong = 0;
     const PER_LINUX32: libc::c_ulong = 8;
-    Ok(match personality.domain() {
+    match personality.domain() {
         oci::LinuxPersonalityDomain::PerLinux => PER_LINUX,
         oci::LinuxPersonalityDomain::PerLinux32 => PER_LINUX32,
-    })
+    }
 }
 
 #[cfg(test)]
@@ -327,8 +321,8 @@ mod tests {
             ("/process/selinuxLabel", json!("x"), "process.selinuxLabel"),
             (
                 "/process/scheduler",
-                json!({"policy": "SCHED_BATCH"}),
-                "process.scheduler",
+                json!({"policy": "SCHED_BATCH", "nice": -21}),
+                "process.scheduler.nice",
             ),
             (
                 "/process/ioPriority",
@@ -337,8 +331,8 @@ mod tests {
             ),
             (
                 "/process/execCPUAffinity",
-                json!({"initial": "0"}),
-                "process.execCPUAffinity",
+                json!({"initial": "3-1"}),
+                "process.execCPUAffinity.initial",
             ),
             ("/linux", Value::Null, "linux"),
             (
@@ -412,11 +406,6 @@ mod tests {
                 "linux.sysctl[\"net/../../x\"]",
             ),
             (
-                "/linux/personality",
-                json!({"domain": "LINUX", "flags": ["x"]}),
-                "linux.personality.flags",
-            ),
-            (
                 "/linux/resources",
                 json!({"blockIO": {"weight": 9}}),
                 "linux.resources.blockIO.weight",
@@ -477,6 +466,45 @@ mod tests {
                 text.starts_with(&format!("{field}: ")),
                 "{field}: got {text:?}"
             );
+        }
+    }
+
+    #[test]
+    fn names_of_scheduler_flags_are_those_of_the_spec() {
+        let flags = json!([
+            "SCHED_FLAG_RESET_ON_FORK",
+            "SCHED_FLAG_DL_OVERRUN",
+            "SCHED_FLAG_KEEP_PARAMS"
+        ]);
+        let scheduler = json!({"policy": "SCHED_DEADLINE", "flags": flags});
+        let plan = plan(&with("/process/scheduler", scheduler)).unwrap();
+        assert_eq!(plan.process.scheduler.unwrap().flags, 0x01 | 0x04 | 0x10);
+        let scheduler = json!({"policy": "SCHED_IDLE", "flags": ["SCHED_FLAG_X"]});
+        let error = super::Plan::from_json(
+            &serde_json::to_vec(&with("/process/scheduler", scheduler)).unwrap(),
+        );
+        assert!(
+            error
+                .unwrap_err()
+                .to_string()
+                .starts_with("process.scheduler.flags[0]: ")
+        );
+    }
+
+    #[test]
+    fn what_runc_does_not_know_is_ignored() {
+        for (pointer, value) in [
+            (
+                "/linux/memoryPolicy",
+                json!({"mode": "MPOL_LOCAL", "nodes": "0"}),
+            ),
+            (
+                "/linux/personality",
+                json!({"domain": "LINUX32", "flags": ["x"]}),
+            ),
+            ("/linux/nosuch", json!({})),
+        ] {
+            plan(&with(pointer, value)).expect(pointer);
         }
     }
 

@@ -26,6 +26,8 @@ struct Document {
     prefix: &'static str,
     /// JSON pointer to the capabilities.
     capabilities: &'static str,
+    /// JSON pointer to the scheduler's flags.
+    scheduler_flags: &'static str,
 }
 
 const SPEC: Document = Document {
@@ -33,6 +35,7 @@ const SPEC: Document = Document {
     whole: "config.json",
     prefix: "",
     capabilities: "/process/capabilities",
+    scheduler_flags: "/process/scheduler/flags",
 };
 
 const PROCESS: Document = Document {
@@ -40,6 +43,7 @@ const PROCESS: Document = Document {
     whole: "process",
     prefix: "process.",
     capabilities: "/capabilities",
+    scheduler_flags: "/scheduler/flags",
 };
 
 fn parse_as<T: serde::de::DeserializeOwned>(json: &[u8], document: &Document) -> Result<T> {
@@ -47,15 +51,13 @@ fn parse_as<T: serde::de::DeserializeOwned>(json: &[u8], document: &Document) ->
         Ok(spec) => return Ok(spec),
         Err(error) => error,
     };
-    if error.is_data()
-        && json
-            .windows(CAPABILITY.len())
-            .any(|window| window == CAPABILITY)
-    {
-        // Perhaps an unknown capability; the slow way, taken for such specs only.
+    let holds = |text: &[u8]| json.windows(text.len()).any(|window| window == text);
+    if error.is_data() && (holds(CAPABILITY) || holds(SCHEDULER_FLAG)) {
+        // Perhaps one of the names that are mended below; the slow way, taken for such specs only.
         let mut value =
             serde_json::from_slice(json).map_err(|error| broken(json, &error, document))?;
         drop_unknown_capabilities(&mut value, document);
+        rename_scheduler_flags(&mut value, document);
         let cleaned = value.to_string();
         return serde_json::from_str(&cleaned)
             .map_err(|error| broken(cleaned.as_bytes(), &error, document));
@@ -64,6 +66,7 @@ fn parse_as<T: serde::de::DeserializeOwned>(json: &[u8], document: &Document) ->
 }
 
 const CAPABILITY: &[u8] = b"\"CAP_";
+const SCHEDULER_FLAG: &[u8] = b"\"SCHED_FLAG_";
 
 fn broken(json: &[u8], error: &serde_json::Error, document: &Document) -> Error {
     if !error.is_data() {
@@ -98,5 +101,20 @@ fn drop_unknown_capabilities(value: &mut serde_json::Value, document: &Document)
             }
             known
         });
+    }
+}
+
+/// Two flags whose names the `oci_spec` crate has otherwise than the spec.
+fn rename_scheduler_flags(value: &mut serde_json::Value, document: &Document) {
+    let flags = value
+        .pointer_mut(document.scheduler_flags)
+        .and_then(|flags| flags.as_array_mut());
+    for flag in flags.into_iter().flatten() {
+        let name = match flag.as_str() {
+            Some("SCHED_FLAG_RESET_ON_FORK") => "SCHED_RESET_ON_FORK",
+            Some("SCHED_FLAG_DL_OVERRUN") => "SCHED_FLAG_D_L_OVERRUN",
+            _ => continue,
+        };
+        *flag = name.into();
     }
 }

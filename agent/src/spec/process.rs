@@ -11,7 +11,8 @@ use oci_spec::runtime as oci;
 
 use super::parse;
 use crate::error::{Error, Result};
-use crate::spec::IdMaps;
+use crate::spec::{Affinity, IdMaps, Scheduler};
+use crate::terminal::Size;
 
 /// The spec's `process`.
 #[derive(Debug)]
@@ -42,6 +43,12 @@ pub struct Process {
     pub oom_score_adj: Option<i32>,
     /// Class and level of `ioPriority`.
     pub io_priority: Option<(u16, u16)>,
+    /// `scheduler`.
+    pub scheduler: Option<Scheduler>,
+    /// `execCPUAffinity`: the container's is that of processes that join it and say nothing of their own.
+    pub affinity: Option<Affinity>,
+    /// `consoleSize`: of a terminal that nobody gave a size.
+    pub console_size: Size,
 }
 
 /// The five sets. Absent ones are empty, as in runc.
@@ -77,6 +84,8 @@ impl Process {
         }
         process.oom_score_adj = process.oom_score_adj.or(container.oom_score_adj);
         process.io_priority = process.io_priority.or(container.io_priority);
+        process.scheduler = process.scheduler.or(container.scheduler);
+        process.affinity = process.affinity.or(container.affinity);
         Ok(process)
     }
 
@@ -139,6 +148,19 @@ impl Process {
                 .as_ref()
                 .map(io_priority)
                 .transpose()?,
+            scheduler: process
+                .scheduler()
+                .as_ref()
+                .map(Scheduler::from_spec)
+                .transpose()?,
+            affinity: match process.exec_cpu_affinity() {
+                Some(affinity) => Affinity::from_spec(affinity)?,
+                None => None,
+            },
+            console_size: process.console_size().map_or_else(Size::default, |size| {
+                let bounded = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+                Size::bounded(bounded(size.width()), bounded(size.height()))
+            }),
         })
     }
 }
@@ -177,13 +199,12 @@ pub(super) fn refuse_what_is_not_done(process: &oci::Process) -> Result<()> {
     fn named(text: &Option<String>) -> bool {
         text.as_ref().is_some_and(|text| !text.is_empty())
     }
-    let not_yet = "not supported yet; remove it";
     let no_lsm = "the guest's kernel has no such security module; remove it";
     let refused = [
         (
             "process.selinuxLabel",
             named(process.selinux_label()),
-            no_lsm,
+            "selinux label is specified in config, but selinux is disabled or not supported",
         ),
         (
             "process.apparmorProfile",
@@ -192,17 +213,6 @@ pub(super) fn refuse_what_is_not_done(process: &oci::Process) -> Result<()> {
                 .as_deref()
                 .is_some_and(|name| !name.is_empty() && name != "unconfined"),
             no_lsm,
-        ),
-        ("process.scheduler", process.scheduler().is_some(), not_yet),
-        (
-            "process.execCPUAffinity",
-            process
-                .exec_cpu_affinity()
-                .as_ref()
-                .is_some_and(|affinity| {
-                    named(affinity.initial()) || named(affinity.cpu_affinity_final())
-                }),
-            not_yet,
         ),
     ];
     match refused.into_iter().find(|(_, present, _)| *present) {
