@@ -78,7 +78,8 @@ impl Containers {
         }
     }
 
-    fn find(&self, id: &str) -> Result<Arc<Container>> {
+    /// The container of this id.
+    pub fn find(&self, id: &str) -> Result<Arc<Container>> {
         self.registry
             .get(id)
             .ok_or_else(|| Error::NoContainer(id.to_owned()))
@@ -322,6 +323,12 @@ impl Containers {
 impl Container {
     fn phase(&self) -> MutexGuard<'_, Phase> {
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether its first process has ended.
+    pub(crate) fn init_is_gone(&self) -> bool {
+        // The reaper may not have come to it yet.
+        self.init.has_ended() || sys::has_ended(self.init.pidfd.as_fd())
     }
 
     fn signal_all(&self, number: i32) -> Result<()> {

@@ -129,11 +129,6 @@ impl Container {
             }),
         }
     }
-
-    fn init_is_gone(&self) -> bool {
-        // The reaper may not have come to it yet.
-        self.init.has_ended() || sys::has_ended(self.init.pidfd.as_fd())
-    }
 }
 
 fn stopped() -> Error {

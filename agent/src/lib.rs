@@ -8,6 +8,7 @@
 pub mod boot;
 pub mod cgroup;
 pub mod container;
+pub mod control;
 pub mod device_filter;
 pub mod devices;
 pub mod error;

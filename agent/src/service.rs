@@ -6,12 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use async_trait::async_trait;
 use bulkhead_protocol::PROTOCOL_VERSION;
 use bulkhead_protocol::agent::{
-    BindDeviceRequest, BindDeviceResponse, CreateContainerRequest, CreateContainerResponse,
-    DeleteContainerRequest, DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse,
-    ExecProcessRequest, ExecProcessResponse, HelloRequest, HelloResponse, ResizeTerminalRequest,
-    ResizeTerminalResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest,
-    SignalProcessResponse, StartContainerRequest, StartContainerResponse, TimelineEntry,
-    WaitProcessRequest, WaitProcessResponse,
+    BindDeviceRequest, BindDeviceResponse, ContainerStatsRequest, ContainerStatsResponse,
+    CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest,
+    DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse, ExecProcessRequest,
+    ExecProcessResponse, HelloRequest, HelloResponse, ListProcessesRequest, ListProcessesResponse,
+    PauseContainerRequest, PauseContainerResponse, ResizeTerminalRequest, ResizeTerminalResponse,
+    ResumeContainerRequest, ResumeContainerResponse, ShutdownRequest, ShutdownResponse,
+    SignalProcessRequest, SignalProcessResponse, StartContainerRequest, StartContainerResponse,
+    TimelineEntry, UpdateContainerRequest, UpdateContainerResponse, WaitOomRequest,
+    WaitOomResponse, WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::Agent;
 use nix::sys::time::TimeSpec;
@@ -150,6 +153,68 @@ impl Agent for Service {
         self.greeted()?
             .resize(&request.container_id, &request.exec_id, size)?;
         Ok(ResizeTerminalResponse::default())
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: PauseContainerRequest,
+    ) -> ttrpc::Result<PauseContainerResponse> {
+        let container = self.greeted()?.find(&request.container_id)?;
+        whole(async move { container.pause().await }).await?;
+        Ok(PauseContainerResponse::default())
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: ResumeContainerRequest,
+    ) -> ttrpc::Result<ResumeContainerResponse> {
+        let container = self.greeted()?.find(&request.container_id)?;
+        whole(async move { container.resume().await }).await?;
+        Ok(ResumeContainerResponse::default())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> ttrpc::Result<UpdateContainerResponse> {
+        self.greeted()?
+            .find(&request.container_id)?
+            .update(&request.resources_json)?;
+        Ok(UpdateContainerResponse::default())
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerStatsRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        Ok(self.greeted()?.find(&request.container_id)?.stats()?)
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ListProcessesRequest,
+    ) -> ttrpc::Result<ListProcessesResponse> {
+        Ok(ListProcessesResponse {
+            processes: self.greeted()?.find(&request.container_id)?.processes()?,
+            ..Default::default()
+        })
+    }
+
+    async fn wait_oom(
+        &self,
+        _: &TtrpcContext,
+        request: WaitOomRequest,
+    ) -> ttrpc::Result<WaitOomResponse> {
+        let container = self.greeted()?.find(&request.container_id)?;
+        Ok(WaitOomResponse {
+            kills: container.oom_kills(request.seen).await?,
+            ..Default::default()
+        })
     }
 
     async fn signal_process(

@@ -1,21 +1,29 @@
 //! Control groups: one leaf of the unified hierarchy for each container.
 
+mod files;
 mod limits;
+mod stats;
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileExt, chown};
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use bulkhead_protocol::agent::ContainerStatsResponse;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
-use tokio::io::Interest;
 
-use crate::error::{Context, Result, errno_of};
+use self::files::{flat_keyed, read};
+use crate::error::{Context, Error, Kind, Result, errno_of};
 
+pub use files::EventFile;
 pub use limits::{Limits, is_list};
+
+/// How long a container may take to freeze: a process that waits for its disk does not stop at once.
+const FREEZE_TIME: Duration = Duration::from_secs(10);
 
 /// What a kernel without /sys/kernel/cgroup/delegate lets a user own (cgroups(7), "Delegating").
 const DELEGATED: &str = "cgroup.procs\ncgroup.subtree_control\ncgroup.threads\n";
@@ -184,26 +192,67 @@ impl Cgroup {
     }
 
     /// Waits until the last process has left it.
-    ///
-    /// The kernel announces changes of `cgroup.events` as exceptional conditions, so that nothing polls.
     pub async fn emptied(&self) -> io::Result<()> {
-        let file = crate::sys::watch_fd(
-            File::open(self.path.join("cgroup.events"))?,
-            Interest::PRIORITY,
-        )?;
-        let mut buffer = [0u8; 128];
-        loop {
-            // A read of this very file re-arms its notification, so the order is: read, then wait.
-            let length = file.get_ref().read_at(&mut buffer, 0)?;
-            let mut lines = buffer
-                .get(..length)
-                .unwrap_or_default()
-                .split(|&byte| byte == b'\n');
-            if lines.any(|line| line == b"populated 0") {
-                return Ok(());
+        self.events("cgroup.events")?.becomes("populated", 0).await
+    }
+
+    /// Freezes its processes and waits until they are frozen.
+    pub async fn freeze(&self) -> Result<()> {
+        let what = || "cannot freeze the container";
+        let events = self.events("cgroup.events").what(what)?;
+        write_file(&self.path.join("cgroup.freeze"), "1").what(what)?;
+        match tokio::time::timeout(FREEZE_TIME, events.becomes("frozen", 1)).await {
+            Ok(frozen) => frozen.what(what),
+            Err(_) => {
+                self.start_thaw()?;
+                Err(Error::setup(
+                    Kind::Internal,
+                    format!(
+                        "cannot freeze the container: a process of it does not stop within {} s; it runs on",
+                        FREEZE_TIME.as_secs()
+                    ),
+                ))
             }
-            file.ready(Interest::PRIORITY).await?.clear_ready();
         }
+    }
+
+    /// Lets its processes run again.
+    pub async fn thaw(&self) -> Result<()> {
+        let what = || "cannot thaw the container";
+        let events = self.events("cgroup.events").what(what)?;
+        self.start_thaw()?;
+        events.becomes("frozen", 0).await.what(what)
+    }
+
+    fn start_thaw(&self) -> Result<()> {
+        write_file(&self.path.join("cgroup.freeze"), "0").what(|| "cannot thaw the container")
+    }
+
+    /// Whether its processes are frozen.
+    pub fn is_frozen(&self) -> Result<bool> {
+        let events = read(&self.path.join("cgroup.events"))
+            .what(|| "cannot tell whether the container is paused")?;
+        let events = flat_keyed(&events.unwrap_or_default());
+        Ok(events.get("frozen") == Some(&1) && self.is_freezing()?)
+    }
+
+    /// What it has used.
+    pub fn stats(&self) -> Result<ContainerStatsResponse> {
+        stats::of(&self.path)
+    }
+
+    /// How its memory went short; none if the kernel does not count that.
+    pub fn memory_events(&self) -> Result<Option<EventFile>> {
+        match self.events("memory.events") {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            events => events
+                .map(Some)
+                .what(|| "cannot watch the container's memory"),
+        }
+    }
+
+    fn events(&self, file: &str) -> io::Result<EventFile> {
+        EventFile::open(&self.path.join(file))
     }
 }
 

@@ -30,6 +30,7 @@ pub use hooks::{Hook, StartHooks};
 pub use ids::{IdMap, IdMaps};
 pub use mounts::{Mount, MountIds};
 pub use namespaces::CLONE_NEWTIME;
+pub use parse::parse_resources;
 pub use process::{Capabilities, Process};
 pub use scheduling::{Affinity, Scheduler};
 

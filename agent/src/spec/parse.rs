@@ -16,6 +16,11 @@ pub(super) fn parse_process(json: &[u8]) -> Result<oci::Process> {
     parse_as(json, &PROCESS)
 }
 
+/// Parses a `linux.resources` that stands alone.
+pub fn parse_resources(json: &[u8]) -> Result<oci::LinuxResources> {
+    parse_as(json, &RESOURCES)
+}
+
 /// Where a document stands in config.json.
 struct Document {
     /// Of the request.
@@ -45,6 +50,17 @@ const PROCESS: Document = Document {
     capabilities: "/capabilities",
     scheduler_flags: "/scheduler/flags",
 };
+
+const RESOURCES: Document = Document {
+    name: "resources_json",
+    whole: "linux.resources",
+    prefix: "linux.resources.",
+    capabilities: NOWHERE,
+    scheduler_flags: NOWHERE,
+};
+
+/// Pointer to what a document has not: no property of the spec has this name.
+const NOWHERE: &str = "/-";
 
 fn parse_as<T: serde::de::DeserializeOwned>(json: &[u8], document: &Document) -> Result<T> {
     let error = match serde_json::from_slice(json) {

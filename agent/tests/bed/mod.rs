@@ -16,9 +16,11 @@ use bulkhead_agent::timeline::Timeline;
 use bulkhead_agent::transport::{Connection, Listener};
 use bulkhead_protocol::PROTOCOL_VERSION;
 use bulkhead_protocol::agent::{
-    CreateContainerRequest, DeleteContainerRequest, DeleteProcessRequest, ExecProcessRequest,
-    HelloRequest, ResizeTerminalRequest, SignalProcessRequest, StartContainerRequest, Stdio,
-    StreamHeader, StreamKind, WaitProcessRequest, WaitProcessResponse,
+    ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, DeleteContainerRequest,
+    DeleteProcessRequest, ExecProcessRequest, HelloRequest, ListProcessesRequest,
+    PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SignalProcessRequest,
+    StartContainerRequest, Stdio, StreamHeader, StreamKind, UpdateContainerRequest, WaitOomRequest,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::AgentClient;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -289,6 +291,85 @@ impl Bed {
             .resize_terminal(Context::default(), &request)
             .await;
         response.map(drop).map_err(status)
+    }
+
+    pub async fn pause(&self, id: &str) -> Result<(), (Code, String)> {
+        let request = PauseContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .pause_container(Context::default(), &request)
+            .await;
+        response.map(drop).map_err(status)
+    }
+
+    pub async fn resume(&self, id: &str) -> Result<(), (Code, String)> {
+        let request = ResumeContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .resume_container(Context::default(), &request)
+            .await;
+        response.map(drop).map_err(status)
+    }
+
+    pub async fn update(&self, id: &str, resources: &Value) -> Result<(), (Code, String)> {
+        let request = UpdateContainerRequest {
+            container_id: id.to_owned(),
+            resources_json: serde_json::to_vec(resources).unwrap(),
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .update_container(Context::default(), &request)
+            .await;
+        response.map(drop).map_err(status)
+    }
+
+    pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse, (Code, String)> {
+        let request = ContainerStatsRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .container_stats(Context::default(), &request)
+            .await;
+        response.map_err(status)
+    }
+
+    /// Pids and exec ids.
+    pub async fn processes(&self, id: &str) -> Result<Vec<(u32, String)>, (Code, String)> {
+        let request = ListProcessesRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        let response = self
+            .client
+            .list_processes(Context::default(), &request)
+            .await;
+        let entries = response.map_err(status)?.processes.into_iter();
+        Ok(entries.map(|entry| (entry.pid, entry.exec_id)).collect())
+    }
+
+    pub async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, (Code, String)> {
+        let request = WaitOomRequest {
+            container_id: id.to_owned(),
+            seen,
+            ..Default::default()
+        };
+        let response = self.client.wait_oom(Context::default(), &request).await;
+        response.map(|response| response.kills).map_err(status)
+    }
+
+    /// Whether containers' cgroups have this controller.
+    pub fn has_controller(&self, name: &str) -> bool {
+        let controllers = fs::read_to_string(self.cgroup.join("cgroup.controllers")).unwrap();
+        controllers.split_whitespace().any(|has| has == name)
     }
 
     /// Runs a process in a container to its end and forgets it.

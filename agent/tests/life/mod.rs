@@ -595,3 +595,222 @@ pub async fn a_process_joins_under_the_profile_of_its_container() {
         );
     }
 }
+
+pub async fn a_paused_container_stands_still() {
+    let bed = Bed::new().await;
+    let spec = bed.spec("while :; do echo x; sleep 0.01; done");
+    bed.create("box", &spec, all_pipes()).await.unwrap();
+    let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+    let _stderr = bed.stream("box", StreamKind::STDERR).await;
+    bed.start("box").await.unwrap();
+    stdout.read_exact(&mut [0; 2]).await.unwrap();
+    let not_paused = (Code::FAILED_PRECONDITION, "container not paused".to_owned());
+    assert_eq!(bed.resume("box").await.unwrap_err(), not_paused);
+
+    bed.pause("box").await.unwrap();
+    let events = bed.cgroup_of("box").join("cgroup.events");
+    assert!(fs::read_to_string(&events).unwrap().contains("frozen 1"));
+    assert_eq!(
+        bed.pause("box").await.unwrap_err(),
+        (
+            Code::FAILED_PRECONDITION,
+            "container not running: it is paused".to_owned()
+        )
+    );
+    assert_eq!(
+        bed.exec("box", "one", &bed.process("true"), Stdio::default())
+            .await
+            .unwrap_err(),
+        (
+            Code::FAILED_PRECONDITION,
+            "cannot exec in a paused container".to_owned()
+        )
+    );
+    // What was written before comes through; then there is silence.
+    let mut buffer = [0; 4096];
+    while let Ok(length) = timeout(Duration::from_millis(200), stdout.read(&mut buffer)).await {
+        assert_ne!(length.unwrap(), 0);
+    }
+    bed.resume("box").await.unwrap();
+    stdout.read_exact(&mut [0; 2]).await.unwrap();
+    bed.exec_output("box", &bed.process("true")).await;
+}
+
+pub async fn a_paused_container_can_be_killed_and_deleted() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    bed.exec(
+        "box",
+        "one",
+        &bed.process("exec sleep 1000"),
+        Stdio::default(),
+    )
+    .await
+    .unwrap();
+    bed.pause("box").await.unwrap();
+    bed.signal("box", 9, false).await.unwrap();
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 137);
+    assert_eq!(bed.wait_exec("box", "one").await.unwrap().exit_code, 137);
+    for refused in [bed.pause("box").await, bed.resume("box").await] {
+        let expected = (
+            Code::FAILED_PRECONDITION,
+            "container not running".to_owned(),
+        );
+        assert_eq!(refused.unwrap_err(), expected);
+    }
+    bed.delete("box").await.unwrap();
+
+    bed.running("box").await;
+    bed.pause("box").await.unwrap();
+    bed.delete("box").await.unwrap();
+    assert!(!bed.cgroup_of("box").exists());
+    // One that was only created can be paused too, as with runc.
+    bed.create("box", &bed.spec("true"), Stdio::default())
+        .await
+        .unwrap();
+    bed.pause("box").await.unwrap();
+    bed.resume("box").await.unwrap();
+    bed.start("box").await.unwrap();
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 0);
+}
+
+pub async fn processes_are_listed_with_their_exec_ids_wherever_their_cgroup_is() {
+    let bed = Bed::new().await;
+    let init = bed.running("box").await;
+    let process = bed.process("exec sleep 1000");
+    let one = bed.exec("box", "one", &process, Stdio::default()).await;
+    let two = bed.exec("box", "two", &process, Stdio::default()).await;
+    let (one, two) = (one.unwrap(), two.unwrap());
+    // As a container does that has a cgroup of its own to divide; one of threads, which has no list.
+    let (below, threads) = (
+        bed.cgroup_of("box").join("below"),
+        bed.cgroup_of("box").join("below/threads"),
+    );
+    fs::create_dir(&below).unwrap();
+    fs::create_dir(&threads).unwrap();
+    fs::write(below.join("cgroup.procs"), two.to_string()).unwrap();
+    fs::write(threads.join("cgroup.type"), "threaded").unwrap();
+    let mut processes = bed.processes("box").await.unwrap();
+    processes.sort();
+    let mut expected = vec![
+        (init, String::new()),
+        (one, "one".to_owned()),
+        (two, "two".to_owned()),
+    ];
+    expected.sort();
+    assert_eq!(processes, expected);
+    bed.signal("box", 9, true).await.unwrap();
+    bed.wait("box").await.unwrap();
+    bed.wait_exec("box", "two").await.unwrap();
+    assert_eq!(bed.processes("box").await.unwrap(), []);
+    assert_eq!(bed.processes("no").await.unwrap_err().0, Code::NOT_FOUND);
+}
+
+pub async fn the_figures_of_a_container_are_its_cgroups() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let process = bed.process("head -c 100000000 /dev/zero | wc -c");
+    assert_eq!(bed.exec_output("box", &process).await, "100000000\n");
+    let stats = bed.stats("box").await.unwrap();
+    assert!(stats.cpu["usage_usec"] > 0, "{stats}");
+    assert!(stats.cpu["usage_usec"] >= stats.cpu["user_usec"], "{stats}");
+    if bed.has_controller("memory") && bed.has_controller("pids") {
+        assert!(stats.memory_current > 0 && stats.memory["anon"] > 0);
+        assert_eq!(stats.memory_max, u64::MAX);
+        assert_eq!((stats.pids_current, stats.pids_max), (1, u64::MAX));
+        assert_eq!(stats.memory_events["oom_kill"], 0);
+    } else {
+        println!(
+            "SKIPPED: figures of memory and pids, for which cgroup v2 has no controllers here"
+        );
+    }
+    assert_eq!(bed.stats("no").await.unwrap_err().0, Code::NOT_FOUND);
+}
+
+pub async fn limits_are_changed_and_what_is_not_named_stays() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("exec sleep 1000");
+    let limited = bed.has_controller("memory") && bed.has_controller("pids");
+    if limited {
+        spec["linux"]["resources"] = json!({"memory": {"limit": 100 << 20}, "pids": {"limit": 50}});
+    }
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    bed.start("box").await.unwrap();
+    for (resources, message) in [
+        (
+            json!({"pids": {"limit": "x"}}),
+            "linux.resources.pids.limit: ",
+        ),
+        (json!("x"), "linux.resources: "),
+        (
+            json!({"unified": {"cgroup.procs": "1"}}),
+            "linux.resources.unified",
+        ),
+        (
+            json!({"unified": {"no.such": "1"}}),
+            "linux.resources.unified",
+        ),
+    ] {
+        let error = bed.update("box", &resources).await.unwrap_err();
+        assert_eq!(error.0, Code::INVALID_ARGUMENT, "{error:?}");
+        assert!(error.1.starts_with(message), "{}", error.1);
+    }
+    if limited {
+        bed.update("box", &json!({"memory": {"limit": 50 << 20}}))
+            .await
+            .unwrap();
+        let stats = bed.stats("box").await.unwrap();
+        assert_eq!((stats.memory_max, stats.pids_max), (50 << 20, 50));
+    } else {
+        println!("SKIPPED: limits, for which cgroup v2 has no controllers here");
+    }
+    bed.signal("box", 9, false).await.unwrap();
+    bed.wait("box").await.unwrap();
+    assert_eq!(
+        bed.update("box", &json!({})).await.unwrap_err(),
+        (
+            Code::FAILED_PRECONDITION,
+            "container not running".to_owned()
+        )
+    );
+}
+
+pub async fn a_kill_for_want_of_memory_is_told_and_deletion_ends_the_wait() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("exec sleep 1000");
+    let limited = bed.has_controller("memory");
+    if limited {
+        spec["linux"]["resources"] = json!({"memory": {"limit": 20 << 20}});
+    }
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    bed.start("box").await.unwrap();
+    let mut seen = 0;
+    if limited {
+        let waiting = bed.wait_oom("box", 0);
+        tokio::pin!(waiting);
+        assert!(
+            timeout(Duration::from_millis(100), &mut waiting)
+                .await
+                .is_err()
+        );
+        let process = bed.process("exec head -c 100000000 /dev/zero | sort > /dev/null");
+        bed.run_exec("box", &process).await.unwrap();
+        seen = waiting.await.unwrap();
+        assert!(seen > 0);
+        // What is known already is not told again.
+        assert_eq!(bed.wait_oom("box", seen - 1).await.unwrap(), seen);
+    } else {
+        println!("SKIPPED: a kill for want of memory, which cgroup v2 has no controller for here");
+    }
+    let waiting = bed.wait_oom("box", seen);
+    tokio::pin!(waiting);
+    assert!(
+        timeout(Duration::from_millis(100), &mut waiting)
+            .await
+            .is_err()
+    );
+    let (ended, deleted) = tokio::join!(waiting, bed.delete("box"));
+    deleted.unwrap();
+    assert_eq!(ended.unwrap_err().0, Code::NOT_FOUND);
+    assert_eq!(bed.wait_oom("box", 0).await.unwrap_err().0, Code::NOT_FOUND);
+}
