@@ -150,10 +150,12 @@ impl From<Error> for ttrpc::Error {
 
 /// `strerror` as runc and the Go library spell it: "no such file or directory". Clients match on these texts.
 pub fn errno_text(errno: Errno) -> String {
-    let text = errno.desc();
+    // The C library's words, as Go's are; `nix` has others for some.
+    let text = io::Error::from(errno).to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
     let mut characters = text.chars();
     match characters.next() {
-        // "RPC struct is bad" and "I/O error" keep their capitals.
+        // "RPC struct is bad" keeps its capitals.
         Some(first) if characters.clone().next().is_some_and(char::is_lowercase) => {
             first.to_lowercase().chain(characters).collect()
         }
@@ -207,7 +209,11 @@ mod tests {
         assert_eq!(errno_text(Errno::ENOENT), "no such file or directory");
         assert_eq!(errno_text(Errno::EACCES), "permission denied");
         assert_eq!(errno_text(Errno::ENOEXEC), "exec format error");
-        assert_eq!(errno_text(Errno::EIO), "I/O error");
+        assert_eq!(errno_text(Errno::EIO), "input/output error");
+        assert_eq!(
+            errno_text(Errno::ELOOP),
+            "too many levels of symbolic links"
+        );
     }
 
     #[test]

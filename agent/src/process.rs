@@ -312,7 +312,6 @@ fn look_up(name: &CStr, path: &str) -> Result<CString> {
                 Kind::of(errno),
                 &format!("stat {shown}: {}", errno_text(errno)),
             )),
-            Err(Lookup::Directory) => Err(failed(Kind::PermissionDenied, "is a directory")),
             Err(Lookup::Denied) => Err(failed(Kind::PermissionDenied, "permission denied")),
         };
     }
@@ -338,16 +337,12 @@ fn look_up(name: &CStr, path: &str) -> Result<CString> {
 
 enum Lookup {
     Stat(Errno),
-    Directory,
     Denied,
 }
 
 fn executable(path: &CStr) -> Result<(), Lookup> {
     let stat = nix::sys::stat::stat(path).map_err(Lookup::Stat)?;
-    if stat.st_mode & libc::S_IFMT == libc::S_IFDIR {
-        return Err(Lookup::Directory);
-    }
-    if stat.st_mode & 0o111 == 0 {
+    if stat.st_mode & libc::S_IFMT == libc::S_IFDIR || stat.st_mode & 0o111 == 0 {
         return Err(Lookup::Denied);
     }
     faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS).map_err(|_| Lookup::Denied)
@@ -435,7 +430,7 @@ mod tests {
         );
         assert_eq!(
             find(&full("folder"), "").unwrap_err(),
-            format!("exec: {:?}: is a directory", full("folder"))
+            format!("exec: {:?}: permission denied", full("folder"))
         );
         assert_eq!(
             find("", &path).unwrap_err(),

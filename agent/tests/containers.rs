@@ -479,6 +479,7 @@ async fn a_stream_not_asked_for_is_the_null_device() {
 
 async fn a_missing_program_is_said_at_create_in_runcs_words() {
     let bed = Bed::new().await;
+    symlink("loop", bed.rootfs().join("bin/loop")).unwrap();
     let mut spec = bed.spec("");
     for (args, code, message) in [
         (
@@ -497,9 +498,24 @@ async fn a_missing_program_is_said_at_create_in_runcs_words() {
             "exec: \"/etc/plain\": permission denied",
         ),
         (
+            json!(["/etc/plain/x"]),
+            Code::INVALID_ARGUMENT,
+            "exec: \"/etc/plain/x\": stat /etc/plain/x: not a directory",
+        ),
+        (
+            json!(["/bin/loop"]),
+            Code::INVALID_ARGUMENT,
+            "exec: \"/bin/loop\": stat /bin/loop: too many levels of symbolic links",
+        ),
+        (
+            json!([""]),
+            Code::NOT_FOUND,
+            "exec: \"\": executable file not found in $PATH",
+        ),
+        (
             json!(["/etc"]),
             Code::PERMISSION_DENIED,
-            "exec: \"/etc\": is a directory",
+            "exec: \"/etc\": permission denied",
         ),
     ] {
         spec["process"]["args"] = args;
@@ -530,15 +546,17 @@ async fn a_working_directory_is_made_and_a_bad_one_is_named() {
     let mut spec = bed.spec("pwd");
     spec["process"]["cwd"] = json!("/made/for/it");
     assert_eq!(bed.output(&spec).await, "/made/for/it\n");
-    spec["process"]["cwd"] = json!("/etc/passwd");
-    let (_, message) = bed
-        .create("box", &spec, Stdio::default())
-        .await
-        .unwrap_err();
-    assert_eq!(
-        message,
-        "chdir to cwd (\"/etc/passwd\") set in config.json failed: not a directory"
-    );
+    for (cwd, words) in [
+        ("/etc/passwd", "mkdir /etc/passwd: not a directory"),
+        ("/etc/passwd/x/y", "mkdir /etc/passwd: not a directory"),
+    ] {
+        spec["process"]["cwd"] = json!(cwd);
+        let error = bed
+            .create("box", &spec, Stdio::default())
+            .await
+            .unwrap_err();
+        assert_eq!(error, (Code::INVALID_ARGUMENT, words.to_owned()));
+    }
 }
 
 async fn mounts_that_fail_say_which_and_why() {

@@ -275,15 +275,33 @@ impl<'a> Rootfs<'a> {
         sys::attach(mask.as_fd(), place.as_fd()).what(field)
     }
 
-    /// Makes the working directory, as runc does.
+    /// Makes the working directory, with runc's words for what can't be one.
     pub fn make_cwd(&self, cwd: &Path) -> Result<()> {
-        match paths::open_or_make(self.root(), cwd.as_os_str().as_bytes(), Make::Directory) {
+        let made = self.make_directory(cwd);
+        match made {
+            Ok(()) => Ok(()),
             // A directory that can't be made (say, on a read-only mount) is chdir's to complain of.
-            Ok(_) | Err(Errno::EROFS | Errno::EACCES | Errno::EPERM) => Ok(()),
-            Err(errno) => Err(Error::system(
-                format!("process.cwd ({})", cwd.display()),
-                errno,
-            )),
+            Err(Errno::EROFS | Errno::EACCES | Errno::EPERM) => Ok(()),
+            Err(errno) => {
+                let mut prefixes: Vec<_> = cwd.ancestors().collect();
+                prefixes.reverse();
+                let not_a_directory = |prefix: &&&Path| {
+                    paths::open(self.root(), prefix.as_os_str().as_bytes())
+                        .and_then(|place| paths::is_directory(place.as_fd()))
+                        == Ok(false)
+                };
+                let culprit = prefixes.iter().find(not_a_directory).copied();
+                let culprit = culprit.unwrap_or(cwd).display();
+                Err(Error::system(format!("mkdir {culprit}"), errno))
+            }
+        }
+    }
+
+    fn make_directory(&self, path: &Path) -> nix::Result<()> {
+        let place = paths::open_or_make(self.root(), path.as_os_str().as_bytes(), Make::Directory)?;
+        match paths::is_directory(place.as_fd())? {
+            true => Ok(()),
+            false => Err(Errno::ENOTDIR),
         }
     }
 

@@ -112,7 +112,7 @@ impl Plan {
             if value.as_ref().is_some_and(|name| !name.is_empty()) && !new_uts {
                 return Err(Error::spec(
                     field,
-                    "can't be set without a new uts namespace in linux.namespaces",
+                    format!("unable to set {field} without a private UTS namespace"),
                 ));
             }
         }
