@@ -4,7 +4,7 @@
 //! joins the container) does is one system call. The order relative to capabilities and `no_new_privs` is runc's and
 //! stands in [`crate::process`].
 
-mod stub;
+mod dispatch;
 
 use std::io::{Read, Seek};
 
@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use oci_spec::runtime as oci;
 
 use crate::error::{Context, Error, Kind, Result};
+use dispatch::Part;
 
 /// Arguments of a system call, at most.
 const MAX_ARGUMENTS: usize = 6;
@@ -62,15 +63,24 @@ impl Filter {
             profile.default_errno_ret(),
             &format!("{field}.defaultAction"),
         )?;
-        let architectures = architectures(profile)?;
-        let compiled = compile(profile, default, &architectures)?;
-        let mut program = match default {
-            // Permissive: what is newer than the profile is allowed anyway, or a tracer's to judge.
-            ScmpAction::Allow | ScmpAction::Log | ScmpAction::Trace(_) => Vec::new(),
-            ScmpAction::Errno(libc::ENOSYS) => Vec::new(),
-            _ => stub::program(&last_syscalls(profile, &architectures)),
+        // With a permissive default, what is newer than the profile is allowed anyway, or a tracer's to judge.
+        let newer_do_not_exist = !matches!(
+            default,
+            ScmpAction::Allow
+                | ScmpAction::Log
+                | ScmpAction::Trace(_)
+                | ScmpAction::Errno(libc::ENOSYS)
+        );
+        let rules = rules(profile, default)?;
+        let part = |architecture| {
+            Ok(Part {
+                architecture,
+                last: last_syscall(profile, architecture).filter(|_| newer_do_not_exist),
+                program: export(&compile(&rules, default, &[architecture])?)?,
+            })
         };
-        program.extend(compiled);
+        let parts = architectures(profile).into_iter().map(part);
+        let program = dispatch::join(parts.collect::<Result<_>>()?);
         if program.len() > MAX_PROGRAM {
             return Err(Error::spec(
                 field,
@@ -178,7 +188,7 @@ fn architecture(architecture: oci::Arch) -> ScmpArch {
 
 /// The profile's architectures that the guest's kernel has, and always its own. A rule for another processor's can
 /// never match.
-fn architectures(profile: &oci::LinuxSeccomp) -> Result<Vec<ScmpArch>> {
+fn architectures(profile: &oci::LinuxSeccomp) -> Vec<ScmpArch> {
     let mut list = vec![ScmpArch::X8664];
     for &named in profile.architectures().iter().flatten() {
         let named = architecture(named);
@@ -186,28 +196,27 @@ fn architectures(profile: &oci::LinuxSeccomp) -> Result<Vec<ScmpArch>> {
             list.push(named);
         }
     }
-    Ok(list)
+    list
 }
 
-fn compile(
-    profile: &oci::LinuxSeccomp,
-    default: ScmpAction,
-    architectures: &[ScmpArch],
-) -> Result<Vec<libc::sock_filter>> {
-    let field = "linux.seccomp";
-    let library = |error: libseccomp::error::SeccompError| {
-        Error::setup(Kind::Internal, format!("{field}: libseccomp: {error}"))
-    };
-    let mut context = ScmpFilterContext::new(default).map_err(library)?;
-    for &architecture in architectures {
-        context.add_arch(architecture).map_err(library)?;
-    }
+/// A rule for one system call.
+struct Rule {
+    field: String,
+    name: String,
+    syscall: ScmpSyscall,
+    action: ScmpAction,
+    /// All must hold.
+    conditions: Vec<ScmpArgCompare>,
+}
+
+fn rules(profile: &oci::LinuxSeccomp, default: ScmpAction) -> Result<Vec<Rule>> {
+    let mut rules = Vec::new();
     for (index, rule) in profile.syscalls().iter().flatten().enumerate() {
-        let field = format!("{field}.syscalls[{index}]");
-        let wanted = action(rule.action(), rule.errno_ret(), &format!("{field}.action"))?;
+        let field = format!("linux.seccomp.syscalls[{index}]");
+        let action = action(rule.action(), rule.errno_ret(), &format!("{field}.action"))?;
         let alternatives = conditions(rule.args().as_deref().unwrap_or_default(), &field)?;
         // What the default does needs no rule, and libseccomp takes none.
-        if wanted == default {
+        if action == default {
             continue;
         }
         for name in rule.names() {
@@ -218,23 +227,56 @@ fn compile(
                 tracing::debug!(name, "linux.seccomp: unknown system call passed over");
                 continue;
             };
-            for conditions in &alternatives {
-                let added = if conditions.is_empty() {
-                    context.add_rule(wanted, syscall)
-                } else {
-                    context.add_rule_conditional(wanted, syscall, conditions)
-                };
-                added.map_err(|error| match error.errno() {
-                    Some(SeccompErrno::EEXIST) => Error::spec(
-                        &field,
-                        format!("a rule for {name} contradicts an earlier one"),
-                    ),
-                    _ => Error::spec(&field, format!("no rule for {name} can be made: {error}")),
-                })?;
-            }
+            rules.extend(alternatives.iter().map(|conditions| Rule {
+                field: field.clone(),
+                name: name.clone(),
+                syscall,
+                action,
+                conditions: conditions.clone(),
+            }));
         }
     }
-    export(&context)
+    Ok(rules)
+}
+
+fn compile(
+    rules: &[Rule],
+    default: ScmpAction,
+    architectures: &[ScmpArch],
+) -> Result<ScmpFilterContext> {
+    let library = |error: libseccomp::error::SeccompError| {
+        Error::setup(
+            Kind::Internal,
+            format!("linux.seccomp: libseccomp: {error}"),
+        )
+    };
+    let mut context = ScmpFilterContext::new(default).map_err(library)?;
+    for &architecture in architectures {
+        context.add_arch(architecture).map_err(library)?;
+    }
+    // A new context has it.
+    if !architectures.contains(&ScmpArch::X8664) {
+        context.remove_arch(ScmpArch::X8664).map_err(library)?;
+    }
+    for rule in rules {
+        let added = if rule.conditions.is_empty() {
+            context.add_rule(rule.action, rule.syscall)
+        } else {
+            context.add_rule_conditional(rule.action, rule.syscall, &rule.conditions)
+        };
+        let name = &rule.name;
+        added.map_err(|error| match error.errno() {
+            Some(SeccompErrno::EEXIST) => Error::spec(
+                &rule.field,
+                format!("a rule for {name} contradicts an earlier one"),
+            ),
+            _ => Error::spec(
+                &rule.field,
+                format!("no rule for {name} can be made: {error}"),
+            ),
+        })?;
+    }
+    Ok(context)
 }
 
 /// The conditions of a rule: alternatives, each a list of which all must hold. Several conditions on one argument
@@ -301,22 +343,15 @@ fn export(context: &ScmpFilterContext) -> Result<Vec<libc::sock_filter>> {
         .collect())
 }
 
-/// The highest number that the profile names, for each architecture.
-fn last_syscalls(profile: &oci::LinuxSeccomp, architectures: &[ScmpArch]) -> Vec<(ScmpArch, u32)> {
-    architectures
-        .iter()
-        .filter_map(|&architecture| {
-            let numbers = profile
-                .syscalls()
-                .iter()
-                .flatten()
-                .flat_map(|rule| rule.names())
-                .filter_map(|name| ScmpSyscall::from_name_by_arch(name, architecture).ok())
-                // Negative ones stand for calls that the architecture has not.
-                .filter_map(|syscall| u32::try_from(syscall.as_raw_syscall()).ok());
-            numbers.max().map(|last| (architecture, last))
-        })
-        .collect()
+/// The highest number that the profile names.
+fn last_syscall(profile: &oci::LinuxSeccomp, architecture: ScmpArch) -> Option<u32> {
+    let rules = profile.syscalls().iter().flatten();
+    rules
+        .flat_map(|rule| rule.names())
+        .filter_map(|name| ScmpSyscall::from_name_by_arch(name, architecture).ok())
+        // Negative ones stand for calls that the architecture has not.
+        .filter_map(|syscall| u32::try_from(syscall.as_raw_syscall()).ok())
+        .max()
 }
 
 #[cfg(test)]
@@ -530,6 +565,67 @@ mod tests {
             under(&profile, libc::SYS_getpriority, [0; 2]),
             End::Failed(libc::EPERM)
         );
+    }
+
+    #[test]
+    fn the_joined_filter_answers_as_the_one_that_libseccomp_makes() {
+        let equal = |name: &str, index: u32, value: u64, second: u64, operator: &str| {
+            json!({"names": [name], "action": "SCMP_ACT_ALLOW",
+                   "args": [{"index": index, "value": value, "valueTwo": second, "op": operator}]})
+        };
+        let allowed: Vec<String> = (0..300)
+            .step_by(2)
+            .filter_map(|number| ScmpSyscall::from(number).get_name().ok())
+            .chain(["recv", "semop", "_llseek", "socketcall"].map(str::to_owned))
+            .collect();
+        let profile = json!({
+            "defaultAction": "SCMP_ACT_ERRNO",
+            "defaultErrnoRet": 38,
+            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+            "syscalls": [
+                {"names": allowed, "action": "SCMP_ACT_ALLOW"},
+                {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1},
+                equal("personality", 0, 8, 0, "SCMP_CMP_EQ"),
+                equal("personality", 0, 0xffff_ffff, 0, "SCMP_CMP_EQ"),
+                equal("socket", 0, 40, 0, "SCMP_CMP_NE"),
+                equal("clone", 0, 0x7e02_0000, 0, "SCMP_CMP_MASKED_EQ"),
+                equal("madvise", 2, 0x1_0000_0005, 0, "SCMP_CMP_GE")
+            ]
+        });
+        let profile: oci::LinuxSeccomp = serde_json::from_value(profile).unwrap();
+        let default = ScmpAction::Errno(38);
+        let all = [ScmpArch::X8664, ScmpArch::X86, ScmpArch::X32];
+        let rules = rules(&profile, default).unwrap();
+        let whole = export(&compile(&rules, default, &all).unwrap()).unwrap();
+        let joined = Filter::from_spec(&profile).unwrap().program;
+        let values = [
+            0,
+            1,
+            8,
+            40,
+            0x7e02_0000,
+            0xffff_ffff,
+            0x1_0000_0004,
+            0x1_0000_0005,
+        ];
+        for architecture in [
+            dispatch::AUDIT_ARCH_X86_64,
+            dispatch::AUDIT_ARCH_I386,
+            0xc000_00b7,
+        ] {
+            for number in (0..600).chain((0..600).map(|number| dispatch::X32 | number)) {
+                for value in values {
+                    let answer = |program| {
+                        dispatch::tests::result(program, architecture, number, [value; 6])
+                    };
+                    assert_eq!(
+                        answer(&joined),
+                        answer(&whole),
+                        "{architecture:#x} {number:#x} {value:#x}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]
