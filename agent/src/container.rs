@@ -6,7 +6,9 @@
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
-use bulkhead_protocol::agent::{CreateContainerRequest, ExecProcessRequest, StreamHeader};
+use bulkhead_protocol::agent::{
+    CreateContainerRequest, ExecProcessRequest, NamespaceOf, StreamHeader,
+};
 use bulkhead_protocol::{GUEST_SHARE, SHARE_TAG};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -15,14 +17,14 @@ use tokio::sync::watch;
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::error::{Context, Error, Kind, Result};
 use crate::handshake::{self, Report};
-use crate::init::{self, Job};
+use crate::init::{self, Job, Join};
 use crate::mounts::Trees;
 use crate::reaper::{Exit, Reaper, exited};
 use crate::registry::Registry;
-use crate::spec::Plan;
+use crate::spec::{Joins, Plan, namespace_flag};
 use crate::streams::{ProcessEnds, Streams};
 use crate::sys::{self, Fork};
-use crate::task::Task;
+use crate::task::{Child, Task};
 use crate::terminal::Size;
 use crate::transport::Connection;
 use crate::user_namespace;
@@ -89,7 +91,8 @@ impl Containers {
     pub async fn create(&self, request: &CreateContainerRequest) -> Result<u32> {
         let id = &request.container_id;
         check_id(id)?;
-        let mut plan = Plan::from_json(&request.spec_json)?;
+        let owners = self.owners(&request.join)?;
+        let mut plan = Plan::from_json(&request.spec_json, &joins_of(&owners))?;
         plan.hooks.bundle.clone_from(&request.bundle);
         let terminal = &request.stdio.terminal;
         if plan.process.terminal != *terminal {
@@ -120,7 +123,14 @@ impl Containers {
         let size = stdio.terminal.then(|| {
             Size::bounded(stdio.terminal_width, stdio.terminal_height).or(plan.process.console_size)
         });
-        let (init, socket) = self.fork(id, &plan, &cgroup, streams, ends, size)?;
+        let (child, socket) = self.fork(id, &plan, &cgroup, &owners, ends, size)?;
+        drop(owners);
+        let child = if plan.joined == 0 {
+            child
+        } else {
+            self.adopt(child, &socket).await?
+        };
+        let init = child.into_task(streams);
         let container = Arc::new(Container {
             id: id.clone(),
             plan,
@@ -155,16 +165,46 @@ impl Containers {
         Ok(pid)
     }
 
-    /// Forks the init and begins to watch it. Nothing is awaited in between.
+    /// The containers whose namespaces are to be joined, with `CLONE_NEW*` of each.
+    fn owners(&self, join: &[NamespaceOf]) -> Result<Vec<(u64, Arc<Container>)>> {
+        let mut owners: Vec<(u64, Arc<Container>)> = Vec::with_capacity(join.len());
+        for (index, namespace) in join.iter().enumerate() {
+            let kind = oci_spec::runtime::LinuxNamespaceType::try_from(namespace.type_.as_str())
+                .map_err(|_| {
+                    let kind = &namespace.type_;
+                    Error::Request(format!(
+                        "join[{index}].type: {kind:?} is no type of namespace"
+                    ))
+                })?;
+            let flag = namespace_flag(kind);
+            if owners.iter().any(|(known, _)| *known == flag) {
+                return Err(Error::Request(format!(
+                    "join[{index}].type: a second {kind} namespace"
+                )));
+            }
+            let owner = self.find(&namespace.container_id)?;
+            if *owner.deleted.borrow() || owner.init_is_gone() {
+                return Err(Error::State(format!(
+                    "join[{index}].container_id: container {} is not running",
+                    owner.id
+                )));
+            }
+            owners.push((flag, owner));
+        }
+        Ok(owners)
+    }
+
+    /// Forks the init, or the child that joins namespaces first, and begins to watch it. Nothing is awaited in
+    /// between.
     fn fork(
         &self,
         id: &str,
         plan: &Plan,
         cgroup: &Cgroup,
-        streams: Streams,
+        owners: &[(u64, Arc<Container>)],
         ends: ProcessEnds,
         terminal: Option<Size>,
-    ) -> Result<(Task, handshake::Agent)> {
+    ) -> Result<(Child, handshake::Agent)> {
         let what = || "cannot make the container's init";
         let (mine, theirs) = handshake::pair().what(what)?;
         let socket = handshake::Agent::new(mine).what(what)?;
@@ -180,20 +220,62 @@ impl Containers {
             terminal,
             socket: theirs.as_fd(),
         };
-        let namespaces = plan.namespaces & !init::MADE_BY_INIT;
-        // SAFETY: the agent has one thread, and the child goes into `init::run`, which never returns.
+        let joins: Vec<_> = owners
+            .iter()
+            .filter(|(flag, _)| plan.joined & flag != 0)
+            .map(|(flag, owner)| Join {
+                container: &owner.id,
+                init: owner.init.pidfd.as_fd(),
+                namespace: *flag,
+            })
+            .collect();
+        let namespaces = if joins.is_empty() {
+            plan.made() & !init::MADE_BY_INIT
+        } else {
+            0
+        };
+        // SAFETY: the agent has one thread, and the child goes into functions that never return.
         match unsafe { sys::fork_into(namespaces, cgroup.dir()) }.what(what)? {
-            Fork::Child => init::run(&job),
+            Fork::Child if joins.is_empty() => init::run(&job),
+            Fork::Child => init::join_and_run(&job, &joins),
             Fork::Parent { pid, pidfd } => Ok((
-                Task {
+                Child {
                     pid,
                     pidfd,
                     exit: self.reaper.watch(pid),
-                    streams,
                 },
                 socket,
             )),
         }
+    }
+
+    /// Takes over the init that a child has forked. If there is none, nothing of the child is left.
+    async fn adopt(&self, mut child: Child, socket: &handshake::Agent) -> Result<Child> {
+        let adopted = match socket
+            .report()
+            .await
+            .what(|| "cannot hear of the container's init")
+        {
+            Ok(Report::Forked { pid, pidfd, .. }) => self
+                .reaper
+                .watch_adopted(pid, pidfd.as_fd())
+                .map(|exit| Child { pid, pidfd, exit })
+                .ok_or_else(|| {
+                    let problem = "the container's init ended during its set-up";
+                    Error::setup(Kind::Internal, problem)
+                }),
+            Ok(Report::Failed(error)) | Err(error) => Err(error),
+            Ok(Report::Ready(_) | Report::End) => Err(Error::setup(
+                Kind::Internal,
+                "the container's init is out of step",
+            )),
+        };
+        if adopted.is_err() {
+            let _ = sys::signal_process(child.pidfd.as_fd(), libc::SIGKILL);
+        }
+        // It ends by itself else. While it is there the cgroup can't be removed.
+        exited(&mut child.exit).await;
+        adopted
     }
 
     /// Executes the user's program of a created container.
@@ -356,7 +438,7 @@ impl Container {
         let exit = exited(&mut self.init.exit.clone()).await;
         // With its pid namespace the kernel has killed everything; without one, what is left would hold the output
         // open, and nobody could be sure of its end.
-        if self.plan.namespaces & libc::CLONE_NEWPID as u64 == 0
+        if self.plan.made() & libc::CLONE_NEWPID as u64 == 0
             && let Err(error) = self.cgroup.kill()
         {
             tracing::warn!(%error, "cannot kill what a container left");
@@ -400,6 +482,19 @@ impl Container {
             tracing::warn!(%error, "cannot watch a container's cgroup");
         }
     }
+}
+
+/// What a plan has to know of the containers whose namespaces are joined.
+fn joins_of(owners: &[(u64, Arc<Container>)]) -> Joins {
+    let mut joins = Joins::default();
+    for (flag, owner) in owners {
+        joins.asked |= flag;
+        joins.guests |= flag & !owner.plan.namespaces;
+        if *flag == libc::CLONE_NEWUSER as u64 {
+            joins.id_maps.clone_from(&owner.plan.id_maps);
+        }
+    }
+    joins
 }
 
 /// The guest's own network namespace needs a loopback interface once a container shares it, and not at boot.

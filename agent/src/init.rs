@@ -5,6 +5,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, umask};
@@ -15,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::mounts::{Rootfs, Trees, is_dev};
 use crate::process::{self, Program};
 use crate::spec::{CLONE_NEWTIME, Plan};
+use crate::sys::Fork;
 use crate::terminal::{Size, Terminal};
 use crate::{devices, handshake, hooks, launch, sys, user_namespace};
 
@@ -72,6 +74,72 @@ pub fn run(job: &Job<'_>) -> ! {
     launch::exit()
 }
 
+/// A namespace of another container that an init joins.
+#[derive(Debug)]
+pub struct Join<'a> {
+    /// Who that is, for messages.
+    pub container: &'a str,
+    /// Its init.
+    pub init: BorrowedFd<'a>,
+    /// `CLONE_NEW*` of it.
+    pub namespace: u64,
+}
+
+/// The whole life of a child that joins namespaces and forks the init into them: a pid namespace is entered only by
+/// being born in it, and what is made anew is to belong to a user namespace that is joined.
+pub fn join_and_run(job: &Job<'_>, joins: &[Join<'_>]) -> ! {
+    let _guard = launch::ExitOnUnwind;
+    let error = match join(joins).and_then(|()| {
+        // SAFETY: this child of the agent has one thread, and its own child goes into `run`, which never returns.
+        unsafe { sys::fork_sibling(job.plan.made() & !MADE_BY_INIT) }.map_err(|errno| {
+            let pid = |join: &&Join<'_>| join.namespace & libc::CLONE_NEWPID as u64 != 0;
+            match (errno, joins.iter().find(pid)) {
+                // What the kernel says of a pid namespace without its init.
+                (Errno::ENOMEM, Some(join)) => not_running(join),
+                _ => Error::system("cannot make the container's init", errno),
+            }
+        })
+    }) {
+        Ok(Fork::Child) => run(job),
+        Ok(Fork::Parent { pid, pidfd }) => {
+            match handshake::send_forked(job.socket, pid, pidfd.as_fd(), None)
+                .what(|| "cannot report to the agent")
+            {
+                Ok(()) => launch::end(0),
+                Err(error) => error,
+            }
+        }
+        Err(error) => error,
+    };
+    handshake::send_failure(job.socket, &error);
+    launch::exit()
+}
+
+fn not_running(join: &Join<'_>) -> Error {
+    Error::State(format!("container {} is not running", join.container))
+}
+
+fn join(joins: &[Join<'_>]) -> Result<()> {
+    // Others may see the init in their pid namespace; it inherits this.
+    nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the container's init")?;
+    let user = |join: &&Join<'_>| join.namespace & libc::CLONE_NEWUSER as u64 != 0;
+    // The user namespace last: in it this process has no rights in those that others own.
+    for join in joins
+        .iter()
+        .filter(|join| !user(join))
+        .chain(joins.iter().filter(user))
+    {
+        sys::join_namespaces(join.init, join.namespace).map_err(|errno| match errno {
+            Errno::ESRCH => not_running(join),
+            errno => Error::system(
+                format!("cannot join a namespace of container {}", join.container),
+                errno,
+            ),
+        })?;
+    }
+    Ok(())
+}
+
 /// Becomes the user's program; returns only the error.
 fn execute(job: &Job<'_>, program: &Program) -> Error {
     let plan = job.plan;
@@ -97,10 +165,10 @@ fn set_up(job: &Job<'_>) -> Result<(Program, Option<OwnedFd>)> {
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the container's init")?;
     umask(Mode::empty());
     launch::join_keyring(job.id)?;
-    if plan.namespaces & libc::CLONE_NEWCGROUP as u64 != 0 {
+    if plan.made() & libc::CLONE_NEWCGROUP as u64 != 0 {
         unshare(CloneFlags::CLONE_NEWCGROUP).what(|| "cannot make a cgroup namespace")?;
     }
-    if plan.namespaces & libc::CLONE_NEWNET as u64 != 0 {
+    if plan.made() & libc::CLONE_NEWNET as u64 != 0 {
         sys::loopback_up().what(|| "cannot bring up the loopback interface")?;
     }
     name_host(plan)?;
@@ -129,7 +197,7 @@ fn set_up(job: &Job<'_>) -> Result<(Program, Option<OwnedFd>)> {
 
 /// The offsets go through the guest's procfs, as long as it is there.
 fn make_time_namespace(plan: &Plan) -> Result<()> {
-    if plan.namespaces & CLONE_NEWTIME == 0 {
+    if plan.made() & CLONE_NEWTIME == 0 {
         return Ok(());
     }
     sys::unshare_time().what(|| "cannot make a time namespace")?;

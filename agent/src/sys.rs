@@ -413,15 +413,18 @@ pub unsafe fn fork_sibling(namespaces: u64) -> Result<Fork> {
     }
 }
 
-/// Joins namespaces (`CLONE_NEW*`) of the process behind a pidfd, all or none; `setns(2)`. Its pid namespace becomes
-/// that of children only.
+/// Joins namespaces (`CLONE_NEW*`) of the process behind a pidfd; `setns(2)`. Its pid namespace becomes that of
+/// children only. The user namespace comes last: in it this process has no rights in those that others own.
 pub fn join_namespaces(pidfd: BorrowedFd<'_>, namespaces: u64) -> Result<()> {
-    let flags = libc::c_int::try_from(namespaces).map_err(|_| Errno::EINVAL)?;
-    if flags == 0 {
-        return Ok(());
+    let user = libc::CLONE_NEWUSER as u64;
+    for flags in [namespaces & !user, namespaces & user] {
+        let flags = libc::c_int::try_from(flags).map_err(|_| Errno::EINVAL)?;
+        if flags != 0 {
+            // SAFETY: touches no memory.
+            Errno::result(unsafe { libc::setns(pidfd.as_raw_fd(), flags) })?;
+        }
     }
-    // SAFETY: touches no memory.
-    Errno::result(unsafe { libc::setns(pidfd.as_raw_fd(), flags) }).map(drop)
+    Ok(())
 }
 
 /// Whether a child has been reaped: nobody can hear of its end any more.

@@ -11,6 +11,29 @@ use crate::reaper::{Exit, ExitWatch, exited};
 use crate::streams::Streams;
 use crate::sys;
 
+/// A child of the agent.
+#[derive(Debug)]
+pub struct Child {
+    /// Pid in the agent's pid namespace.
+    pub pid: Pid,
+    /// The same process, whatever becomes of its pid.
+    pub pidfd: OwnedFd,
+    /// Tells of its end.
+    pub exit: ExitWatch,
+}
+
+impl Child {
+    /// With its streams.
+    pub fn into_task(self, streams: Streams) -> Task {
+        Task {
+            pid: self.pid,
+            pidfd: self.pidfd,
+            exit: self.exit,
+            streams,
+        }
+    }
+}
+
 /// A child of the agent with its streams.
 #[derive(Debug)]
 pub struct Task {

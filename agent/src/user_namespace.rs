@@ -16,9 +16,11 @@ use crate::process;
 use crate::spec::{IdMaps, Plan};
 use crate::sys::{self, Fork};
 
-/// Lets an init in: maps, limits, score. The rest it does itself.
+/// Lets an init in: maps, where the namespace is new, limits, score. The rest it does itself.
 pub fn admit(pid: Pid, plan: &Plan, maps: &IdMaps) -> Result<()> {
-    write_maps(pid, maps, "linux")?;
+    if plan.made() & libc::CLONE_NEWUSER as u64 != 0 {
+        write_maps(pid, maps, "linux")?;
+    }
     for (resource, soft, hard) in process::limits(&plan.process)? {
         sys::set_limit_of(pid, resource, soft, hard)
             .what(|| format!("process.rlimits ({resource:?})"))?;

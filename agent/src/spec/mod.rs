@@ -29,7 +29,7 @@ pub use devices::Device;
 pub use hooks::{Hook, StartHooks};
 pub use ids::{IdMap, IdMaps};
 pub use mounts::{Mount, MountIds};
-pub use namespaces::CLONE_NEWTIME;
+pub use namespaces::{CLONE_NEWTIME, Joins, flag as namespace_flag};
 pub use parse::parse_resources;
 pub use process::{Capabilities, Process};
 pub use scheduling::{Affinity, Scheduler};
@@ -37,8 +37,10 @@ pub use scheduling::{Affinity, Scheduler};
 /// Everything that a container's init does, in checked form.
 #[derive(Debug)]
 pub struct Plan {
-    /// `CLONE_NEW*` of the namespaces to make.
+    /// `CLONE_NEW*` of the namespaces in which the container differs from the guest.
     pub namespaces: u64,
+    /// Those of them that are other containers', and joined.
+    pub joined: u64,
     /// `linux.uidMappings` and `gidMappings`: there if the container has a user namespace.
     pub id_maps: Option<IdMaps>,
     /// `linux.timeOffsets`.
@@ -77,12 +79,12 @@ pub struct Plan {
 
 impl Plan {
     /// Parses and checks a spec.
-    pub fn from_json(json: &[u8]) -> Result<Self> {
-        Self::from_spec(&parse::parse(json)?)
+    pub fn from_json(json: &[u8], joins: &Joins) -> Result<Self> {
+        Self::from_spec(&parse::parse(json)?, joins)
     }
 
     /// Checks a parsed spec.
-    pub fn from_spec(spec: &oci::Spec) -> Result<Self> {
+    pub fn from_spec(spec: &oci::Spec, joins: &Joins) -> Result<Self> {
         let root = spec
             .root()
             .as_ref()
@@ -103,8 +105,8 @@ impl Plan {
             .ok_or_else(|| Error::spec("linux", "is missing"))?;
         refuse_what_is_not_done(linux, process)?;
 
-        let namespaces = namespaces::from_spec(linux)?;
-        let new_uts = namespaces & libc::CLONE_NEWUTS as u64 != 0;
+        let namespaces = namespaces::from_spec(linux, joins)?;
+        let new_uts = namespaces.all & libc::CLONE_NEWUTS as u64 != 0;
         for (field, value) in [
             ("hostname", spec.hostname()),
             ("domainname", spec.domainname()),
@@ -118,15 +120,16 @@ impl Plan {
         }
         let named = |name: &Option<String>| name.clone().filter(|name| !name.is_empty());
 
-        let id_maps = namespaces::id_maps(linux, namespaces)?;
+        let id_maps = namespaces::id_maps(linux, namespaces, joins)?;
         let planned_process = Process::from_spec(process)?;
         if let Some(maps) = &id_maps {
             planned_process.check_mapped(maps)?;
         }
 
         Ok(Self {
-            namespaces,
-            time_offsets: namespaces::time_offsets(linux, namespaces)?,
+            namespaces: namespaces.all,
+            joined: namespaces.joined,
+            time_offsets: namespaces::time_offsets(linux, namespaces.made())?,
             root: root.path().clone(),
             root_readonly: root.readonly().unwrap_or(false),
             propagation: match linux.rootfs_propagation().as_deref() {
@@ -147,7 +150,7 @@ impl Plan {
             domainname: named(spec.domainname()),
             sysctl: sysctl::from_spec(
                 linux.sysctl().as_ref(),
-                namespaces,
+                namespaces.all,
                 spec.hostname().is_some(),
             )?,
             personality: linux.personality().as_ref().map(personality),
@@ -166,10 +169,15 @@ impl Plan {
 }
 
 impl Plan {
+    /// `CLONE_NEW*` of the namespaces to make.
+    pub fn made(&self) -> u64 {
+        self.namespaces & !self.joined
+    }
+
     /// The guest's user who is to own the container's cgroup: the process's, where it has a cgroup namespace and may
     /// write to its cgroup. As with runc, and of no effect for the guest's root.
     pub fn cgroup_owner(&self) -> Option<u32> {
-        let own = self.namespaces & libc::CLONE_NEWCGROUP as u64 != 0;
+        let own = self.made() & libc::CLONE_NEWCGROUP as u64 != 0;
         let writable = self.mounts.iter().any(|mount| {
             matches!(mount.fs.as_str(), "cgroup" | "cgroup2")
                 && mount
@@ -269,7 +277,7 @@ mod tests {
     }
 
     fn plan(spec: &Value) -> Result<Plan> {
-        Plan::from_json(&serde_json::to_vec(spec).unwrap())
+        Plan::from_json(&serde_json::to_vec(spec).unwrap(), &Joins::default())
     }
 
     #[test]
@@ -483,6 +491,7 @@ mod tests {
         let scheduler = json!({"policy": "SCHED_IDLE", "flags": ["SCHED_FLAG_X"]});
         let error = super::Plan::from_json(
             &serde_json::to_vec(&with("/process/scheduler", scheduler)).unwrap(),
+            &Joins::default(),
         );
         assert!(
             error
@@ -506,6 +515,40 @@ mod tests {
             ("/linux/nosuch", json!({})),
         ] {
             plan(&with(pointer, value)).expect(pointer);
+        }
+    }
+
+    #[test]
+    fn namespaces_to_join_take_the_place_of_new_ones() {
+        let flags = |flags: &[libc::c_int]| flags.iter().fold(0, |all, &flag| all | flag as u64);
+        let joining = |spec: &Value, asked: u64, guests: u64| {
+            let joins = Joins {
+                asked,
+                guests,
+                id_maps: None,
+            };
+            Plan::from_json(&serde_json::to_vec(spec).unwrap(), &joins)
+        };
+        let spec = with(
+            "/linux/namespaces",
+            json!([
+                {"type": "mount"}, {"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "ipc"}, {"type": "uts"}
+            ]),
+        );
+        let (pid, ipc) = (flags(&[libc::CLONE_NEWPID]), flags(&[libc::CLONE_NEWIPC]));
+        let plan = joining(&spec, pid | ipc, 0).unwrap();
+        assert_eq!(plan.joined, pid | ipc);
+        assert_eq!(plan.made(), flags(&[libc::CLONE_NEWNS, libc::CLONE_NEWUTS]));
+        // What the other one shares with the guest is shared with both.
+        let plan = joining(&spec, pid | ipc, ipc).unwrap();
+        assert_eq!((plan.joined, plan.namespaces & ipc), (pid, 0));
+        for (asked, field) in [
+            (ipc, "linux.namespaces[1].path: "),
+            (pid | flags(&[libc::CLONE_NEWNET]), "linux.namespaces: "),
+            (pid | flags(&[libc::CLONE_NEWNS]), "linux.namespaces: "),
+        ] {
+            let error = joining(&spec, asked, 0).unwrap_err().to_string();
+            assert!(error.starts_with(field), "{error}");
         }
     }
 

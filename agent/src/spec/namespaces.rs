@@ -1,5 +1,7 @@
 //! `linux.namespaces`, and what belongs to single kinds of them.
 
+use std::path::Path;
+
 use oci_spec::runtime as oci;
 
 use crate::error::{Error, Result};
@@ -8,55 +10,111 @@ use crate::spec::IdMaps;
 /// `CLONE_NEWTIME`, which the C library's binding has not as a plain number.
 pub const CLONE_NEWTIME: u64 = 0x80;
 
-/// `CLONE_NEW*` of the namespaces to make.
-pub(super) fn from_spec(linux: &oci::Linux) -> Result<u64> {
-    let mut flags = 0;
+/// What the request says of namespaces of other containers.
+#[derive(Debug, Default)]
+pub struct Joins {
+    /// `CLONE_NEW*` of the namespaces to join.
+    pub asked: u64,
+    /// Those of them that the other container shares with the guest: there is nothing to join.
+    pub guests: u64,
+    /// The maps of the user namespace to join.
+    pub id_maps: Option<IdMaps>,
+}
+
+/// The namespaces of a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Namespaces {
+    /// `CLONE_NEW*` of those in which it differs from the guest.
+    pub all: u64,
+    /// Those of them that it joins.
+    pub joined: u64,
+}
+
+impl Namespaces {
+    /// Those that are to be made.
+    pub fn made(self) -> u64 {
+        self.all & !self.joined
+    }
+}
+
+/// `CLONE_NEW*` of the spec's name for a kind of namespace.
+pub fn flag(kind: oci::LinuxNamespaceType) -> u64 {
+    match kind {
+        oci::LinuxNamespaceType::Mount => libc::CLONE_NEWNS as u64,
+        oci::LinuxNamespaceType::Cgroup => libc::CLONE_NEWCGROUP as u64,
+        oci::LinuxNamespaceType::Uts => libc::CLONE_NEWUTS as u64,
+        oci::LinuxNamespaceType::Ipc => libc::CLONE_NEWIPC as u64,
+        oci::LinuxNamespaceType::Pid => libc::CLONE_NEWPID as u64,
+        oci::LinuxNamespaceType::Network => libc::CLONE_NEWNET as u64,
+        oci::LinuxNamespaceType::User => libc::CLONE_NEWUSER as u64,
+        oci::LinuxNamespaceType::Time => CLONE_NEWTIME,
+    }
+}
+
+/// `linux.namespaces`, with what the request wants joined.
+pub(super) fn from_spec(linux: &oci::Linux, joins: &Joins) -> Result<Namespaces> {
+    let (mut seen, mut all, mut joined) = (0, 0, 0);
     for (index, namespace) in linux.namespaces().iter().flatten().enumerate() {
         let field = format!("linux.namespaces[{index}]");
-        if namespace
-            .path()
-            .as_ref()
-            .is_some_and(|path| !path.as_os_str().is_empty())
-        {
-            return Err(Error::spec(
-                format!("{field}.path"),
-                "joining a namespace is not supported yet; remove it",
-            ));
-        }
         let kind = namespace.typ();
-        let flag = match kind {
-            oci::LinuxNamespaceType::Mount => libc::CLONE_NEWNS as u64,
-            oci::LinuxNamespaceType::Cgroup => libc::CLONE_NEWCGROUP as u64,
-            oci::LinuxNamespaceType::Uts => libc::CLONE_NEWUTS as u64,
-            oci::LinuxNamespaceType::Ipc => libc::CLONE_NEWIPC as u64,
-            oci::LinuxNamespaceType::Pid => libc::CLONE_NEWPID as u64,
-            oci::LinuxNamespaceType::Network => libc::CLONE_NEWNET as u64,
-            oci::LinuxNamespaceType::User => libc::CLONE_NEWUSER as u64,
-            oci::LinuxNamespaceType::Time => CLONE_NEWTIME,
-        };
-        if flags & flag != 0 {
+        let flag = flag(kind);
+        if seen & flag != 0 {
             return Err(Error::spec(field, format!("a second {kind} namespace")));
         }
-        flags |= flag;
+        seen |= flag;
+        if joins.asked & flag == 0 {
+            let path = namespace.path().as_deref().unwrap_or(Path::new(""));
+            if !path.as_os_str().is_empty() {
+                return Err(Error::spec(
+                    format!("{field}.path"),
+                    "leads to a namespace outside of the guest, which a container in it can't join; remove it",
+                ));
+            }
+            all |= flag;
+        } else if joins.guests & flag == 0 {
+            all |= flag;
+            joined |= flag;
+        }
     }
-    if flags & libc::CLONE_NEWNS as u64 == 0 {
+    if joins.asked & !seen != 0 {
+        return Err(Error::spec(
+            "linux.namespaces",
+            "has no namespace of a type that the request wants joined",
+        ));
+    }
+    let mount = libc::CLONE_NEWNS as u64;
+    if all & mount == 0 || joined & mount != 0 {
         return Err(Error::spec(
             "linux.namespaces",
             "must have a new mount namespace",
         ));
     }
-    Ok(flags)
+    Ok(Namespaces { all, joined })
 }
 
-/// `linux.uidMappings` and `gidMappings` of a new user namespace. Its root sets up the container, so it must be
-/// somebody.
-pub(super) fn id_maps(linux: &oci::Linux, namespaces: u64) -> Result<Option<IdMaps>> {
+/// `linux.uidMappings` and `gidMappings` of a new user namespace, or those of the one that is joined. Its root sets up
+/// the container, so it must be somebody.
+pub(super) fn id_maps(
+    linux: &oci::Linux,
+    namespaces: Namespaces,
+    joins: &Joins,
+) -> Result<Option<IdMaps>> {
     let maps = IdMaps::from_spec(
         linux.uid_mappings().as_deref(),
         linux.gid_mappings().as_deref(),
         "linux",
     )?;
-    let new = namespaces & libc::CLONE_NEWUSER as u64 != 0;
+    let user = libc::CLONE_NEWUSER as u64;
+    if namespaces.joined & user != 0 {
+        return match maps {
+            Some(_) if maps != joins.id_maps => Err(Error::spec(
+                "linux.uidMappings",
+                "is not that of the user namespace to join",
+            )),
+            _ => Ok(joins.id_maps.clone()),
+        };
+    }
+    let new = namespaces.made() & user != 0;
     match &maps {
         Some(_) if !new => Err(Error::spec(
             "linux.uidMappings",

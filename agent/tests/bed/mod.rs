@@ -17,7 +17,7 @@ use bulkhead_agent::transport::{Connection, Listener};
 use bulkhead_protocol::PROTOCOL_VERSION;
 use bulkhead_protocol::agent::{
     ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, DeleteContainerRequest,
-    DeleteProcessRequest, ExecProcessRequest, HelloRequest, ListProcessesRequest,
+    DeleteProcessRequest, ExecProcessRequest, HelloRequest, ListProcessesRequest, NamespaceOf,
     PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, SignalProcessRequest,
     StartContainerRequest, Stdio, StreamHeader, StreamKind, UpdateContainerRequest, WaitOomRequest,
     WaitProcessRequest, WaitProcessResponse,
@@ -197,10 +197,27 @@ impl Bed {
         spec: &Value,
         stdio: Stdio,
     ) -> Result<u32, (Code, String)> {
+        self.create_joining(id, spec, stdio, &[]).await
+    }
+
+    /// The same, with namespaces (type and container) to join.
+    pub async fn create_joining(
+        &self,
+        id: &str,
+        spec: &Value,
+        stdio: Stdio,
+        join: &[(&str, &str)],
+    ) -> Result<u32, (Code, String)> {
+        let join = join.iter().map(|&(kind, container)| NamespaceOf {
+            type_: kind.to_owned(),
+            container_id: container.to_owned(),
+            ..Default::default()
+        });
         let request = CreateContainerRequest {
             container_id: id.to_owned(),
             spec_json: serde_json::to_vec(spec).unwrap(),
             stdio: Some(stdio).into(),
+            join: join.collect(),
             bundle: self.dir().display().to_string(),
             ..Default::default()
         };

@@ -814,3 +814,185 @@ pub async fn a_kill_for_want_of_memory_is_told_and_deletion_ends_the_wait() {
     assert_eq!(ended.unwrap_err().0, Code::NOT_FOUND);
     assert_eq!(bed.wait_oom("box", 0).await.unwrap_err().0, Code::NOT_FOUND);
 }
+
+/// `readlink` of a process's namespace.
+fn namespace(pid: u32, kind: &str) -> std::path::PathBuf {
+    fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap()
+}
+
+pub async fn namespaces_of_another_container_are_joined() {
+    let bed = Bed::new().await;
+    let pause = bed.running("pause").await;
+    let mut spec = bed.spec(
+        "hostname; ls -d /proc/[0-9]* | wc -l; ifconfig lo | grep -c UP; sleep 1000 & exit 3",
+    );
+    // As engines write them; where the paths lead is the host's affair.
+    for namespace in spec["linux"]["namespaces"].as_array_mut().unwrap() {
+        if namespace["type"] != "mount" && namespace["type"] != "cgroup" {
+            namespace["path"] = json!("/proc/4711/ns/some");
+        }
+    }
+    spec.as_object_mut().unwrap().remove("hostname");
+    let join = [
+        ("pid", "pause"),
+        ("network", "pause"),
+        ("ipc", "pause"),
+        ("uts", "pause"),
+    ];
+    let pid = bed
+        .create_joining("box", &spec, all_pipes(), &join)
+        .await
+        .unwrap();
+    for kind in ["pid", "net", "ipc", "uts"] {
+        assert_eq!(namespace(pid, kind), namespace(pause, kind), "{kind}");
+    }
+    for kind in ["mnt", "cgroup"] {
+        assert_ne!(namespace(pid, kind), namespace(pause, kind), "{kind}");
+    }
+    let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+    let _stderr = bed.stream("box", StreamKind::STDERR).await;
+    // An exec joins what its container has joined.
+    let process = bed.process("exec sleep 1000");
+    let exec = bed.exec("box", "one", &process, Stdio::default()).await;
+    let exec = exec.unwrap();
+    for kind in ["pid", "net", "ipc", "uts", "mnt", "cgroup"] {
+        assert_eq!(namespace(exec, kind), namespace(pid, kind), "{kind}");
+    }
+    bed.start("box").await.unwrap();
+    let mut output = String::new();
+    stdout.read_to_string(&mut output).await.unwrap();
+    // sleep of the one, sleep of the exec, sh, ls, wc.
+    assert!(
+        output.starts_with("box\n5\n1\n") || output.starts_with("box\n4\n1\n"),
+        "{output}"
+    );
+    // Its end takes its own with it, and the other container lives on.
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 3);
+    assert_eq!(bed.wait_exec("box", "one").await.unwrap().exit_code, 137);
+    bed.delete("box").await.unwrap();
+    assert_eq!(bed.processes("pause").await.unwrap().len(), 1);
+
+    // With the owner of the pid namespace everything in it ends.
+    let pid = bed
+        .create_joining("box", &spec, Stdio::default(), &join)
+        .await
+        .unwrap();
+    bed.signal("pause", 9, false).await.unwrap();
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 137);
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    let error = bed
+        .create_joining("other", &spec, Stdio::default(), &join)
+        .await
+        .unwrap_err();
+    assert_eq!(error.0, Code::FAILED_PRECONDITION, "{error:?}");
+    assert!(!bed.cgroup_of("other").exists());
+}
+
+pub async fn a_user_namespace_of_another_container_is_joined() {
+    let bed = Bed::new().await;
+    let spec = in_user_namespace(&bed, "exec sleep 1000");
+    let pause = bed.create("pause", &spec, Stdio::default()).await.unwrap();
+    bed.start("pause").await.unwrap();
+    let join = [("user", "pause"), ("network", "pause"), ("ipc", "pause")];
+    // Its own pid namespace belongs to the user namespace, or /proc could not be mounted.
+    let mut spec = in_user_namespace(
+        &bed,
+        "id -u; echo $$; touch /data/joined; ulimit -Hn; cat /proc/self/oom_score_adj",
+    );
+    spec["process"]["oomScoreAdj"] = json!(400);
+    for maps in [true, false] {
+        if !maps {
+            let linux = spec["linux"].as_object_mut().unwrap();
+            linux.remove("uidMappings");
+            linux.remove("gidMappings");
+        }
+        let pid = bed
+            .create_joining("box", &spec, all_pipes(), &join)
+            .await
+            .unwrap();
+        for kind in ["user", "net", "ipc"] {
+            assert_eq!(namespace(pid, kind), namespace(pause, kind), "{kind}");
+        }
+        assert_ne!(namespace(pid, "pid"), namespace(pause, "pid"));
+        let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+        let mut stderr = bed.stream("box", StreamKind::STDERR).await;
+        bed.start("box").await.unwrap();
+        let (mut output, mut errors) = (String::new(), String::new());
+        stdout.read_to_string(&mut output).await.unwrap();
+        stderr.read_to_string(&mut errors).await.unwrap();
+        assert_eq!(
+            (output.as_str(), errors.as_str()),
+            ("0\n1\n1024\n400\n", "")
+        );
+        assert_eq!(bed.wait("box").await.unwrap().exit_code, 0);
+        bed.delete("box").await.unwrap();
+    }
+    let owner = fs::metadata(bed.rootfs().join("data/joined")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&owner), 100_000);
+    spec["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 5, "size": 1}]);
+    spec["linux"]["gidMappings"] = json!([{"containerID": 0, "hostID": 5, "size": 1}]);
+    let error = bed.create_joining("box", &spec, Stdio::default(), &join);
+    let (_, message) = error.await.unwrap_err();
+    assert!(message.starts_with("linux.uidMappings: "), "{message}");
+}
+
+pub async fn a_container_with_a_user_namespace_joins_a_network_of_the_guest() {
+    let bed = Bed::new().await;
+    // The owner of the network namespace has no user namespace: in its own the container has no say there.
+    let pause = bed.running("pause").await;
+    let mut spec = in_user_namespace(&bed, "exec sleep 1000");
+    // Nor may it mount a sysfs, which shows the network.
+    spec["mounts"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|mount| !mount["destination"].as_str().unwrap().starts_with("/sys"));
+    let pid = bed
+        .create_joining("box", &spec, Stdio::default(), &[("network", "pause")])
+        .await
+        .unwrap();
+    assert_eq!(namespace(pid, "net"), namespace(pause, "net"));
+    assert_ne!(namespace(pid, "user"), namespace(pause, "user"));
+    bed.start("box").await.unwrap();
+    let process = bed.process("id -u; ifconfig lo | grep -c UP");
+    assert_eq!(bed.exec_output("box", &process).await, "0\n1\n");
+}
+
+pub async fn joins_that_cannot_be_are_refused_and_leave_nothing() {
+    let bed = Bed::new().await;
+    let spec = bed.spec("true");
+    bed.running("pause").await;
+    for (join, code) in [
+        (&[("pid", "no")][..], Code::NOT_FOUND),
+        (&[("pid", "box")], Code::NOT_FOUND),
+        (&[("shapes", "pause")], Code::INVALID_ARGUMENT),
+        (&[("", "pause")], Code::INVALID_ARGUMENT),
+        (
+            &[("pid", "pause"), ("pid", "pause")],
+            Code::INVALID_ARGUMENT,
+        ),
+        (&[("mount", "pause")], Code::INVALID_ARGUMENT),
+        (&[("user", "pause")], Code::INVALID_ARGUMENT),
+    ] {
+        let error = bed
+            .create_joining("box", &spec, Stdio::default(), join)
+            .await
+            .unwrap_err();
+        assert_eq!(error.0, code, "{error:?}");
+    }
+    let mut missing = spec.clone();
+    missing["process"]["args"] = json!(["nothing"]);
+    let error = bed.create_joining("box", &missing, Stdio::default(), &[("pid", "pause")]);
+    assert_eq!(error.await.unwrap_err().0, Code::NOT_FOUND);
+    let mut path = spec.clone();
+    path["linux"]["namespaces"][1]["path"] = json!("/proc/1/ns/net");
+    let (code, message) = bed
+        .create("box", &path, Stdio::default())
+        .await
+        .unwrap_err();
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(
+        message.starts_with("linux.namespaces[1].path: "),
+        "{message}"
+    );
+    assert_eq!(bed.cgroups(), 1);
+}
