@@ -38,8 +38,8 @@ pub struct Job<'a> {
 }
 
 /// Namespaces that the init makes itself, not the fork. A cgroup namespace's root is the cgroup that its maker is
-/// in, and only after the fork is it the container's; a time namespace takes offsets only while nobody is in it, and
-/// its maker enters it with the exec (time_namespaces(7)).
+/// in, and only after the fork is it the container's; a time namespace takes offsets only while nobody is in it
+/// (time_namespaces(7)).
 pub const MADE_BY_INIT: u64 = libc::CLONE_NEWCGROUP as u64 | CLONE_NEWTIME;
 
 /// The child's whole life.
@@ -204,7 +204,14 @@ fn make_time_namespace(plan: &Plan) -> Result<()> {
     if let Some(offsets) = &plan.time_offsets {
         process::write_proc("/proc/self/timens_offsets", offsets).what(|| "linux.timeOffsets")?;
     }
-    Ok(())
+    // Made for children; newer kernels than the guest's enter it with the exec too.
+    let made = open(
+        "/proc/self/ns/time_for_children",
+        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .what(|| "cannot enter the time namespace")?;
+    sys::enter_time(made.as_fd()).what(|| "cannot enter the time namespace")
 }
 
 fn name_host(plan: &Plan) -> Result<()> {

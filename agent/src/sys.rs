@@ -391,7 +391,14 @@ unsafe fn fork_with(arguments: CloneArgs) -> Result<Fork> {
     }
 }
 
-/// Makes a time namespace, which this process enters with its next exec.
+/// Enters a time namespace.
+pub fn enter_time(namespace: BorrowedFd<'_>) -> Result<()> {
+    let kind = crate::spec::CLONE_NEWTIME;
+    // SAFETY: touches no memory of ours.
+    Errno::result(unsafe { libc::syscall(libc::SYS_setns, namespace.as_raw_fd(), kind) }).map(drop)
+}
+
+/// Makes a time namespace for children.
 pub fn unshare_time() -> Result<()> {
     // SAFETY: touches no memory of ours. The flag is too small for what the C library takes for a namespace's.
     Errno::result(unsafe { libc::syscall(libc::SYS_unshare, crate::spec::CLONE_NEWTIME) }).map(drop)

@@ -166,6 +166,7 @@ tests![
     the_scheduler_is_the_specs,
     processes_that_join_have_their_cpus,
     a_terminal_of_unknown_size_has_the_specs,
+    processes_join_a_container_of_every_kind_of_namespace,
 ];
 
 async fn output_errors_and_exit_code_come_back() {
@@ -1537,5 +1538,47 @@ async fn a_terminal_of_unknown_size_has_the_specs() {
         terminal.read_to_string(&mut output).await.unwrap();
         assert_eq!(output, expected);
         bed.delete("box").await.unwrap();
+    }
+}
+
+async fn processes_join_a_container_of_every_kind_of_namespace() {
+    let bed = Bed::new().await;
+    let mut spec = in_user_namespace(&bed, "sleep 1000");
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.push(json!({"type": "time"}));
+    spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 8_640_000}});
+    spec["linux"]["seccomp"] = engine_profile();
+    spec["root"]["readonly"] = json!(true);
+    spec["process"]["terminal"] = json!(true);
+    let stdio = Stdio {
+        terminal: true,
+        ..Default::default()
+    };
+    let pid = bed.create("box", &spec, stdio).await.unwrap();
+    let script = "readlink /proc/self/ns/time; readlink /proc/self/ns/user; id -u; touch /x 2>&1; \
+                  grep Seccomp: /proc/self/status; cat /proc/uptime; stat -c '%u %t' /dev/console";
+    for state in ["created", "running"] {
+        if state == "running" {
+            bed.start("box").await.unwrap();
+        }
+        let output = bed.exec_output("box", &bed.process(script)).await;
+        let lines: Vec<_> = output.lines().collect();
+        for (line, kind) in lines.iter().zip(["time", "user"]) {
+            let init = fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
+            assert_eq!(init.to_str(), Some(*line), "{state}");
+            let agent = fs::read_link(format!("/proc/{}/ns/{kind}", bed.agent.id())).unwrap();
+            assert_ne!(init, agent, "{state}");
+        }
+        assert_eq!(
+            &lines[2..5],
+            ["0", "touch: /x: Read-only file system", "Seccomp:\t2"],
+            "{state}: {output}"
+        );
+        let uptime = lines[5].split('.').next().unwrap();
+        assert!(
+            uptime.parse::<u64>().unwrap() > 8_640_000,
+            "{state}: {output}"
+        );
+        assert_eq!(lines[6], "0 88", "{state}: {output}");
     }
 }
