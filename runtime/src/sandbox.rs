@@ -632,7 +632,13 @@ impl Sandbox {
                 tokio::select! {
                     // The VM's end is what counts; the answer may be lost with it.
                     _ = vmm.ended() => {}
-                    () = async { let _ = agent.shutdown().await; vmm.ended().await; } => {}
+                    () = async {
+                        if agent.shutdown().await.is_ok() {
+                            // Everything is written back: the guest has nothing left to do, its farewell included.
+                            let _ = vmm.order(Request::Shutdown, vec![]).await;
+                        }
+                        vmm.ended().await;
+                    } => {}
                 }
             };
             if tokio::time::timeout(POWER_OFF_TIMEOUT, in_order)

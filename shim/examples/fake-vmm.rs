@@ -71,8 +71,12 @@ fn main() {
         }
     }
     loop {
-        if recv_request(&*control).is_err() {
-            std::process::exit(exit_code::ORPHANED);
+        match recv_request(&*control) {
+            Ok((Request::Shutdown, _)) => {
+                end(&control, exit_code::POWER_OFF, "shut down by request")
+            }
+            Ok(_) => {}
+            Err(_) => std::process::exit(exit_code::ORPHANED),
         }
     }
 }
@@ -320,6 +324,9 @@ impl Agent for FakeAgent {
         {
             let pid = nix::unistd::Pid::from_raw(pid as i32);
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        if self.mode == "linger" {
+            return Ok(ShutdownResponse::default());
         }
         end(&self.control, exit_code::POWER_OFF, "the guest powered off")
     }

@@ -244,6 +244,18 @@ fn output_and_exit_code_come_back_and_nothing_is_left() {
 }
 
 #[test]
+fn a_guest_that_has_written_everything_back_is_not_waited_for() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let began = Instant::now();
+    let output = bed.mode("linger").run();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    // A guest that does not end is killed after thirty seconds.
+    assert!(began.elapsed() < Duration::from_secs(8));
+}
+
+#[test]
 fn a_death_by_signal_is_128_and_the_signal() {
     let Some(bed) = Bed::new(&["/bin/sh", "-c", "kill -9 $$"]) else {
         return;
