@@ -366,15 +366,23 @@ impl Containers {
     /// Kills what is left of a container and forgets it.
     pub async fn delete(&self, id: &str) -> Result<()> {
         let container = self.find(id)?;
-        container.deleted.send_replace(true);
+        if container.deleted.send_replace(true) {
+            return Err(Error::State(format!(
+                "container {id} is being deleted already"
+            )));
+        }
         container.end().await;
         container.init.streams.close();
         for (exec_id, exec) in container.execs.all() {
             exec.streams.close();
-            container.execs.remove(&exec_id);
+            container.execs.remove(&exec_id, &exec);
         }
-        container.cgroup.remove()?;
-        self.registry.remove(id);
+        if let Err(error) = container.cgroup.remove() {
+            // Another try may do better.
+            container.deleted.send_replace(false);
+            return Err(error);
+        }
+        self.registry.remove(id, &container);
         tracing::debug!(id, "deleted");
         Ok(())
     }

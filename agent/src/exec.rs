@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_protocol::agent::ExecProcessRequest;
+use nix::errno::Errno;
 
 use crate::container::Container;
 use crate::error::{Context, Error, Kind, Result};
@@ -60,10 +61,10 @@ impl Container {
         };
         let pid = task.api_pid();
         tokio::spawn(supervise(Arc::clone(&task)));
-        reservation.fill(task);
+        reservation.fill(Arc::clone(&task));
         if *self.deleted.borrow() {
             // Killed with the rest, and nobody will ask for it.
-            self.execs.remove(id);
+            self.execs.remove(id, &task);
         }
         tracing::debug!(container = self.id, exec = id, pid, "executed");
         Ok(pid)
@@ -76,7 +77,7 @@ impl Container {
             return Err(Error::State(format!("process {id} is running")));
         }
         task.streams.close();
-        self.execs.remove(id);
+        self.execs.remove(id, &task);
         Ok(())
     }
 
@@ -120,7 +121,19 @@ impl Container {
             socket: theirs.as_fd(),
         };
         // SAFETY: the agent has one thread, and the child goes into `joiner::run`, which never returns.
-        match unsafe { sys::fork_into(0, self.cgroup.dir()) }.what(what)? {
+        let forked = match unsafe { sys::fork_into(0, self.cgroup.dir()) } {
+            // A container that has divided its cgroup among others can have no processes in it; its init is in one of
+            // them, as systemd's is.
+            Err(errno @ (Errno::EBUSY | Errno::EOPNOTSUPP)) => {
+                match self.cgroup.below_of(self.init.pid.as_raw())? {
+                    // SAFETY: as above.
+                    Some(below) => unsafe { sys::fork_into(0, below.as_fd()) },
+                    None => Err(errno),
+                }
+            }
+            forked => forked,
+        };
+        match forked.what(what)? {
             Fork::Child => joiner::run(&job),
             Fork::Parent { pid, pidfd } => Ok(Joiner {
                 exit: reaper.watch(pid),

@@ -78,6 +78,14 @@ pub fn become_process(process: &Process, seccomp: Option<&Filter>) -> Result<Pro
     if !entered {
         chdir(&process.cwd).map_err(|errno| cwd_error(&process.cwd, errno))?;
     }
+    // Through the links of a procfs a path can lead anywhere (CVE-2024-21626).
+    if !crate::sys::cwd_is_in_root().what(|| "cannot verify the working directory")? {
+        return Err(Error::setup(
+            Kind::InvalidArgument,
+            "current working directory is outside of container mount namespace root -- possible container breakout \
+             detected",
+        ));
+    }
     nix::sys::prctl::set_keepcaps(false).what(|| "cannot drop capabilities")?;
     apply_capabilities(&process.capabilities)?;
     umask(Mode::from_bits_truncate(process.umask));

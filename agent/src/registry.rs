@@ -44,10 +44,10 @@ impl<T> Registry<T> {
         Some(Reservation { registry: self, id })
     }
 
-    /// Forgets what has this id. An id that is reserved stays so.
-    pub fn remove(&self, id: &str) {
+    /// Forgets this thing; another one that has its id by now stays.
+    pub fn remove(&self, id: &str, thing: &Arc<T>) {
         let mut table = self.table();
-        if matches!(table.get(id), Some(Entry::Made(_))) {
+        if matches!(table.get(id), Some(Entry::Made(made)) if Arc::ptr_eq(made, thing)) {
             table.remove(id);
         }
     }
@@ -98,20 +98,26 @@ mod tests {
         assert!(registry.reserve("a").is_none());
         assert!(registry.get("a").is_none() && registry.all().is_empty());
         drop(first);
-        registry.reserve("a").unwrap().fill(Arc::new(5));
+        let made = Arc::new(5);
+        registry.reserve("a").unwrap().fill(Arc::clone(&made));
         assert!(registry.reserve("a").is_none());
         assert_eq!(registry.get("a").as_deref(), Some(&5));
-        registry.remove("a");
+        registry.remove("a", &made);
         assert!(registry.get("a").is_none());
     }
 
     #[test]
-    fn what_is_being_made_is_not_forgotten() {
+    fn what_is_forgotten_twice_does_not_take_its_successor_along() {
         let registry = Registry::<u32>::default();
+        let (first, second) = (Arc::new(1), Arc::new(2));
+        registry.reserve("a").unwrap().fill(Arc::clone(&first));
+        registry.remove("a", &first);
         let reservation = registry.reserve("a").unwrap();
-        registry.remove("a");
+        registry.remove("a", &first);
         assert!(registry.reserve("a").is_none());
-        reservation.fill(Arc::new(1));
+        reservation.fill(Arc::clone(&second));
+        registry.remove("a", &first);
+        assert_eq!(registry.get("a").as_deref(), Some(&2));
         assert_eq!(registry.all().len(), 1);
     }
 }

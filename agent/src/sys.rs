@@ -434,6 +434,19 @@ pub fn join_namespaces(pidfd: BorrowedFd<'_>, namespaces: u64) -> Result<()> {
     Ok(())
 }
 
+/// Whether the working directory is below the root directory of this process; `getcwd(2)` itself, which says so by
+/// the first byte, where the C library goes on to search.
+pub fn cwd_is_in_root() -> Result<bool> {
+    let mut path = [0u8; libc::PATH_MAX as usize];
+    // SAFETY: the kernel writes at most the length given to the buffer, which lives across the call.
+    match Errno::result(unsafe { libc::syscall(libc::SYS_getcwd, path.as_mut_ptr(), path.len()) }) {
+        Ok(_) => Ok(path.first() == Some(&b'/')),
+        // It is not anywhere any more.
+        Err(Errno::ENOENT) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
 /// Whether a child has been reaped: nobody can hear of its end any more.
 pub fn is_reaped(pidfd: BorrowedFd<'_>) -> bool {
     use nix::sys::wait::{Id, WaitPidFlag, waitid};

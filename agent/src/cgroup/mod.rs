@@ -9,6 +9,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bulkhead_protocol::agent::ContainerStatsResponse;
@@ -64,7 +65,11 @@ impl Hierarchy {
         let dir = open(&path, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
             .what(|| "cannot open the container's cgroup");
         let cgroup = match dir {
-            Ok(dir) => Cgroup { path, dir },
+            Ok(dir) => Cgroup {
+                path,
+                dir,
+                removed: AtomicBool::new(false),
+            },
             Err(error) => {
                 let _ = fs::remove_dir(&path);
                 return Err(error);
@@ -89,6 +94,8 @@ fn write_file(path: &Path, value: &str) -> io::Result<()> {
 pub struct Cgroup {
     path: PathBuf,
     dir: OwnedFd,
+    /// Another one may have its path by now.
+    removed: AtomicBool,
 }
 
 impl Cgroup {
@@ -153,6 +160,25 @@ impl Cgroup {
         Ok(processes)
     }
 
+    /// The cgroup below that a process is in.
+    pub fn below_of(&self, pid: i32) -> Result<Option<OwnedFd>> {
+        let what = || "cannot find the cgroup of the container's init";
+        for cgroup in self.subtree().what(what)? {
+            let list = files::read(&cgroup.join("cgroup.procs")).what(what)?;
+            let lists = |list: &str| list.lines().any(|line| line.parse() == Ok(pid));
+            if list.as_deref().is_some_and(lists) {
+                return open(
+                    &cgroup,
+                    OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+                    Mode::empty(),
+                )
+                .map(Some)
+                .what(what);
+            }
+        }
+        Ok(None)
+    }
+
     /// Removes it with everything below, which must be empty of processes.
     pub fn remove(&self) -> Result<()> {
         let what = || "cannot remove the container's cgroup";
@@ -164,6 +190,7 @@ impl Cgroup {
                 _ => {}
             }
         }
+        self.removed.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -258,7 +285,9 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        if let Err(error) = self.remove() {
+        if !*self.removed.get_mut()
+            && let Err(error) = self.remove()
+        {
             tracing::warn!(cgroup = %self.path.display(), %error, "cannot remove a container's cgroup");
         }
     }

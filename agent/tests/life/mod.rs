@@ -193,6 +193,30 @@ pub async fn a_working_directory_outside_the_root_is_refused() {
         let created = bed.create("other", &spec, Stdio::default()).await;
         assert!(created.is_err());
     }
+    bed.delete("box").await.unwrap();
+
+    // Where the guest's processes can be seen, theirs are ways out.
+    let mut spec = bed.spec("exec sleep 1000");
+    spec["linux"]["namespaces"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|namespace| namespace["type"] != "pid");
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    bed.start("box").await.unwrap();
+    for place in ["root", "cwd"] {
+        let mut process = bed.process("pwd; ls");
+        process["cwd"] = json!(format!("/proc/{}/{place}", bed.agent.id()));
+        let error = bed.run_exec("box", &process).await.unwrap_err();
+        assert_eq!(
+            error,
+            (
+                Code::INVALID_ARGUMENT,
+                "current working directory is outside of container mount namespace root -- possible container breakout \
+                 detected"
+                    .to_owned()
+            )
+        );
+    }
 }
 
 pub async fn exec_ids_are_taken_once_and_free_after_deletion() {
@@ -995,4 +1019,72 @@ pub async fn joins_that_cannot_be_are_refused_and_leave_nothing() {
         "{message}"
     );
     assert_eq!(bed.cgroups(), 1);
+}
+
+pub async fn a_container_that_divides_its_cgroup_can_still_be_joined() {
+    let bed = Bed::new().await;
+    if !bed.has_controller("pids") {
+        println!("SKIPPED: a divided cgroup, for which cgroup v2 has no controllers here");
+        return;
+    }
+    // As systemd does: itself into a leaf, controllers for the leaves.
+    let script = "cd /sys/fs/cgroup; mkdir init; echo 1 > init/cgroup.procs; echo +pids > cgroup.subtree_control; \
+                  echo ready; exec sleep 1000";
+    let mut spec = bed.spec(script);
+    spec["mounts"][6]["options"] = json!(["nosuid", "noexec", "nodev"]);
+    bed.create("box", &spec, all_pipes()).await.unwrap();
+    let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+    let _stderr = bed.stream("box", StreamKind::STDERR).await;
+    bed.start("box").await.unwrap();
+    stdout.read_exact(&mut [0; 6]).await.unwrap();
+    let output = bed
+        .exec_output("box", &bed.process("cat /proc/self/cgroup"))
+        .await;
+    assert_eq!(output, "0::/init\n");
+    bed.delete("box").await.unwrap();
+}
+
+pub async fn streams_of_an_exec_close_both_ways() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    // The host reads no more: the writer is told.
+    let stdio = Stdio {
+        stdout: true,
+        ..Default::default()
+    };
+    let process = bed.process("while :; do echo x; done");
+    bed.exec("box", "one", &process, stdio).await.unwrap();
+    let mut stdout = bed.stream_of("box", "one", StreamKind::STDOUT).await;
+    stdout.read_exact(&mut [0; 2]).await.unwrap();
+    drop(stdout);
+    assert_eq!(
+        bed.wait_exec("box", "one").await.unwrap().exit_code,
+        128 + 13
+    );
+
+    // The process reads no more: the host is told. It writes no more of one stream, and goes on with the other.
+    let process = bed.process("exec 0<&- 1>&-; sleep 0.1; echo still here >&2; exec sleep 1000");
+    bed.exec("box", "two", &process, all_pipes()).await.unwrap();
+    let mut stdin = bed.stream_of("box", "two", StreamKind::STDIN).await;
+    let mut stdout = bed.stream_of("box", "two", StreamKind::STDOUT).await;
+    let mut stderr = bed.stream_of("box", "two", StreamKind::STDERR).await;
+    // The host says nothing more of what it reads, which is no news.
+    stderr.shutdown().await.unwrap();
+    assert_eq!(stdout.read(&mut [0; 1]).await.unwrap(), 0);
+    while stdin.write_all(&[0; 4096]).await.is_ok() {}
+    let mut text = [0; 11];
+    stderr.read_exact(&mut text).await.unwrap();
+    assert_eq!(&text, b"still here\n");
+    bed.signal_exec("box", "two", 9).await.unwrap();
+    assert_eq!(bed.wait_exec("box", "two").await.unwrap().exit_code, 137);
+}
+
+pub async fn a_container_is_deleted_once_however_often_that_is_asked() {
+    let bed = Bed::new().await;
+    for _ in 0..20 {
+        bed.running("box").await;
+        let deletions = futures::future::join_all((0..4).map(|_| bed.delete("box"))).await;
+        let done = deletions.iter().filter(|result| result.is_ok()).count();
+        assert_eq!(done, 1, "{deletions:?}");
+    }
 }
