@@ -226,7 +226,7 @@ fn name_host(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn build_root(job: &Job<'_>, rootfs: Rootfs<'_>) -> Result<Option<Terminal>> {
+fn build_root(job: &Job<'_>, mut rootfs: Rootfs<'_>) -> Result<Option<Terminal>> {
     let plan = job.plan;
     let null =
         open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).what(|| "/dev/null")?;
@@ -266,7 +266,7 @@ fn build_root(job: &Job<'_>, rootfs: Rootfs<'_>) -> Result<Option<Terminal>> {
     for path in &plan.masked_paths {
         rootfs.mask(path, null.as_fd())?;
     }
-    rootfs.finish(&plan.mounts)?;
+    rootfs.finish()?;
     rootfs.pivot(plan.root_readonly, plan.propagation)?;
     Ok(terminal)
 }

@@ -157,6 +157,7 @@ tests![
     maps_that_the_kernel_refuses_are_named,
     the_clocks_have_their_offsets,
     a_remount_changes_what_is_mounted,
+    a_remount_does_not_reach_the_guests_file_systems,
     a_tmpfs_begins_with_what_it_covers,
     a_read_only_tmpfs_holds_places_for_mounts,
     nothing_but_procfs_is_mounted_over_proc,
@@ -1251,7 +1252,29 @@ async fn a_remount_changes_what_is_mounted() {
         .create("box", &spec, Stdio::default())
         .await
         .unwrap_err();
-    assert_eq!(message, "mounts[12] (/etc): invalid argument");
+    assert_eq!(message, "mounts[12] (/etc): cannot remount: invalid argument");
+}
+
+async fn a_remount_does_not_reach_the_guests_file_systems() {
+    let bed = Bed::new().await;
+    let source = bed.dir().join("source");
+    fs::create_dir(&source).unwrap();
+    symlink("/volume", bed.rootfs().join("data/link")).unwrap();
+    let mut spec = bed.spec("touch /volume/x 2>&1; touch /data/still 2>&1");
+    for mount in [
+        json!({"destination": "/volume", "type": "bind", "source": source, "options": ["bind"]}),
+        json!({"destination": "/data/link", "type": "tmpfs", "options": ["remount", "ro"]}),
+        json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "options": ["remount", "ro"]}),
+    ] {
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+    }
+    assert_eq!(
+        bed.output(&spec).await,
+        "touch: /volume/x: Read-only file system\n"
+    );
+    fs::write(source.join("outside"), "").unwrap();
+    // The agent can still make cgroups.
+    assert_eq!(bed.run(&bed.spec("true")).await.code, 0);
 }
 
 async fn a_tmpfs_begins_with_what_it_covers() {

@@ -31,7 +31,14 @@ pub use trees::Trees;
 pub struct Rootfs<'a> {
     root: OwnedFd,
     trees: &'a Trees,
+    /// Mounts that become read-only at the end.
+    read_only_later: Vec<OwnedFd>,
+    /// Devices of file systems that are this container's alone.
+    own: Vec<libc::dev_t>,
 }
+
+/// Each mount of these is a file system of its own. Others have one for the whole guest, or for a namespace.
+const OWN: &[&str] = &["tmpfs", "ramfs", "devpts"];
 
 impl<'a> Rootfs<'a> {
     /// Mounts the root filesystem onto itself: `pivot_root` wants a mount.
@@ -49,7 +56,12 @@ impl<'a> Rootfs<'a> {
             None => trees::root(plan)?,
         };
         sys::attach(root.as_fd(), place.as_fd()).what(field)?;
-        Ok(Self { root, trees })
+        Ok(Self {
+            root,
+            trees,
+            read_only_later: Vec::new(),
+            own: Vec::new(),
+        })
     }
 
     /// The root directory.
@@ -58,7 +70,7 @@ impl<'a> Rootfs<'a> {
     }
 
     /// One of the spec's mounts, the one with this index.
-    pub fn add(&self, index: usize, mount: &Mount) -> Result<()> {
+    pub fn add(&mut self, index: usize, mount: &Mount) -> Result<()> {
         let attached = if mount.options.remount {
             self.change(mount)?
         } else if mount.options.bind {
@@ -71,6 +83,9 @@ impl<'a> Rootfs<'a> {
         for &(kind, recursive) in &mount.options.propagation {
             sys::set_attributes(attached.as_fd(), 0, 0, kind, recursive)
                 .what(|| format!("{}: cannot set the propagation", mount.field))?;
+        }
+        if read_only_later(mount) {
+            self.read_only_later.push(attached);
         }
         Ok(())
     }
@@ -94,13 +109,15 @@ impl<'a> Rootfs<'a> {
         Ok(tree)
     }
 
-    /// `remount`: of the mount alone with `bind`, else of its file system too. As with `mount(2)`, attributes that
+    /// `remount`: of the mount alone with `bind`, else of its file system too, if that is the container's own: what a
+    /// link of the image leads to must not become read-only for the whole guest. As with `mount(2)`, attributes that
     /// are not named are taken away, those of access times only if one is named.
     fn change(&self, mount: &Mount) -> Result<OwnedFd> {
         let options = &mount.options;
         let place = self.open(mount)?;
         let read_only = options.set & attr::RDONLY != 0;
-        if !options.bind {
+        let device = fstat(&place).what(|| &mount.field)?.st_dev;
+        if !options.bind && self.own.contains(&device) {
             let context = FsContext::pick(place.as_fd()).what(|| &mount.field)?;
             let failed = |errno| failed(&context, mount, "remount", errno);
             let state = if read_only { "ro" } else { "rw" };
@@ -121,7 +138,7 @@ impl<'a> Rootfs<'a> {
         Ok(place)
     }
 
-    fn add_file_system(&self, mount: &Mount) -> Result<OwnedFd> {
+    fn add_file_system(&mut self, mount: &Mount) -> Result<OwnedFd> {
         let destination = mount.destination.as_os_str().as_bytes();
         let fs = if mount.fs == "cgroup" {
             "cgroup2"
@@ -178,6 +195,9 @@ impl<'a> Rootfs<'a> {
             self.copy_up(mount, &tree)?;
         }
         self.attach(&tree, mount, Make::Directory)?;
+        if OWN.contains(&fs) {
+            self.own.push(fstat(&tree).what(|| &mount.field)?.st_dev);
+        }
         Ok(tree)
     }
 
@@ -237,10 +257,10 @@ impl<'a> Rootfs<'a> {
     }
 
     /// Makes read-only what had to wait for it.
-    pub fn finish(&self, mounts: &[Mount]) -> Result<()> {
-        for mount in mounts.iter().filter(|mount| read_only_later(mount)) {
-            let place = self.open(mount)?;
-            sys::set_attributes(place.as_fd(), attr::RDONLY, 0, 0, false).what(|| &mount.field)?;
+    pub fn finish(&self) -> Result<()> {
+        for mount in &self.read_only_later {
+            sys::set_attributes(mount.as_fd(), attr::RDONLY, 0, 0, false)
+                .what(|| "cannot make a mount read-only")?;
         }
         Ok(())
     }
