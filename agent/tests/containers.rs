@@ -1252,7 +1252,10 @@ async fn a_remount_changes_what_is_mounted() {
         .create("box", &spec, Stdio::default())
         .await
         .unwrap_err();
-    assert_eq!(message, "mounts[12] (/etc): cannot remount: invalid argument");
+    assert_eq!(
+        message,
+        "mounts[12] (/etc): cannot remount: invalid argument"
+    );
 }
 
 async fn a_remount_does_not_reach_the_guests_file_systems() {

@@ -1,11 +1,12 @@
 //! One filter of the filters of several architectures.
 //!
-//! libseccomp can make it in one go, but takes twice to three times as long over that than over the parts, for each
-//! container. And it knows nothing of system calls that are newer than the profile: a C library that tries one falls
+//! libseccomp can make it in one go, but takes twice as long over that as over the parts, for each container. And it knows nothing of system calls that are newer than the profile: a C library that tries one falls
 //! back to an old one when it hears ENOSYS, and fails on anything else. So, as runc does, calls with numbers above the
 //! highest that a strict profile names get ENOSYS before the profile is asked.
 
 use libseccomp::ScmpArch;
+
+use super::tree;
 
 /// Bit of the numbers of x32's calls, which share an architecture with x86-64's (`__X32_SYSCALL_BIT`).
 pub const X32: u32 = 1 << 30;
@@ -15,8 +16,8 @@ pub const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 /// `linux/audit.h`.
 pub const AUDIT_ARCH_I386: u32 = 0x4000_0003;
 
-/// Offsets in `struct seccomp_data`.
-const NUMBER: u32 = 0;
+/// Offset in `struct seccomp_data`.
+pub const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 
 /// The filter of one architecture.
@@ -25,7 +26,9 @@ pub struct Part {
     pub architecture: ScmpArch,
     /// The highest number that the profile names, if those above are to get ENOSYS.
     pub last: Option<u32>,
-    /// Its own filter.
+    /// What to return for calls whose number alone decides; sorted.
+    pub plain: Vec<(u32, u32)>,
+    /// The filter of the others.
     pub program: Vec<libc::sock_filter>,
 }
 
@@ -77,27 +80,32 @@ impl Part {
             ],
             (_, Some(last)) => vec![load(NUMBER), jump(libc::BPF_JGT, last, 0, 1), no_such_call],
         };
+        body.extend(tree::program(&self.plain));
         body.extend(self.program);
         body
     }
 }
 
-fn load(offset: u32) -> libc::sock_filter {
+/// One instruction.
+pub fn load(offset: u32) -> libc::sock_filter {
     instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset)
 }
 
-fn jump(comparison: u32, value: u32, if_true: u8, if_false: u8) -> libc::sock_filter {
+/// One instruction.
+pub fn jump(comparison: u32, value: u32, if_true: u8, if_false: u8) -> libc::sock_filter {
     let code = libc::BPF_JMP | comparison | libc::BPF_K;
     instruction(code, if_true, if_false, value)
 }
 
-fn always(skip: usize) -> libc::sock_filter {
+/// One instruction.
+pub fn always(skip: usize) -> libc::sock_filter {
     // A program that is too long for this is refused by its length.
     let skip = u32::try_from(skip).unwrap_or(u32::MAX);
     instruction(libc::BPF_JMP | libc::BPF_JA, 0, 0, skip)
 }
 
-fn returning(action: u32) -> libc::sock_filter {
+/// One instruction.
+pub fn returning(action: u32) -> libc::sock_filter {
     instruction(libc::BPF_RET | libc::BPF_K, 0, 0, action)
 }
 
@@ -164,6 +172,7 @@ pub mod tests {
         Part {
             architecture,
             last: Some(last),
+            plain: vec![(7, 70)],
             program: vec![returning(answer)],
         }
     }
@@ -177,6 +186,8 @@ pub mod tests {
         ]);
         for (architecture, number, answer) in [
             (AUDIT_ARCH_X86_64, 400, 1),
+            (AUDIT_ARCH_X86_64, 7, 70),
+            (AUDIT_ARCH_I386, 7, 70),
             (AUDIT_ARCH_X86_64, 401, NO_SUCH_CALL),
             (AUDIT_ARCH_X86_64, X32 | 500, 3),
             (AUDIT_ARCH_X86_64, X32 | 501, NO_SUCH_CALL),
