@@ -256,16 +256,21 @@ impl Containers {
             .await
             .what(|| "cannot hear of the container's init")
         {
-            Ok(Report::Forked { pid, pidfd, .. }) => self
-                .reaper
-                .watch_adopted(pid, pidfd.as_fd())
-                .map(|exit| Child { pid, pidfd, exit })
-                .ok_or_else(|| {
-                    let problem = "the container's init ended during its set-up";
-                    Error::setup(Kind::Internal, problem)
-                }),
+            Ok(Report::Forked { pid, pidfd, .. }) => {
+                match self.reaper.watch_adopted(pid, pidfd.as_fd()) {
+                    Some(exit) => Ok(Child { pid, pidfd, exit }),
+                    // It has come and gone; perhaps with a word.
+                    None => Err(match socket.report().await {
+                        Ok(Report::Failed(error)) => error,
+                        _ => {
+                            let problem = "the container's init ended during its set-up";
+                            Error::setup(Kind::Internal, problem)
+                        }
+                    }),
+                }
+            }
             Ok(Report::Failed(error)) | Err(error) => Err(error),
-            Ok(Report::Ready(_) | Report::End) => Err(Error::setup(
+            Ok(Report::Ready | Report::Terminal(_) | Report::End) => Err(Error::setup(
                 Kind::Internal,
                 "the container's init is out of step",
             )),
@@ -305,7 +310,7 @@ impl Containers {
                 Ok(())
             }
             Report::Failed(error) => Err(error),
-            Report::Ready(_) | Report::Forked { .. } => Err(Error::setup(
+            Report::Ready | Report::Terminal(_) | Report::Forked { .. } => Err(Error::setup(
                 Kind::Internal,
                 "the container's init is out of step",
             )),
@@ -455,27 +460,29 @@ impl Container {
         tracing::debug!(pid = %self.init.pid, code = exit.map(|exit| exit.code), "ended");
     }
 
-    /// Awaits the init's report.
+    /// Awaits the init's reports until it is ready.
     async fn set_up(&self, socket: &handshake::Agent) -> Result<()> {
-        match socket
-            .report()
-            .await
-            .what(|| "cannot hear of the container's init")?
-        {
-            Report::Ready(Some(master)) => self.init.streams.add_terminal(master),
-            Report::Ready(None) => Ok(()),
-            Report::Failed(error) => Err(error),
-            Report::Forked { .. } => Err(Error::setup(
-                Kind::Internal,
-                "the container's init is out of step",
-            )),
-            Report::End => {
-                let exit = exited(&mut self.init.exit.clone()).await;
-                let code = exit.map_or(255, |exit| exit.code);
-                let problem =
-                    format!("the container's init ended during its set-up (status {code})");
-                Err(Error::setup(Kind::Internal, problem))
-            }
+        let what = || "cannot hear of the container's init";
+        loop {
+            return match socket.report().await.what(what)? {
+                Report::Terminal(master) => {
+                    self.init.streams.add_terminal(master)?;
+                    continue;
+                }
+                Report::Ready => Ok(()),
+                Report::Failed(error) => Err(error),
+                Report::Forked { .. } => Err(Error::setup(
+                    Kind::Internal,
+                    "the container's init is out of step",
+                )),
+                Report::End => {
+                    let exit = exited(&mut self.init.exit.clone()).await;
+                    let code = exit.map_or(255, |exit| exit.code);
+                    let problem =
+                        format!("the container's init ended during its set-up (status {code})");
+                    Err(Error::setup(Kind::Internal, problem))
+                }
+            };
         }
     }
 

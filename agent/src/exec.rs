@@ -172,12 +172,16 @@ impl Joiner {
                 terminal,
             } => (pid, pidfd, terminal),
             Report::Failed(error) => return Err(error),
-            Report::Ready(_) => return Err(out_of_step()),
+            Report::Ready | Report::Terminal(_) => return Err(out_of_step()),
             Report::End => return Err(killed()),
         };
-        let exit = reaper
-            .watch_adopted(pid, pidfd.as_fd())
-            .ok_or_else(killed)?;
+        let Some(exit) = reaper.watch_adopted(pid, pidfd.as_fd()) else {
+            // It has come and gone; perhaps with a word.
+            return Err(match self.socket.report().await.what(what)? {
+                Report::Failed(error) => error,
+                _ => killed(),
+            });
+        };
         let mut task = Task {
             pid,
             pidfd,
@@ -188,11 +192,13 @@ impl Joiner {
             if let Some(master) = terminal {
                 task.streams.add_terminal(master)?;
             }
-            self.socket.start().map_err(|_| killed())?;
-            match self.socket.report().await.what(what)? {
-                Report::End => Ok(()),
-                Report::Failed(error) => Err(error),
-                Report::Ready(_) | Report::Forked { .. } => Err(out_of_step()),
+            // Where it has failed already it is not there to hear, and has said why.
+            let started = self.socket.start();
+            match (self.socket.report().await.what(what)?, started) {
+                (Report::End, Ok(())) => Ok(()),
+                (Report::End, Err(_)) => Err(killed()),
+                (Report::Failed(error), _) => Err(error),
+                _ => Err(out_of_step()),
             }
         };
         if let Err(error) = executed.await {

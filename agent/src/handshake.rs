@@ -1,7 +1,8 @@
 //! What a new process of a container and the agent say to each other until the user's program runs.
 //!
-//! One SOCK_SEQPACKET pair, both ends close-on-exec. A container's init reports `Ready` when all but the exec is done,
-//! waits for the start byte, and then either vanishes into the exec (end of file: success) or reports its error.
+//! One SOCK_SEQPACKET pair, both ends close-on-exec. A container's init reports the `Terminal` that it has made, `Ready`
+//! when all but the exec is done, waits for the start byte, and then either vanishes into the exec (end of file:
+//! success) or reports its error.
 //! Where namespaces are joined first, the process that joined them reports the one that it forked as `Forked` and
 //! ends; the rest is that one's to say.
 
@@ -11,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    recv, recvmsg, send, sendmsg, socketpair,
+    recvmsg, send, sendmsg, socketpair,
 };
 use nix::unistd::Pid;
 use tokio::io::Interest;
@@ -22,6 +23,7 @@ use crate::error::{Error, Kind};
 const READY: u8 = 0;
 const FAILED: u8 = 1;
 const FORKED: u8 = 2;
+const TERMINAL: u8 = 3;
 const START: u8 = 1;
 const ADMITTED: u8 = 2;
 
@@ -31,8 +33,10 @@ const MAX_REPORT: usize = 4096;
 /// What the init reports.
 #[derive(Debug)]
 pub enum Report {
-    /// Set up; with the master of its terminal, if it has one.
-    Ready(Option<OwnedFd>),
+    /// It has made its terminal: the master.
+    Terminal(OwnedFd),
+    /// Set up.
+    Ready,
     /// A process was forked that goes on; a child of the agent.
     Forked {
         /// Its pid, in the agent's pid namespace.
@@ -74,9 +78,8 @@ impl Agent {
             let mut guard = self.0.readable().await.map_err(|_| Errno::EIO)?;
             match receive(self.0.get_ref().as_fd()) {
                 Err(Errno::EAGAIN) => guard.clear_ready(),
-                Err(Errno::EINTR) => {}
-                // What a killed peer with unread data leaves.
-                Err(Errno::ECONNRESET) => return Ok(Report::End),
+                // A peer that ended without hearing the last word leaves the second, before what it said itself.
+                Err(Errno::EINTR | Errno::ECONNRESET) => {}
                 other => return other,
             }
         }
@@ -124,7 +127,8 @@ fn receive(socket: BorrowedFd<'_>) -> nix::Result<Report> {
     };
     Ok(match buffer.get(..length).unwrap_or_default() {
         [] => Report::End,
-        [READY] => Report::Ready(fds.next()),
+        [READY] => Report::Ready,
+        [TERMINAL] => fds.next().map_or_else(nonsense, Report::Terminal),
         [FORKED, pid @ ..] => match (<[u8; 4]>::try_from(pid), fds.next()) {
             (Ok(pid), Some(pidfd)) => Report::Forked {
                 pid: Pid::from_raw(i32::from_ne_bytes(pid)),
@@ -165,10 +169,16 @@ fn send_with(
     .map(drop)
 }
 
+/// Init: the master of its terminal.
+pub fn send_terminal(socket: BorrowedFd<'_>, master: BorrowedFd<'_>) -> nix::Result<()> {
+    send_with(socket, &[TERMINAL], &[master.as_raw_fd()])
+}
+
 /// Init: everything but the exec is done.
-pub fn send_ready(socket: BorrowedFd<'_>, terminal: Option<BorrowedFd<'_>>) -> nix::Result<()> {
-    let fds: Vec<_> = terminal.iter().map(AsRawFd::as_raw_fd).collect();
-    send_with(socket, &[READY], &fds)
+pub fn send_ready(socket: BorrowedFd<'_>) -> nix::Result<()> {
+    // Here and below not `send` and `recv`: this process may be under a seccomp profile that refuses them, and every
+    // program needs `read` and `write` of it.
+    nix::unistd::write(socket, &[READY]).map(drop)
 }
 
 /// Joiner: it has forked the process that goes on.
@@ -192,7 +202,6 @@ pub fn send_failure(socket: BorrowedFd<'_>, error: &Error) {
     let mut message = vec![FAILED, error.kind() as u8];
     message.extend_from_slice(error.to_string().as_bytes());
     message.truncate(MAX_REPORT);
-    // Not `send`: under a seccomp profile, which every program needs `write` of, that may be refused.
     let _ = nix::unistd::write(socket, &message);
 }
 
@@ -209,7 +218,7 @@ pub fn wait_for_start(socket: BorrowedFd<'_>) -> bool {
 fn wait_for(socket: BorrowedFd<'_>, word: u8) -> bool {
     let mut byte = [0u8; 1];
     loop {
-        match recv(socket.as_raw_fd(), &mut byte, MsgFlags::empty()) {
+        match nix::unistd::read(socket, &mut byte) {
             Err(Errno::EINTR) => {}
             result => return result == Ok(1) && byte == [word],
         }
@@ -223,10 +232,10 @@ mod tests {
     #[test]
     fn reports_arrive_as_they_were_sent() {
         let (agent, init) = pair().unwrap();
-        send_ready(init.as_fd(), None).unwrap();
-        assert!(matches!(receive(agent.as_fd()), Ok(Report::Ready(None))));
-        send_ready(init.as_fd(), Some(init.as_fd())).unwrap();
-        assert!(matches!(receive(agent.as_fd()), Ok(Report::Ready(Some(_)))));
+        send_terminal(init.as_fd(), init.as_fd()).unwrap();
+        assert!(matches!(receive(agent.as_fd()), Ok(Report::Terminal(_))));
+        send_ready(init.as_fd()).unwrap();
+        assert!(matches!(receive(agent.as_fd()), Ok(Report::Ready)));
         for terminal in [None, Some(init.as_fd())] {
             send_forked(init.as_fd(), Pid::from_raw(77), init.as_fd(), terminal).unwrap();
             let Report::Forked {
@@ -248,6 +257,21 @@ mod tests {
         assert_eq!(received, error);
         drop(init);
         assert!(matches!(receive(agent.as_fd()), Ok(Report::End)));
+    }
+
+    #[tokio::test]
+    async fn a_failure_is_heard_of_one_that_did_not_listen() {
+        let (mine, init) = pair().unwrap();
+        let agent = Agent::new(mine).unwrap();
+        let error = Error::setup(Kind::NotFound, "why");
+        send_failure(init.as_fd(), &error);
+        agent.start().unwrap();
+        drop(init);
+        let Ok(Report::Failed(received)) = agent.report().await else {
+            panic!("not a failure")
+        };
+        assert_eq!(received, error);
+        assert!(matches!(agent.report().await, Ok(Report::End)));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! It is the agent's own image: nothing here may touch the agent's runtime, log (its stderr is the container's), or
 //! return.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -57,9 +57,8 @@ pub fn run(job: &Job<'_>) -> ! {
     if job.plan.id_maps.is_some() && !handshake::wait_for_admission(socket) {
         launch::exit()
     }
-    let program = match set_up(job).and_then(|(program, terminal)| {
-        handshake::send_ready(socket, terminal.as_ref().map(AsFd::as_fd))
-            .what(|| "cannot report to the agent")?;
+    let program = match set_up(job, socket).and_then(|program| {
+        handshake::send_ready(socket).what(|| "cannot report to the agent")?;
         Ok(program)
     }) {
         Ok(program) => program,
@@ -151,7 +150,7 @@ fn execute(job: &Job<'_>, program: &Program) -> Error {
     }
 }
 
-fn set_up(job: &Job<'_>) -> Result<(Program, Option<OwnedFd>)> {
+fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
     let plan = job.plan;
     launch::reset_signals()?;
     setsid().what(|| "cannot make a session")?;
@@ -183,16 +182,16 @@ fn set_up(job: &Job<'_>) -> Result<(Program, Option<OwnedFd>)> {
     }
     launch::set_personality(plan.personality)?;
 
-    let terminal = build_root(job, rootfs)?;
-    match &terminal {
+    match build_root(job, rootfs)? {
         Some(terminal) => {
+            handshake::send_terminal(socket, terminal.master.as_fd())
+                .what(|| "cannot report to the agent")?;
             launch::replace_streams(terminal.slave.as_fd())?;
             launch::take_terminal()?;
         }
         None => launch::use_containers_null(job.stdio)?,
     }
-    let program = process::become_process(&plan.process, plan.seccomp.as_deref())?;
-    Ok((program, terminal.map(|terminal| terminal.master)))
+    process::become_process(&plan.process, plan.seccomp.as_deref())
 }
 
 /// The offsets go through the guest's procfs, as long as it is there.

@@ -7,7 +7,9 @@
 //! to execute the program.
 //!
 //! One step can't always be the joiner's. A seccomp profile without `no_new_privs` is loaded while the process still
-//! has the capability for it, and may forbid the fork; the second child then does all of it.
+//! has the capability for it, and may forbid the fork; the second child then becomes the process, at once. For that
+//! moment a container with CAP_SYS_PTRACE and no user namespace of its own could get hold of it, as with runc; what it
+//! wins is the guest.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -161,13 +163,11 @@ fn fork(job: &Job<'_>, joined: Joined, socket: BorrowedFd<'_>) -> Result<()> {
 /// The rest, in the container's pid namespace.
 fn enter(job: &Job<'_>, program: Option<Program>, socket: BorrowedFd<'_>) -> ! {
     let _guard = launch::ExitOnUnwind;
-    let error = match become_leader(job) {
+    let ready = become_leader(job).and_then(|()| program.map_or_else(|| job.become_process(), Ok));
+    let error = match ready {
         Err(error) => error,
-        Ok(()) if !handshake::wait_for_start(socket) => launch::exit(),
-        Ok(()) => match program.map_or_else(|| job.become_process(), Ok) {
-            Err(error) => error,
-            Ok(program) => process::execute(job.process, &program, job.seccomp),
-        },
+        Ok(_) if !handshake::wait_for_start(socket) => launch::exit(),
+        Ok(program) => process::execute(job.process, &program, job.seccomp),
     };
     handshake::send_failure(socket, &error);
     launch::exit()

@@ -36,6 +36,10 @@ pub async fn serve(
     ground: Ground,
     mut timeline: Timeline,
 ) -> anyhow::Result<()> {
+    // Children are this image until they execute a program; containers may see some of them. They inherit this.
+    if let Err(errno) = nix::sys::prctl::set_dumpable(false) {
+        tracing::warn!(%errno, "cannot hide the agent's memory");
+    }
     let reaper = Reaper::default();
     let containers = Arc::new(Containers::new(reaper.clone(), ground));
     let reaping = tokio::spawn(reaper.run());

@@ -407,9 +407,13 @@ pub async fn a_stopped_container_refuses_an_exec() {
     for _ in 0..20 {
         bed.running("box").await;
         bed.signal("box", 9, false).await.unwrap();
-        // In time or not, it ends.
+        // In time, half-way, or too late: it ends.
         match bed.exec("box", "one", &process, Stdio::default()).await {
             Ok(_) => assert_eq!(bed.wait_exec("box", "one").await.unwrap().exit_code, 137),
+            Err((Code::INTERNAL, message)) => assert_eq!(
+                message,
+                "the container's new process was killed during its set-up"
+            ),
             Err(error) => assert_eq!(error, refused),
         }
         bed.wait("box").await.unwrap();
@@ -596,15 +600,25 @@ pub async fn a_process_joins_a_user_namespace() {
 pub async fn a_process_joins_under_the_profile_of_its_container() {
     let bed = Bed::new().await;
     let mut spec = bed.spec("exec sleep 1000");
+    spec["process"]["noNewPrivileges"] = json!(false);
+    spec["process"]["terminal"] = json!(true);
     spec["linux"]["seccomp"] = json!({
         "defaultAction": "SCMP_ACT_ALLOW",
         "syscalls": [
             {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95},
-            // Of no concern to a process that forks no more.
-            {"names": ["clone", "clone3", "fork", "vfork"], "action": "SCMP_ACT_ERRNO"}
+            // Of no concern to a program that neither forks nor talks to anybody; nor to how it is started.
+            {
+                "names": ["clone", "clone3", "fork", "vfork", "setsid", "setns", "unshare",
+                          "sendmsg", "sendto", "recvmsg", "recvfrom"],
+                "action": "SCMP_ACT_KILL_PROCESS"
+            }
         ]
     });
-    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    let stdio = Stdio {
+        terminal: true,
+        ..Default::default()
+    };
+    bed.create("box", &spec, stdio).await.unwrap();
     bed.start("box").await.unwrap();
     for no_new_privileges in [false, true] {
         let mut process = bed.process("");
@@ -617,6 +631,10 @@ pub async fn a_process_joins_under_the_profile_of_its_container() {
             "{}",
             outcome.stderr
         );
+        process["args"] = json!(["nothing"]);
+        let error = bed.run_exec("box", &process).await.unwrap_err();
+        let message = "exec: \"nothing\": executable file not found in $PATH";
+        assert_eq!(error, (Code::NOT_FOUND, message.to_owned()));
     }
 }
 
