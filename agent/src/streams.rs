@@ -266,27 +266,22 @@ async fn output(
         return;
     };
     let mut buffer = vec![0; BUFFER];
-    let mut guard = Some(guard);
     loop {
-        let length = if guard.is_some() && *ended.borrow_and_update() {
+        let length = if *ended.borrow_and_update() {
             // Not through the runtime, whose knowledge of the pipe may be older than the end of the process.
             match nix::unistd::read(pipe.as_fd(), &mut buffer) {
                 Ok(length) => Ok(length),
                 Err(Errno::EINTR) => continue,
-                Err(Errno::EAGAIN) => {
-                    // All that the process wrote is handed over. What it left in the background may go on.
-                    guard = None;
-                    continue;
-                }
+                // All that the process wrote is handed over; what it left in the background has lost its reader, as under
+                // conmon and containerd's shim. Without an end here the host could not tell that this was all.
+                Err(Errno::EAGAIN) => break,
                 Err(errno) => Err(errno.into()),
             }
-        } else if guard.is_some() {
+        } else {
             tokio::select! {
                 length = pipe.read(&mut buffer) => length,
                 Ok(()) = ended.changed() => continue,
             }
-        } else {
-            pipe.read(&mut buffer).await
         };
         let Ok(length @ 1..) = length else {
             break;
@@ -305,7 +300,7 @@ async fn output(
 
 /// Ends the sending half, then waits for the host to close: a full close from here could overtake data that the
 /// host has not read yet.
-async fn finish(mut connection: Connection, guard: Option<Outstanding>) {
+async fn finish(mut connection: Connection, guard: Outstanding) {
     if connection.shutdown().await.is_err() {
         return;
     }
@@ -353,7 +348,7 @@ async fn terminal(connection: oneshot::Receiver<Connection>, master: Arc<Pty>, g
     };
     drop(master);
     if drained {
-        finish(from_host.unsplit(to_host), Some(guard)).await;
+        finish(from_host.unsplit(to_host), guard).await;
     }
 }
 

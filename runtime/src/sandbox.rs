@@ -462,14 +462,14 @@ impl Sandbox {
     pub async fn pause(&self, id: &str) -> Result<(), SandboxError> {
         let container = self.container(id)?;
         let machine = self.running_machine()?;
-        if container.status() != Status::Running {
+        if !matches!(container.status(), Status::Created | Status::Running) {
             return Err(SandboxError::Status {
-                what: "cannot pause a container that is not running",
+                what: "cannot pause a container that is not running or created",
                 status: container.status(),
             });
         }
         machine.vmm().order(Request::Pause, vec![]).await?;
-        container.init.paused();
+        container.set_paused(true);
         Ok(())
     }
 
@@ -484,7 +484,7 @@ impl Sandbox {
             });
         }
         machine.vmm().order(Request::Resume, vec![]).await?;
-        container.init.resumed();
+        container.set_paused(false);
         for signal in container.take_deferred() {
             match deliver(machine, id, &signal).await {
                 // It may have ended before it stood still.
@@ -550,7 +550,9 @@ impl Sandbox {
         let container = self.container(id)?;
         let process = self.process(id, exec_id)?;
         let status = match process.status() {
-            Status::Running if container.status() == Status::Paused => Status::Paused,
+            Status::Created | Status::Running if container.status() == Status::Paused => {
+                Status::Paused
+            }
             status => status,
         };
         let pid = match status {
@@ -706,10 +708,12 @@ impl Sandbox {
             let killed = sandbox
                 .kill(id, &exec_id, libc::SIGKILL.unsigned_abs(), false)
                 .await;
-            match killed {
-                Ok(()) => tracing::debug!(pid, "a stand-in has gone before its process"),
-                Err(_) if exec_id.is_empty() => sandbox.idle().await,
-                Err(_) => {}
+            if killed.is_ok() {
+                tracing::debug!(pid, "a stand-in has gone before its process");
+            }
+            if exec_id.is_empty() {
+                container.init.wait().await;
+                sandbox.idle().await;
             }
         });
         Ok(())

@@ -287,7 +287,7 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     timeline.mark("client: started");
     let prepared = Prepared::new(&args.create)?;
     let raw = prepared.terminal().then(Raw::enter).transpose()?;
-    let launched = prepared.launch(invocation, true, args.timeline.is_some())?;
+    let launched = prepared.launch(invocation, !args.keep, args.timeline.is_some())?;
     timeline.mark("client: server started");
     let Launched {
         mut child,

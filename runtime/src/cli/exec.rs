@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use anyhow::{Context, bail};
-use bulkhead_runtime::sandbox::{ExecOptions, OPTIONS, Status};
+use bulkhead_runtime::sandbox::{ExecOptions, OPTIONS};
 use bulkhead_runtime::stdio::{Stdio, TerminalSize};
 use clap::Args;
 use nix::sched::CloneFlags;
@@ -69,8 +69,8 @@ pub struct ExecArgs {
     /// Cgroup below the container's; only its own is possible
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<String>,
-    /// Execute in a paused container: a VM that stands still can't
-    #[arg(long)]
+    /// Accepted for runc's sake: a VM that stands still executes nothing all the same
+    #[arg(long, hide = true)]
     ignore_paused: bool,
     /// Name of the container
     id: String,
@@ -102,19 +102,6 @@ fn run(invocation: &Invocation, args: &ExecArgs) -> anyhow::Result<i32> {
         );
     }
     let known = Known::find(invocation, &args.id)?;
-    match known.process_state()?.status {
-        Status::Running => {}
-        Status::Paused => bail!(
-            "cannot exec in a paused container: its VM stands still{}",
-            if args.ignore_paused {
-                ", --ignore-paused or not"
-            } else {
-                "; resume it first"
-            }
-        ),
-        Status::Stopped => bail!("cannot exec in a stopped container: container not running"),
-        status => bail!("cannot exec in a container that is {status}: start it first"),
-    }
     let process = process(&known, args)?;
     let terminal = process.get("terminal").and_then(Value::as_bool) == Some(true);
     if args.detach {

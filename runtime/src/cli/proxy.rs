@@ -50,7 +50,8 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Forks it. Call it while there is one thread.
+    /// Forks it. Call it while there is one thread, and before there is a runtime: what tokio keeps for signals is not for
+    /// two processes.
     pub fn fork(job: &Job) -> anyhow::Result<Self> {
         let (ready_reader, ready_writer) = io::pipe()?;
         let (go_reader, go_writer) = io::pipe()?;

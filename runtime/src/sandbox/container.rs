@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use oci_spec::runtime::Hooks;
@@ -27,6 +28,7 @@ pub struct Container {
     /// Its first process, whose life is the container's.
     pub init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
+    paused: AtomicBool,
     deferred: Mutex<Vec<Signal>>,
     poststop: OnceLock<()>,
 }
@@ -71,6 +73,7 @@ impl Container {
             hook_state,
             init: Arc::new(init),
             execs: Mutex::default(),
+            paused: AtomicBool::new(false),
             deferred: Mutex::default(),
             poststop: OnceLock::new(),
         }
@@ -78,7 +81,17 @@ impl Container {
 
     /// Where in its life it is.
     pub fn status(&self) -> Status {
-        self.init.status()
+        match self.init.status() {
+            Status::Created | Status::Running if self.paused.load(Ordering::Relaxed) => {
+                Status::Paused
+            }
+            status => status,
+        }
+    }
+
+    /// It stands still, or goes on.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.store(paused, Ordering::Relaxed);
     }
 
     /// Remembers an exec'd process; `false` when the id is taken.

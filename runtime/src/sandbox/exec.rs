@@ -153,10 +153,11 @@ impl Sandbox {
 
 fn running(container: &container::Container) -> Result<(), SandboxError> {
     let what = match container.status() {
-        Status::Running => return Ok(()),
-        Status::Paused => "cannot exec in a paused container",
-        Status::Stopped => "cannot exec in a stopped container",
-        Status::Creating | Status::Created => "cannot exec in a container that is not running",
+        // As under runc, the namespaces of one that is only created can be entered.
+        Status::Created | Status::Running => return Ok(()),
+        Status::Paused => "cannot exec in a paused container (resume it first)",
+        Status::Stopped => "container not running: cannot exec in it",
+        Status::Creating => "cannot exec in a container that is not running",
     };
     Err(SandboxError::Status {
         what,

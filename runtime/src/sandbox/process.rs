@@ -17,7 +17,7 @@ pub enum Status {
     Created,
     /// The program runs.
     Running,
-    /// It stands still until it is resumed.
+    /// It stands still until it is resumed: a container's status alone ([`super::container::Container::status`]).
     Paused,
     /// It has ended.
     Stopped,
@@ -81,16 +81,6 @@ impl Process {
         self.advance(Status::Created, Status::Running);
     }
 
-    /// It stands still.
-    pub fn paused(&self) {
-        self.advance(Status::Running, Status::Paused);
-    }
-
-    /// It runs again.
-    pub fn resumed(&self) {
-        self.advance(Status::Paused, Status::Running);
-    }
-
     /// It has ended; only the first end counts.
     pub fn ended(&self, code: u32) {
         let mut status = self.lock();
@@ -148,12 +138,8 @@ mod tests {
         process.started();
         assert_eq!(process.status(), Status::Creating);
         process.created();
-        process.paused();
         assert_eq!(process.status(), Status::Created);
         process.started();
-        process.paused();
-        assert_eq!(process.status(), Status::Paused);
-        process.resumed();
         assert_eq!(process.status(), Status::Running);
         process.ended(3);
         assert_eq!(process.status(), Status::Stopped);

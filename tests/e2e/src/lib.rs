@@ -9,6 +9,7 @@
 
 pub mod bundle;
 pub mod command;
+pub mod container;
 pub mod initramfs;
 pub mod leaks;
 pub mod machine;

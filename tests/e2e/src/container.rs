@@ -1,0 +1,242 @@
+//! A container that a test drives through its life, command by command, under any runtime with runc's command line.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use nix::errno::Errno;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::bundle::Bundle;
+use crate::command::{Ended, finish, fresh_id};
+use crate::dist;
+
+/// `bulkhead` of the build under test.
+pub fn bulkhead() -> PathBuf {
+    dist().join("bin/bulkhead")
+}
+
+/// Debian's runc, to compare with.
+pub fn runc() -> PathBuf {
+    "runc".into()
+}
+
+/// A bundle that lives as long as its container, or longer.
+pub enum Held<'a> {
+    /// The container's own.
+    Owned(Bundle),
+    /// Somebody else's.
+    Lent(&'a Bundle),
+}
+
+impl From<Bundle> for Held<'_> {
+    fn from(bundle: Bundle) -> Self {
+        Self::Owned(bundle)
+    }
+}
+
+impl<'a> From<&'a Bundle> for Held<'a> {
+    fn from(bundle: &'a Bundle) -> Self {
+        Self::Lent(bundle)
+    }
+}
+
+/// A container. Dropping it deletes it by force.
+pub struct Container<'a> {
+    /// The bundle it is made from.
+    _bundle: Held<'a>,
+    /// Its id.
+    pub id: String,
+    runtime: PathBuf,
+    files: TempDir,
+    /// Process of the host that stands for it; a child of this test, which is a subreaper.
+    pub pid: Pid,
+}
+
+impl<'a> Container<'a> {
+    /// `create`s a container; its output goes to files ([`Container::stdout`]).
+    ///
+    /// # Panics
+    /// When that fails.
+    #[track_caller]
+    pub fn create(runtime: PathBuf, bundle: impl Into<Held<'a>>) -> Self {
+        Self::create_with(runtime, bundle, &[])
+    }
+
+    /// `create` with further flags.
+    ///
+    /// # Panics
+    /// When that fails.
+    #[track_caller]
+    pub fn create_with(runtime: PathBuf, bundle: impl Into<Held<'a>>, flags: &[&str]) -> Self {
+        Self::try_create(runtime, bundle, flags).unwrap_or_else(|ended| panic!("create: {ended:?}"))
+    }
+
+    /// `create`, which may fail.
+    pub fn try_create(
+        runtime: PathBuf,
+        bundle: impl Into<Held<'a>>,
+        flags: &[&str],
+    ) -> Result<Self, Ended> {
+        // Whoever stands for the container is to be ours to wait for, as conmon's and containerd's shim's are.
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
+        let held = bundle.into();
+        let bundle = match &held {
+            Held::Owned(bundle) => bundle,
+            Held::Lent(bundle) => bundle,
+        };
+        bundle.write();
+        let files = tempfile::tempdir().unwrap();
+        let file = |name: &str| File::create(files.path().join(name)).unwrap();
+        let id = fresh_id();
+        let status = Command::new(&runtime)
+            .arg("create")
+            .args(flags)
+            .arg("--bundle")
+            .arg(bundle.path())
+            .arg("--pid-file")
+            .arg(files.path().join("pid"))
+            .arg(&id)
+            .stdin(Stdio::null())
+            .stdout(file("stdout"))
+            .stderr(file("stderr"))
+            .status()
+            .unwrap();
+        let read = |name: &str| fs::read_to_string(files.path().join(name)).unwrap_or_default();
+        if !status.success() {
+            return Err(Ended {
+                code: status.code().unwrap_or(-1),
+                stdout: read("stdout"),
+                stderr: read("stderr"),
+            });
+        }
+        let pid = read("pid");
+        Ok(Self {
+            id,
+            runtime,
+            pid: Pid::from_raw(pid.parse().unwrap()),
+            files,
+            _bundle: held,
+        })
+    }
+
+    /// A created and started container.
+    ///
+    /// # Panics
+    /// When that fails.
+    #[track_caller]
+    pub fn running(runtime: PathBuf, bundle: impl Into<Held<'a>>) -> Self {
+        let container = Self::create(runtime, bundle);
+        container.command(&["start"]).expect_code(0);
+        container
+    }
+
+    /// The runtime with `words` before the id.
+    pub fn command(&self, words: &[&str]) -> Ended {
+        self.command_with(words, &[])
+    }
+
+    /// The runtime with `before` and `after` around the id.
+    pub fn command_with(&self, before: &[&str], after: &[&str]) -> Ended {
+        finish(self.prepare(before, after).stdin(Stdio::null()))
+    }
+
+    /// The same, not run yet.
+    pub fn prepare(&self, before: &[&str], after: &[&str]) -> Command {
+        let mut command = Command::new(&self.runtime);
+        command.args(before).arg(&self.id).args(after);
+        command
+    }
+
+    /// `exec` of a program.
+    pub fn exec(&self, args: &[&str]) -> Ended {
+        self.command_with(&["exec"], args)
+    }
+
+    /// `exec` of a shell script.
+    pub fn shell(&self, script: &str) -> Ended {
+        self.exec(&["sh", "-c", script])
+    }
+
+    /// What `state` prints.
+    ///
+    /// # Panics
+    /// When it fails.
+    #[track_caller]
+    pub fn state(&self) -> Value {
+        let ended = self.command(&["state"]).expect_code(0);
+        serde_json::from_str(&ended.stdout).unwrap()
+    }
+
+    /// Its status.
+    #[track_caller]
+    pub fn status(&self) -> String {
+        self.state()["status"].as_str().unwrap().to_owned()
+    }
+
+    /// What it has written so far.
+    pub fn stdout(&self) -> String {
+        fs::read_to_string(self.files.path().join("stdout")).unwrap()
+    }
+
+    /// What it, and `create`, have written on standard error so far.
+    pub fn stderr(&self) -> String {
+        fs::read_to_string(self.files.path().join("stderr")).unwrap()
+    }
+
+    /// A folder for a test's own files.
+    pub fn files(&self) -> &Path {
+        self.files.path()
+    }
+
+    /// Waits for the process that stands for it, as a client does; returns the exit code, 128 + N by signal N.
+    ///
+    /// # Panics
+    /// When it is not a child.
+    #[track_caller]
+    pub fn wait(&self) -> i32 {
+        wait_for(self.pid)
+    }
+}
+
+impl Drop for Container<'_> {
+    fn drop(&mut self) {
+        let _ = self.command(&["delete", "--force"]);
+        // Nobody but a subreaper takes the zombie away.
+        while let Ok(status) = waitpid(self.pid, None) {
+            if matches!(status, WaitStatus::Exited(..) | WaitStatus::Signaled(..)) {
+                break;
+            }
+        }
+        reap();
+    }
+}
+
+/// Waits for a process that has become this one's child.
+///
+/// # Panics
+/// When it has not.
+#[track_caller]
+pub fn wait_for(pid: Pid) -> i32 {
+    loop {
+        match waitpid(pid, None) {
+            Ok(WaitStatus::Exited(_, code)) => return code,
+            Ok(WaitStatus::Signaled(_, signal, _)) => return 128 + signal as i32,
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => panic!("cannot wait for {pid}: {errno}"),
+        }
+    }
+}
+
+/// Takes away what has ended and became this process's child.
+pub fn reap() {
+    use nix::sys::wait::WaitPidFlag;
+    while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+        if status == WaitStatus::StillAlive {
+            break;
+        }
+    }
+}

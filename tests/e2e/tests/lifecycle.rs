@@ -1,0 +1,612 @@
+//! The life of a container as clients drive it: create, start, exec, signals, pause, limits, delete; where runc defines what
+//! comes out, runc runs beside.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use bulkhead_e2e::bundle::Bundle;
+use bulkhead_e2e::command::{Ended, finish};
+use bulkhead_e2e::container::{Container, bulkhead, reap, runc, wait_for};
+use bulkhead_e2e::leaks::Host;
+use bulkhead_e2e::processes;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+/// A container that does nothing until it is told to end.
+fn idle() -> Bundle {
+    Bundle::shell(
+        "trap 'exit 5' TERM; trap 'echo usr1' USR1; echo ready; while :; do sleep 1000 & wait $!; done",
+    )
+}
+
+#[track_caller]
+fn exists(pid: Pid) -> bool {
+    kill(pid, None).is_ok()
+}
+
+/// Reads a file that a container writes, until it holds `text`: inotify tells when it changes.
+#[track_caller]
+fn await_output(container: &Container, text: &str) {
+    use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+    let watch = Inotify::init(InitFlags::IN_CLOEXEC).unwrap();
+    let file = container.files().join("stdout");
+    watch.add_watch(&file, AddWatchFlags::IN_MODIFY).unwrap();
+    while !container.stdout().contains(text) {
+        watch.read_events().unwrap();
+    }
+}
+
+#[test]
+fn a_container_goes_through_the_states_of_the_spec() {
+    let host = Host::now();
+    for runtime in [runc(), bulkhead()] {
+        let bundle = idle();
+        let container = Container::create(runtime, &bundle);
+        let state = container.state();
+        assert_eq!(state["status"], "created");
+        assert_eq!(state["pid"], container.pid.as_raw());
+        assert_eq!(state["bundle"], bundle.path().to_str().unwrap());
+        assert_eq!(state["id"], container.id);
+        assert_eq!(container.stdout(), "");
+        container.command(&["start"]).expect_code(0);
+        assert_eq!(container.status(), "running");
+        await_output(&container, "ready\n");
+        container.command_with(&["kill"], &["TERM"]).expect_code(0);
+        assert_eq!(container.wait(), 5);
+        let state = container.state();
+        assert_eq!(
+            (&state["status"], &state["pid"]),
+            (&json!("stopped"), &json!(0))
+        );
+        container.command(&["delete"]).expect_code(0);
+        container.command(&["state"]).expect_code(1);
+    }
+    reap();
+    host.assert_nothing_new();
+}
+
+#[test]
+fn the_exit_codes_of_misuse_are_runcs() {
+    let codes = |runtime: PathBuf| -> Vec<(&'static str, i32)> {
+        let container = Container::create(runtime.clone(), idle());
+        let mut codes = vec![
+            ("exec before start", container.exec(&["true"]).code),
+            ("pause before start", container.command(&["pause"]).code),
+            ("start", container.command(&["start"]).code),
+            ("start twice", container.command(&["start"]).code),
+            ("delete running", container.command(&["delete"]).code),
+            ("resume running", container.command(&["resume"]).code),
+            ("exec", container.exec(&["sh", "-c", "exit 3"]).code),
+            (
+                "exec killed",
+                container.exec(&["sh", "-c", "kill -9 $$"]).code,
+            ),
+            ("exec missing", container.exec(&["nonesuch"]).code),
+            ("exec directory", container.exec(&["/etc"]).code),
+            (
+                "kill unknown signal",
+                container.command_with(&["kill"], &["NONE"]).code,
+            ),
+            ("kill 0", container.command_with(&["kill"], &["0"]).code),
+            ("kill", container.command_with(&["kill"], &["9"]).code),
+        ];
+        assert_eq!(container.wait(), 137);
+        codes.extend([
+            (
+                "kill stopped",
+                container.command_with(&["kill"], &["9"]).code,
+            ),
+            (
+                "kill all of stopped",
+                container.command_with(&["kill", "--all"], &["9"]).code,
+            ),
+            ("exec stopped", container.exec(&["true"]).code),
+            ("start stopped", container.command(&["start"]).code),
+            ("pause stopped", container.command(&["pause"]).code),
+            ("delete", container.command(&["delete"]).code),
+            ("delete again", container.command(&["delete"]).code),
+            (
+                "delete by force again",
+                container.command(&["delete", "--force"]).code,
+            ),
+            ("state of unknown", container.command(&["state"]).code),
+            (
+                "kill unknown",
+                container.command_with(&["kill"], &["9"]).code,
+            ),
+            ("exec unknown", container.exec(&["true"]).code),
+        ]);
+        codes
+    };
+    let mut theirs = codes(runc());
+    // kill(2) with 0 checks for existence; to runc it is a signal like others, to us a mistake.
+    theirs
+        .iter_mut()
+        .find(|(what, _)| *what == "kill 0")
+        .unwrap()
+        .1 = 1;
+    assert_eq!(codes(bulkhead()), theirs);
+}
+
+#[test]
+fn an_id_is_taken_until_its_container_is_deleted() {
+    let bundle = idle();
+    let container = Container::create(bulkhead(), &bundle);
+    let mut again = container.prepare(
+        &["create", "--bundle", bundle.path().to_str().unwrap()],
+        &[],
+    );
+    let ended = finish(again.stdin(Stdio::null())).expect_code(1);
+    assert!(ended.stderr.contains("already exists"), "{}", ended.stderr);
+    assert_eq!(container.status(), "created");
+}
+
+#[test]
+fn a_created_container_is_deleted_without_having_run() {
+    let host = Host::now();
+    let bundle = Bundle::shell("echo ran > /ran");
+    let container = Container::create(bulkhead(), &bundle);
+    container.command(&["delete"]).expect_code(0);
+    container.wait();
+    assert!(!bundle.in_root("ran").exists());
+    drop(container);
+    host.assert_nothing_new();
+}
+
+#[test]
+fn lists_and_states_have_runcs_fields() {
+    let keys =
+        |value: &Value| -> Vec<String> { value.as_object().unwrap().keys().cloned().collect() };
+    let mut found = Vec::new();
+    for runtime in [runc(), bulkhead()] {
+        let mut bundle = idle();
+        bundle.config["annotations"] = json!({"some": "note"});
+        let container = Container::running(runtime.clone(), &bundle);
+        let list = finish(std::process::Command::new(&runtime).args(["list", "--format=json"]));
+        let list: Value = serde_json::from_str(&list.expect_code(0).stdout).unwrap();
+        let ours = list
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|one| one["id"] == container.id.as_str());
+        let ps = container
+            .command(&["ps", "--format", "json"])
+            .expect_code(0);
+        let pids: Vec<i32> = serde_json::from_str(&ps.stdout).unwrap();
+        assert!(pids.contains(&container.pid.as_raw()), "{pids:?}");
+        let quiet =
+            finish(std::process::Command::new(&runtime).args(["list", "-q"])).expect_code(0);
+        assert!(quiet.stdout.lines().any(|line| line == container.id));
+        assert_eq!(container.state()["annotations"], json!({"some": "note"}));
+        found.push((keys(&container.state()), keys(ours.unwrap())));
+    }
+    assert_eq!(found[1], found[0]);
+    let empty = finish(std::process::Command::new(bulkhead()).args([
+        "--root",
+        "/run/none",
+        "list",
+        "-f",
+        "json",
+    ]));
+    assert_eq!(empty.expect_code(0).stdout, "null\n");
+}
+
+#[test]
+fn an_executed_process_is_as_under_runc() {
+    let results = |runtime: PathBuf| -> Vec<(i32, String)> {
+        let container = Container::running(runtime, idle());
+        let run = |flags: &[&str], args: &[&str]| {
+            let ended = container.command_with(&[&["exec"], flags].concat(), args);
+            (ended.code, ended.stdout)
+        };
+        vec![
+            run(&[], &["sh", "-c", "echo out; echo err >&2; exit 7"]),
+            run(&["--user", "1000:1000", "--additional-gids", "7"], &["id"]),
+            run(
+                &["--cwd", "/tmp", "--env", "A=b"],
+                &["sh", "-c", "pwd; echo $A; echo $HOME"],
+            ),
+            run(&["--user", "1000"], &["sh", "-c", "echo $HOME"]),
+            run(
+                &[],
+                &[
+                    "grep",
+                    "-E",
+                    "^(Cap|NoNewPrivs|Seccomp:)",
+                    "/proc/self/status",
+                ],
+            ),
+            run(
+                &["--cap", "CAP_CHOWN"],
+                &["grep", "CapEff", "/proc/self/status"],
+            ),
+            run(
+                &[],
+                &[
+                    "sh",
+                    "-c",
+                    "readlink /proc/self/ns/pid | cut -c1-4; ls /proc/1/root | wc -l; hostname",
+                ],
+            ),
+            run(&[], &["cat", "/proc/self/cgroup"]),
+            run(&[], &["tty"]),
+        ]
+    };
+    assert_eq!(results(bulkhead()), results(runc()));
+}
+
+#[test]
+fn executed_processes_stream_both_ways_and_their_exit_comes_after_the_last_byte() {
+    let container = Container::running(bulkhead(), idle());
+    let mut child = container
+        .prepare(&["exec"], &["sh", "-c", "cat; echo end; seq 1 100000"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    stdin.write_all(b"hello\n").unwrap();
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    assert_eq!(line, "hello\n");
+    drop(stdin);
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).unwrap();
+    let expected: String = std::iter::once("end\n".to_owned())
+        .chain((1..=100_000).map(|n| format!("{n}\n")))
+        .collect();
+    assert!(rest == expected);
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_detached_process_has_a_stand_in_that_clients_can_wait_for_and_signal() {
+    let host = Host::now();
+    let container = Container::running(bulkhead(), idle());
+    let pid_file = container.files().join("exec-pid");
+    let flags = ["exec", "--detach", "--pid-file", pid_file.to_str().unwrap()];
+    let exec = |script: &str| {
+        let mut command = container.prepare(&flags, &["sh", "-c", script]);
+        let log = fs::File::create(container.files().join("log")).unwrap();
+        let status = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .status();
+        let log = fs::read_to_string(container.files().join("log")).unwrap();
+        assert!(status.unwrap().success(), "{log}");
+        Pid::from_raw(fs::read_to_string(&pid_file).unwrap().parse().unwrap())
+    };
+    assert_eq!(
+        wait_for(exec("exit 9")),
+        9,
+        "{}",
+        fs::read_to_string(container.files().join("log")).unwrap()
+    );
+    let trapped =
+        exec("trap 'exit 4' TERM; touch /tmp/trapped; while :; do sleep 1000 & wait $!; done");
+    container
+        .shell("while [ ! -e /tmp/trapped ]; do :; done")
+        .expect_code(0);
+    kill(trapped, Signal::SIGTERM).unwrap();
+    assert_eq!(wait_for(trapped), 4);
+    let killed = exec("exec sleep 1234");
+    kill(killed, Signal::SIGKILL).unwrap();
+    assert_eq!(wait_for(killed), 137);
+    // The guest's process goes too, a moment later.
+    container
+        .shell("while ps | grep -q '[s]leep 1234'; do :; done")
+        .expect_code(0);
+    assert_eq!(container.status(), "running");
+    drop(container);
+    host.assert_nothing_new();
+}
+
+#[test]
+fn signals_to_the_stand_in_reach_the_container() {
+    let container = Container::running(bulkhead(), idle());
+    await_output(&container, "ready\n");
+    kill(container.pid, Signal::SIGUSR1).unwrap();
+    await_output(&container, "usr1\n");
+    kill(container.pid, Signal::SIGTERM).unwrap();
+    assert_eq!(container.wait(), 5);
+}
+
+#[test]
+fn killing_the_stand_in_kills_the_container() {
+    let host = Host::now();
+    let container = Container::running(bulkhead(), idle());
+    kill(container.pid, Signal::SIGKILL).unwrap();
+    assert_eq!(container.wait(), 137);
+    processes::wait_for_end(&processes::named("bulkhead-vmm"));
+    assert_eq!(container.status(), "stopped");
+    container.command(&["delete"]).expect_code(0);
+    drop(container);
+    host.assert_nothing_new();
+}
+
+#[test]
+fn a_stopped_container_holds_no_machine_and_keeps_its_state() {
+    let container = Container::running(bulkhead(), Bundle::shell("echo done; exit 3"));
+    assert_eq!(container.wait(), 3);
+    processes::wait_for_end(&processes::named("bulkhead-vmm"));
+    assert_eq!(container.stdout(), "done\n");
+    assert_eq!(container.status(), "stopped");
+}
+
+#[test]
+fn a_paused_container_stands_still_until_it_is_resumed() {
+    let bundle = Bundle::shell("n=0; while :; do n=$((n+1)); echo $n > /count; done");
+    let container = Container::running(bulkhead(), &bundle);
+    container.command(&["pause"]).expect_code(0);
+    assert_eq!(container.status(), "paused");
+    let ended = container.exec(&["true"]);
+    assert_eq!(ended.code, 255);
+    assert!(ended.stderr.contains("paused"), "{}", ended.stderr);
+    container.command(&["pause"]).expect_code(1);
+    // A signal waits until the container goes on.
+    container.command_with(&["kill"], &["USR2"]).expect_code(0);
+    assert_eq!(container.status(), "paused");
+    container.command(&["resume"]).expect_code(0);
+    container.command(&["resume"]).expect_code(1);
+    assert_eq!(container.status(), "running");
+}
+
+#[test]
+fn sigkill_ends_a_paused_container() {
+    let host = Host::now();
+    let container = Container::running(bulkhead(), idle());
+    container.command(&["pause"]).expect_code(0);
+    container.command_with(&["kill"], &["KILL"]).expect_code(0);
+    assert_eq!(container.wait(), 137);
+    drop(container);
+    let container = Container::running(bulkhead(), idle());
+    container.command(&["pause"]).expect_code(0);
+    container.command(&["delete", "--force"]).expect_code(0);
+    drop(container);
+    host.assert_nothing_new();
+}
+
+#[test]
+fn limits_hold_in_the_guest_and_can_be_changed() {
+    let mut bundle = idle();
+    bundle.config["linux"]["resources"] = json!({
+        "memory": {"limit": 67_108_864}, "pids": {"limit": 50}, "cpu": {"shares": 512, "quota": 50_000, "period": 100_000},
+        "devices": [{"allow": false, "access": "rwm"}],
+    });
+    let container = Container::running(bulkhead(), &bundle);
+    let read = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max";
+    assert_eq!(container.shell(read).stdout, "67108864\n50\n50000 100000\n");
+    container
+        .command(&[
+            "update",
+            "--memory",
+            "33554432",
+            "--pids-limit",
+            "20",
+            "--cpu-quota",
+            "20000",
+        ])
+        .expect_code(0);
+    assert_eq!(container.shell(read).stdout, "33554432\n20\n20000 100000\n");
+    let mut update = container.prepare(&["update", "--resources", "-"], &[]);
+    let mut update = update.stdin(Stdio::piped()).spawn().unwrap();
+    update
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(br#"{"pids": {"limit": 30}}"#)
+        .unwrap();
+    assert!(update.wait().unwrap().success());
+    assert_eq!(container.shell(read).stdout, "33554432\n30\n20000 100000\n");
+    let ended = container.command(&["update", "--memory", "9000000000"]);
+    assert_eq!(ended.code, 1);
+    assert!(ended.stderr.contains("do not fit"), "{}", ended.stderr);
+}
+
+#[test]
+fn statistics_have_runcs_form_and_true_numbers() {
+    let container = Container::running(bulkhead(), idle());
+    let ended = container.command(&["events", "--stats"]).expect_code(0);
+    let event: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(event["type"], "stats");
+    assert_eq!(event["id"], container.id.as_str());
+    // The shell and its sleep.
+    assert_eq!(event["data"]["pids"]["current"], 2);
+    assert!(event["data"]["memory"]["usage"]["usage"].as_u64().unwrap() > 0);
+    assert!(event["data"]["cpu"]["usage"]["total"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn a_process_killed_for_want_of_memory_is_an_event_and_the_guest_survives() {
+    let mut bundle = idle();
+    bundle.config["linux"]["resources"] = json!({"memory": {"limit": 33_554_432}});
+    let container = Container::running(bulkhead(), &bundle);
+    let mut events = container
+        .prepare(&["events", "--interval", "1h"], &[])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(events.stdout.take().unwrap()).lines();
+    // Whoever asks first, the event is not missed: it counts from before.
+    let ended = container.shell("head -c 50m /dev/zero | tail -c 45m > /dev/null; echo $?");
+    assert!(
+        ended.stdout.contains("137") || ended.code == 137,
+        "{ended:?}"
+    );
+    let event: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    assert_eq!(
+        (&event["type"], &event["id"]),
+        (&json!("oom"), &json!(container.id))
+    );
+    assert_eq!(container.status(), "running");
+    container.exec(&["true"]).expect_code(0);
+    container.command_with(&["kill"], &["9"]).expect_code(0);
+    assert_eq!(container.wait(), 137);
+    assert!(events.wait().unwrap().success());
+}
+
+#[test]
+fn the_hosts_cgroup_is_where_the_bundle_says_and_holds_the_sandbox() {
+    let mut bundle = idle();
+    bundle.config["linux"]["cgroupsPath"] = json!("/e2e-parent/the-container");
+    let cgroup = PathBuf::from("/sys/fs/cgroup/e2e-parent/the-container");
+    let container = Container::running(bulkhead(), &bundle);
+    let procs = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
+    let mut programs: Vec<_> = procs
+        .lines()
+        .map(|pid| {
+            fs::read_to_string(format!("/proc/{pid}/comm"))
+                .unwrap()
+                .trim()
+                .to_owned()
+        })
+        .collect();
+    // The kernel puts a thread of KVM's there too.
+    programs.retain(|program| !program.starts_with("kvm-"));
+    programs.sort();
+    assert_eq!(
+        programs,
+        ["bulkhead-proxy", "bulkhead-vmm", "containerd-shim"]
+    );
+    let current: u64 = fs::read_to_string(cgroup.join("memory.current"))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    assert!(
+        current > 16 << 20,
+        "the guest's memory is not counted: {current}"
+    );
+    container.command(&["delete", "--force"]).expect_code(0);
+    assert!(!cgroup.exists());
+    drop(container);
+    fs::remove_dir("/sys/fs/cgroup/e2e-parent").unwrap();
+}
+
+#[test]
+fn a_populated_cgroup_is_refused() {
+    let mut bundle = idle();
+    bundle.config["linux"]["cgroupsPath"] = json!("/e2e-shared");
+    let first = Container::create(bulkhead(), &bundle);
+    let Err(Ended { code, stderr, .. }) = Container::try_create(bulkhead(), &bundle, &[]) else {
+        panic!("a second container in the same cgroup");
+    };
+    assert_eq!(code, 1);
+    assert!(stderr.contains("not empty"), "{stderr}");
+    assert_eq!(first.status(), "created");
+}
+
+#[test]
+fn hooks_run_in_the_order_of_the_spec_with_the_state_on_standard_input() {
+    let mut bundle = Bundle::shell("echo container >> /order");
+    let order = bundle.in_root("order");
+    let log = order.to_str().unwrap().to_owned();
+    let hook = |name: &str| {
+        let script = format!("cat > {log}.{name}; echo {name} >> {log}");
+        json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}])
+    };
+    bundle.config["hooks"] = json!({
+        "prestart": hook("prestart"), "createRuntime": hook("createRuntime"), "createContainer": hook("createContainer"),
+        "startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "echo startContainer >> /order"]}],
+        "poststop": hook("poststop"),
+    });
+    let host = Host::now();
+    let container = Container::running(bulkhead(), &bundle);
+    assert_eq!(container.wait(), 0);
+    container.command(&["delete"]).expect_code(0);
+    assert_eq!(
+        fs::read_to_string(&order).unwrap(),
+        "prestart\ncreateRuntime\ncreateContainer\nstartContainer\ncontainer\npoststop\n"
+    );
+    let state: Value =
+        serde_json::from_slice(&fs::read(format!("{log}.createRuntime")).unwrap()).unwrap();
+    assert_eq!(state["pid"], container.pid.as_raw());
+    assert_eq!(state["id"], container.id.as_str());
+    let state: Value =
+        serde_json::from_slice(&fs::read(format!("{log}.poststop")).unwrap()).unwrap();
+    assert_eq!(state["status"], "stopped");
+    drop(container);
+    host.assert_nothing_new();
+}
+
+#[test]
+fn a_hook_that_fails_before_the_start_undoes_the_container() {
+    for kind in ["prestart", "createRuntime", "createContainer"] {
+        let host = Host::now();
+        let mut bundle = idle();
+        bundle.config["hooks"] =
+            json!({kind: [{"path": "/bin/sh", "args": ["sh", "-c", "echo no luck >&2; exit 3"]}]});
+        let Err(ended) = Container::try_create(bulkhead(), &bundle, &[]) else {
+            panic!("{kind}: created all the same");
+        };
+        assert_eq!(ended.code, 1);
+        assert!(
+            ended.stderr.contains(kind) && ended.stderr.contains("no luck"),
+            "{}",
+            ended.stderr
+        );
+        reap();
+        host.assert_nothing_new();
+    }
+}
+
+#[test]
+fn when_a_part_of_the_sandbox_is_killed_the_container_is_stopped_and_can_be_deleted() {
+    for victim in ["bulkhead-vmm", "containerd-shim-bulkhead-v2"] {
+        let host = Host::now();
+        let container = Container::running(bulkhead(), idle());
+        await_output(&container, "ready\n");
+        let pids = processes::named(victim);
+        assert_eq!(pids.len(), 1, "{victim}");
+        kill(Pid::from_raw(pids[0].cast_signed()), Signal::SIGKILL).unwrap();
+        assert_eq!(
+            container.wait(),
+            255,
+            "{victim}: a client that waits learns of the end"
+        );
+        assert_eq!(container.status(), "stopped", "{victim}");
+        container.command(&["delete", "--force"]).expect_code(0);
+        drop(container);
+        host.assert_nothing_new();
+    }
+}
+
+#[test]
+fn two_containers_do_not_touch_each_other() {
+    let one = Container::running(bulkhead(), idle());
+    let other = Container::running(bulkhead(), idle());
+    let vmms = processes::named("bulkhead-vmm");
+    assert_eq!(vmms.len(), 2);
+    one.command(&["delete", "--force"]).expect_code(0);
+    assert!(exists(other.pid));
+    assert_eq!(other.shell("echo alive").stdout, "alive\n");
+}
+
+#[test]
+fn a_foreground_container_can_be_kept() {
+    let host = Host::now();
+    let bundle = Bundle::shell("exit 6");
+    bundle.write();
+    let mut run = std::process::Command::new(bulkhead());
+    run.args([
+        "run",
+        "--keep",
+        "--bundle",
+        bundle.path().to_str().unwrap(),
+        "kept",
+    ]);
+    finish(run.stdin(Stdio::null())).expect_code(6);
+    let state =
+        finish(std::process::Command::new(bulkhead()).args(["state", "kept"])).expect_code(0);
+    assert!(state.stdout.contains("\"stopped\""), "{}", state.stdout);
+    finish(std::process::Command::new(bulkhead()).args(["delete", "kept"])).expect_code(0);
+    reap();
+    host.assert_nothing_new();
+}
