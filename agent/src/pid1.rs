@@ -11,6 +11,13 @@ use crate::{boot, serve};
 
 /// Boots, serves, powers off.
 pub fn run() -> ! {
+    // Anywhere else this would mount over a machine's root and restart it.
+    if std::process::id() != 1 {
+        eprintln!(
+            "bulkhead-agent: is PID 1 of a guest and does nothing elsewhere; use `bulkhead run`"
+        );
+        std::process::exit(1);
+    }
     if let Err(error) = live() {
         // The log may not have begun.
         eprintln!("bulkhead-agent: {error:#}");
