@@ -37,14 +37,19 @@ macro_rules! tests {
                 };
                 return bed::be_the_agent(Path::new(&dir), Path::new(&cgroup));
             }
-            let filter = first.filter(|argument| !argument.starts_with('-')).unwrap_or_default();
+            let filters: Vec<String> = first
+                .into_iter()
+                .chain(arguments)
+                .filter(|argument| !argument.starts_with('-'))
+                .collect();
+            let wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter));
             if !nix::unistd::geteuid().is_root() || !Path::new("/bin/busybox").exists() {
                 println!("SKIPPED: the container tests need root and busybox-static");
                 return;
             }
             let (mut passed, mut failed, mut filtered) = (0, 0, 0);
             $(
-                if stringify!($name).contains(&filter) {
+                if wanted(stringify!($name)) {
                     let ok = run(stringify!($name), $name());
                     if ok { passed += 1 } else { failed += 1 }
                 } else {
