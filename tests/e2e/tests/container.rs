@@ -4,7 +4,8 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use bulkhead_e2e::bundle::Bundle;
@@ -357,6 +358,76 @@ fn masked_and_read_only_paths_hold() {
 }
 
 /// But for /dev/core, which runc links where the kernel has a /proc/kcore; the guest's has none.
+#[test]
+fn a_seccomp_profile_holds() {
+    for no_new_privs in [true, false] {
+        let mut bundle = Bundle::shell(
+            "grep -E '^(Seccomp|NoNewPrivs):' /proc/self/status; mkdir /tmp/x 2>&1; chmod 700 /tmp 2>&1; echo $?; \
+             (echo a child); sleep 0; rm -f /tmp/fifo; mknod /tmp/fifo p && echo made; mknod /tmp/null c 1 3 2>&1; true",
+        );
+        bundle.config["process"]["noNewPrivileges"] = json!(no_new_privs);
+        let fifo = 0o010_000;
+        bundle.config["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+            "syscalls": [
+                {"names": ["mkdir", "mkdirat", "no_such_call"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28},
+                {"names": ["chmod", "fchmodat"], "action": "SCMP_ACT_ERRNO"},
+                {"names": ["mknod"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38,
+                 "args": [{"index": 1, "value": 0o170_000, "valueTwo": 0o020_000, "op": "SCMP_CMP_MASKED_EQ"}]},
+                {"names": ["mknodat"], "action": "SCMP_ACT_KILL",
+                 "args": [{"index": 2, "value": fifo, "op": "SCMP_CMP_LT"}]}
+            ]
+        });
+        assert_same_as_runc(&bundle);
+    }
+}
+
+#[test]
+fn a_user_namespace_is_as_under_runc() {
+    fn give(path: &Path) {
+        std::os::unix::fs::lchown(path, Some(100_000), Some(100_000)).unwrap();
+        if path.is_dir() && !path.is_symlink() {
+            for entry in fs::read_dir(path).unwrap() {
+                give(&entry.unwrap().path());
+            }
+        }
+    }
+    let volume = tempfile::tempdir().unwrap();
+    fs::write(volume.path().join("shared"), "volume\n").unwrap();
+    fs::set_permissions(volume.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut bundle = Bundle::shell(
+        "cat /proc/self/uid_map /proc/self/gid_map; id -u; id -G; cat /volume/shared; touch /volume/x 2>&1; \
+         touch /tmp/mine; stat -c '%u %g %n' /tmp/mine /dev/pts /dev/shm /volume/shared; stat -c '%t %T' /dev/null; \
+         echo through > /dev/stdout; grep -E '^Cap' /proc/self/status; hostname; mount -t tmpfs x /tmp 2>&1; echo $?",
+    );
+    // runc's mapped root has to reach the root file system.
+    fs::set_permissions(bundle.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    give(&bundle.in_root("/"));
+    let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    bundle.config["linux"]["uidMappings"] = map.clone();
+    bundle.config["linux"]["gidMappings"] = map;
+    let namespaces = bundle.config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.push(json!({"type": "user"}));
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    // Not read-only: runc 1.1 fails where the source has flags that a user namespace can't change.
+    mounts.push(json!({"destination": "/volume", "source": volume.path(), "options": ["rbind"]}));
+    assert_same_as_runc(&bundle);
+    let made = fs::metadata(bundle.in_root("tmp/mine")).unwrap();
+    assert_eq!((made.uid(), made.gid()), (100_000, 100_000));
+}
+
+#[test]
+fn start_hooks_run_in_the_container() {
+    let mut bundle = Bundle::shell("cat /tmp/hooked; grep -o '\"status\":\"[a-z]*\"' /tmp/state");
+    bundle.config["hooks"] = json!({"startContainer": [
+        {"path": "/bin/sh", "args": ["sh", "-c", "cat > /tmp/state; echo $A > /tmp/hooked; uname -s >> /tmp/hooked"],
+         "env": ["A=1", "PATH=/bin"], "timeout": 100},
+        {"path": "/bin/sh", "args": ["sh", "-c", "echo $TERM >> /tmp/hooked"]}
+    ]});
+    assert_same_as_runc(&bundle);
+}
+
 #[test]
 fn devices_are_the_standard_ones() {
     assert_same_as_runc(&Bundle::shell(
