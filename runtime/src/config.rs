@@ -196,9 +196,22 @@ fn lib_dir(programs: &Path) -> PathBuf {
         .unwrap_or_else(|| PathBuf::from(SYSTEM_LIB_DIR))
 }
 
-/// A TOML error without its multi-line excerpt.
+/// A TOML error without its multi-line excerpt; an unknown key comes with the one that was meant.
 fn one_line(error: &toml::de::Error, text: &str) -> String {
-    let message = error.message().replace('\n', " ");
+    let mut message = error.message().replace('\n', " ");
+    if let Some((unknown, known)) = message
+        .strip_prefix("unknown field `")
+        .and_then(|rest| rest.split_once("`, expected one of "))
+    {
+        let known = known.split(", ").map(|key| key.trim_matches('`'));
+        let nearest = known.max_by(|a, b| {
+            strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown))
+        });
+        message = format!(
+            "unknown key `{unknown}`: did you mean `{}`?",
+            nearest.unwrap_or_default()
+        );
+    }
     match error.span() {
         Some(span) => {
             let before = text.get(..span.start).unwrap_or_default();
@@ -250,7 +263,11 @@ mod tests {
     #[test]
     fn broken_files_are_refused_in_one_line_that_names_file_and_key() {
         for (text, expected) in [
-            ("\nkernal = \"/k\"", "line 2: unknown field `kernal`"),
+            (
+                "\nkernal = \"/k\"",
+                "line 2: unknown key `kernal`: did you mean `kernel`?",
+            ),
+            ("memory = 5", "did you mean `memory_mib`?"),
             ("kernel = 1", "line 1: invalid type"),
             ("kernel = \"k\"", "`kernel` is \"k\": give an absolute path"),
             ("vcpus = 0", "`vcpus` is 0: give 1 to 32"),
@@ -265,6 +282,30 @@ mod tests {
             assert!(message.contains(expected), "{message}");
             assert!(!message.contains('\n'), "{message}");
         }
+    }
+
+    #[test]
+    fn the_shipped_file_shows_every_key_with_its_default() {
+        let shipped = include_str!("../config.toml");
+        assert_eq!(parse(shipped), parse(""));
+        let shown: String = shipped
+            .lines()
+            .filter_map(|line| line.strip_prefix('#'))
+            .filter(|line| !line.starts_with(' '))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let keys = |text: &str| toml::from_str::<toml::Table>(text).unwrap().len();
+        // Those that serde would name for an unknown key.
+        let error = toml::from_str::<File>("x = 1").unwrap_err();
+        assert_eq!(keys(&shown), error.message().matches('`').count() / 2 - 1);
+        let config = Config::parse(&shown, Path::new("c"), Path::new("/usr/bin/bulkhead")).unwrap();
+        let defaults = Config::parse("", Path::new("c"), Path::new("/usr/bin/bulkhead")).unwrap();
+        let expected = Config {
+            vcpus: config.vcpus,
+            debug_directory: config.debug_directory.clone(),
+            ..defaults
+        };
+        assert_eq!(config, expected);
     }
 
     #[test]

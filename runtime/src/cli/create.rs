@@ -184,7 +184,10 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         (false, Some(_)) => bail!(
             "--console-socket is for a terminal, and process.terminal is false: set it to true or leave the flag out"
         ),
-        (true, Some(_)) => Some(Pair::open(prepared.console_size())?),
+        (true, Some(path)) => {
+            let socket = terminal::console_socket(path)?;
+            Some((Pair::open(prepared.console_size())?, socket))
+        }
         (false, None) => None,
     };
     let Launched {
@@ -204,7 +207,7 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         id: &prepared.id,
         exec_id: "",
         stdio,
-        terminal: pair.as_ref().map(Pair::slave),
+        terminal: pair.as_ref().map(|(pair, _)| pair.slave()),
         namespaces: namespaces(&prepared.spec),
     })
     .and_then(|proxy| {
@@ -262,14 +265,14 @@ async fn make(
     prepared: &Prepared,
     stdio: Stdio,
     options: &CreateOptions,
-    pair: &Option<Pair>,
+    pair: &Option<(Pair, UnixStream)>,
     args: &CreateArgs,
     start: bool,
 ) -> anyhow::Result<()> {
     let pid = server
         .create(path_text(&prepared.bundle)?, stdio, options)
         .await?;
-    if let (Some(pair), Some(socket)) = (pair, &args.console_socket) {
+    if let Some((pair, socket)) = pair {
         pair.send_master(socket)?;
     }
     if let Some(path) = &args.pid_file {

@@ -291,7 +291,10 @@ fn detached(
             "a process in the background has no terminal without --console-socket: name one, or leave --tty out"
         ),
         (false, Some(_)) => bail!("--console-socket is for a terminal: add --tty or leave it out"),
-        (true, Some(_)) => Some(Pair::open(console_size(&process))?),
+        (true, Some(path)) => {
+            let socket = terminal::console_socket(path)?;
+            Some((Pair::open(console_size(&process))?, socket))
+        }
         (false, None) => None,
     };
     let stdio = if terminal {
@@ -308,7 +311,7 @@ fn detached(
         id: &known.id,
         exec_id: &exec_id,
         stdio,
-        terminal: pair.as_ref().map(Pair::slave),
+        terminal: pair.as_ref().map(|(pair, _)| pair.slave()),
         namespaces: CloneFlags::empty(),
     })?;
     let options = ExecOptions {
@@ -319,7 +322,7 @@ fn detached(
     block_on(async {
         let server = Server::new(connection, known.id.as_str(), &exec_id)?;
         server.exec(json, stdio).await?;
-        if let (Some(pair), Some(socket)) = (&pair, &args.console_socket) {
+        if let Some((pair, socket)) = &pair {
             pair.send_master(socket)?;
         }
         let pid = server.start().await?;

@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use anyhow::{Context, anyhow};
@@ -60,6 +61,12 @@ fn make_raw(fd: BorrowedFd, before: &Termios) -> nix::Result<()> {
     tcsetattr(fd, SetArg::TCSANOW, &raw)
 }
 
+/// Connects to the socket that is to take a terminal's master.
+pub fn console_socket(path: &Path) -> anyhow::Result<UnixStream> {
+    sock::connect(path)
+        .with_context(|| format!("cannot connect to the console socket {}", path.display()))
+}
+
 /// A pair between a client, which gets the master, and the process that stands for the container's, which moves bytes
 /// between the slave and the guest. The terminal that the container sees is the guest's; this one only passes on.
 #[derive(Debug)]
@@ -94,14 +101,11 @@ impl Pair {
         Ok(Self { master, slave })
     }
 
-    /// Sends the master to whoever listens at `socket`, as runc does.
-    pub fn send_master(&self, socket: &Path) -> anyhow::Result<()> {
-        let connection = sock::connect(socket).with_context(|| {
-            format!("cannot connect to the console socket {}", socket.display())
-        })?;
+    /// Sends the master over a [`console_socket`], as runc does.
+    pub fn send_master(&self, socket: &UnixStream) -> anyhow::Result<()> {
         let fds = [self.master.as_raw_fd()];
         sendmsg::<()>(
-            connection.as_raw_fd(),
+            socket.as_raw_fd(),
             &[IoSlice::new(b"/dev/ptmx")],
             &[ControlMessage::ScmRights(&fds)],
             MsgFlags::MSG_NOSIGNAL,

@@ -35,6 +35,8 @@ const APPLETS: &[&str] = &[
     "sha256sum",
     "sleep",
     "stat",
+    "stty",
+    "cut",
     "tail",
     "touch",
     "tr",

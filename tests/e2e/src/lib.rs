@@ -9,6 +9,7 @@
 
 pub mod bundle;
 pub mod command;
+pub mod console;
 pub mod container;
 pub mod initramfs;
 pub mod leaks;

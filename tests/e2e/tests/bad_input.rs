@@ -162,6 +162,142 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
         ),
         ("wrong type", |c| c["hostname"] = json!(5), &["hostname"]),
         (
+            "unknown annotation of ours",
+            |c| c["annotations"] = json!({"io.bulkhead.vcpu": "1"}),
+            &["annotations", "io.bulkhead.vcpu"],
+        ),
+        (
+            "more vCPUs than processors",
+            |c| c["annotations"] = json!({"io.bulkhead.vcpus": "99"}),
+            &["io.bulkhead.vcpus", "99"],
+        ),
+        (
+            "too little memory for a guest",
+            |c| c["annotations"] = json!({"io.bulkhead.memory_mib": "10"}),
+            &["io.bulkhead.memory_mib", "64"],
+        ),
+        (
+            "kernel arguments of several lines",
+            |c| c["annotations"] = json!({"io.bulkhead.kernel_arguments": "a\nb"}),
+            &["io.bulkhead.kernel_arguments", "printable"],
+        ),
+        (
+            "relative hook",
+            |c| c["hooks"] = json!({"prestart": [{"path": "bin/true"}]}),
+            &["hooks.prestart[0].path", "absolute"],
+        ),
+        (
+            "hook without time",
+            |c| c["hooks"] = json!({"poststop": [{"path": "/bin/true", "timeout": -1}]}),
+            &["hooks.poststop[0].timeout"],
+        ),
+        (
+            "hook that is not there",
+            |c| c["hooks"] = json!({"createRuntime": [{"path": "/no/such/hook"}]}),
+            &["hooks.createRuntime[0]", "/no/such/hook", "No such file"],
+        ),
+        (
+            "hook in the container that is not there",
+            |c| c["hooks"] = json!({"startContainer": [{"path": "/no/such/hook"}]}),
+            &["startContainer", "/no/such/hook"],
+        ),
+        (
+            "cgroup above the root",
+            |c| c["linux"]["cgroupsPath"] = json!("/../x"),
+            &["linux.cgroupsPath", ".."],
+        ),
+        (
+            "terminal without one",
+            |c| c["process"]["terminal"] = json!(true),
+            &["process.terminal", "standard input is no terminal"],
+        ),
+        (
+            "network interface of the host",
+            |c| c["linux"]["netDevices"] = json!({"eth0": {}}),
+            &["linux.netDevices"],
+        ),
+        (
+            "processors' caches",
+            |c| c["linux"]["intelRdt"] = json!({"closID": "x"}),
+            &["linux.intelRdt"],
+        ),
+        (
+            "unknown seccomp action",
+            |c| c["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_BOGUS"}),
+            &["linux.seccomp.defaultAction"],
+        ),
+        (
+            "seccomp notification",
+            |c| {
+                c["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW",
+                    "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]})
+            },
+            &["linux.seccomp", "SCMP_ACT_NOTIFY"],
+        ),
+        (
+            "mappings without a user namespace",
+            |c| c["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 0, "size": 1}]),
+            &["uidMappings"],
+        ),
+        (
+            "user namespace without mappings",
+            |c| {
+                c["linux"]["namespaces"]
+                    .as_array_mut()
+                    .unwrap()
+                    .push(json!({"type": "user"}))
+            },
+            &["uidMappings"],
+        ),
+        (
+            "time offset without a time namespace",
+            |c| c["linux"]["timeOffsets"] = json!({"monotonic": {"secs": 5}}),
+            &["timeOffsets"],
+        ),
+        (
+            "unknown mount propagation",
+            |c| c["linux"]["rootfsPropagation"] = json!("sideways"),
+            &["rootfsPropagation", "sideways"],
+        ),
+        (
+            "relative masked path",
+            |c| c["linux"]["maskedPaths"] = json!(["proc/kcore"]),
+            &["linux.maskedPaths"],
+        ),
+        (
+            "unknown device type",
+            |c| {
+                c["linux"]["devices"] =
+                    json!([{"path": "/dev/x", "type": "z", "major": 1, "minor": 3}])
+            },
+            &["linux.devices[0]"],
+        ),
+        (
+            "read and write limits of nothing",
+            |c| c["linux"]["resources"]["unified"] = json!({"../x": "1"}),
+            &["linux.resources.unified", "../x"],
+        ),
+        (
+            "realtime processors",
+            |c| c["linux"]["resources"]["cpu"] = json!({"realtimeRuntime": 5000}),
+            &["linux.resources.cpu.realtimeRuntime"],
+        ),
+        (
+            "unknown personality",
+            |c| c["linux"]["personality"] = json!({"domain": "SOLARIS"}),
+            &["linux.personality"],
+        ),
+        (
+            "working directory that is a file",
+            |c| c["process"]["cwd"] = json!("/etc/passwd"),
+            &["/etc/passwd"],
+        ),
+        (
+            "file system label",
+            |c| c["linux"]["mountLabel"] = json!("system_u:object_r:x"),
+            &["linux.mountLabel"],
+        ),
+        (
             "unsupported version",
             |c| c["ociVersion"] = json!("2.0.0"),
             &["ociVersion"],
@@ -230,7 +366,23 @@ fn a_bad_id_is_refused() {
 
 #[test]
 fn a_wrong_command_line_is_refused() {
-    for arguments in [&["run"][..], &["bogus"], &["run", "--bogus", "x"], &[]] {
+    for arguments in [
+        &["run"][..],
+        &["bogus"],
+        &["run", "--bogus", "x"],
+        &[],
+        &["create"],
+        &["exec"],
+        &["exec", "nonesuch"],
+        &["kill"],
+        &["kill", "nonesuch", "BOGUS"],
+        &["list", "--format", "xml"],
+        &["run", "--preserve-fds", "3", "x"],
+        &["update", "--memory", "much", "x"],
+        &["update", "--l3-cache-schema", "L3:0=f", "x"],
+        &["events", "--interval", "soon", "x"],
+        &["spec", "--bundle", "/no/such/folder"],
+    ] {
         let ended = finish(bulkhead().args(arguments));
         assert_ne!(ended.code, 0, "{arguments:?}: {ended:?}");
         assert!(
@@ -296,7 +448,7 @@ fn a_wrong_configuration_file_is_refused() {
     assert_refused(
         "unknown key",
         &run_with_config("kernal = \"/x\"\n"),
-        &["kernal"],
+        &["kernal", "did you mean `kernel`?"],
     );
     assert_refused("malformed", &run_with_config("kernel = \n"), &["line 1"]);
     host.assert_nothing_new();

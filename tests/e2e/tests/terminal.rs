@@ -1,0 +1,192 @@
+//! Terminals: over a console socket, as conmon and containerd's shim take them, and in the foreground.
+
+#![allow(clippy::unwrap_used)]
+
+use std::process::Stdio;
+
+use bulkhead_e2e::bundle::Bundle;
+use bulkhead_e2e::command::run_command;
+use bulkhead_e2e::console::{Console, ConsoleSocket};
+use bulkhead_e2e::container::{Container, bulkhead, reap, wait_for};
+use bulkhead_e2e::leaks::Host;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{LocalFlags, tcgetattr};
+use nix::unistd::Pid;
+use serde_json::json;
+
+fn with_terminal(args: &[&str]) -> Bundle {
+    let mut bundle = Bundle::busybox(args);
+    bundle.config["process"]["terminal"] = json!(true);
+    bundle
+}
+
+/// A created container with a terminal that the test holds.
+fn create(bundle: &Bundle) -> (Container<'_>, Console) {
+    let socket = ConsoleSocket::new();
+    let flags = ["--console-socket", socket.path().to_str().unwrap()].map(str::to_owned);
+    let container = Container::create_with(bulkhead(), bundle, &[&flags[0], &flags[1]]);
+    let console = socket.receive();
+    (container, console)
+}
+
+/// The terminal under test gives as many tries as it takes until the process at it has seen the new size.
+fn expect_size(console: &mut Console, size: &str) {
+    loop {
+        console.type_in("stty size; echo si''zed\n");
+        if console.expect("sized").contains(size) {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_terminal_over_a_console_socket_is_a_real_one() {
+    let host = Host::now();
+    let bundle = with_terminal(&["sh"]);
+    let (container, mut console) = create(&bundle);
+    container.command(&["start"]).expect_code(0);
+    console.type_in("tty; [ -t 0 -a -t 1 -a -t 2 ] && echo all th''ree\n");
+    let shown = console.expect("all three");
+    assert!(
+        shown.contains("/dev/pts/0") || shown.contains("/dev/console"),
+        "{shown}"
+    );
+    console.resize(97, 41);
+    expect_size(&mut console, "41 97");
+    // Ctrl-C ends the job and not the shell.
+    console.type_in("sleep 1000\n");
+    console.expect("sleep 1000");
+    console.type_in("\x03");
+    console.type_in("echo st''ill here\n");
+    console.expect("still here");
+    // Ctrl-Z stops it, and job control brings it back.
+    console.type_in("sleep 1001\n");
+    console.expect("sleep 1001");
+    console.type_in("\x1a");
+    console.expect("Stopped");
+    console.type_in("kill %1; jo''bs; echo en''ded\n");
+    console.expect("ended");
+    // Ctrl-D is the end of the input.
+    console.type_in("\x04");
+    console.rest();
+    assert_eq!(container.wait() & 0x7f, 0x7f & (128 + 15));
+    drop(container);
+    host.assert_nothing_new();
+}
+
+#[test]
+fn an_executed_process_gets_a_terminal_of_its_own() {
+    let bundle = Bundle::shell("trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done");
+    let container = Container::running(bulkhead(), &bundle);
+    let socket = ConsoleSocket::new();
+    let pid_file = container.files().join("exec-pid");
+    let before = [
+        "exec",
+        "--detach",
+        "--tty",
+        "--console-socket",
+        socket.path().to_str().unwrap(),
+        "--pid-file",
+        pid_file.to_str().unwrap(),
+    ]
+    .map(str::to_owned);
+    let before: Vec<&str> = before.iter().map(String::as_str).collect();
+    let status = container
+        .prepare(&before, &["sh"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    assert!(status.unwrap().success());
+    let mut console = socket.receive();
+    console.resize(90, 30);
+    expect_size(&mut console, "30 90");
+    console.type_in("exit 6\n");
+    console.rest();
+    let pid = std::fs::read_to_string(pid_file).unwrap().parse().unwrap();
+    assert_eq!(wait_for(Pid::from_raw(pid)), 6);
+}
+
+#[test]
+fn a_foreground_terminal_is_raw_while_the_container_runs_and_restored_after_any_end() {
+    for end in ["exit", "signal", "failure"] {
+        let host = Host::now();
+        let (mut console, terminal) = Console::open(83, 25);
+        let bundle = if end == "failure" {
+            with_terminal(&["nonesuch"])
+        } else {
+            with_terminal(&[
+                "sh",
+                "-c",
+                "trap 'exit 3' TERM; stty size; echo rea''dy; read line; echo got $line; exit 4",
+            ])
+        };
+        let before = tcgetattr(&terminal).unwrap();
+        let mut child = run_command(std::process::Command::new(bulkhead()), &bundle)
+            .stdin(terminal.try_clone().unwrap())
+            .stdout(terminal.try_clone().unwrap())
+            .stderr(terminal.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        let expected = match end {
+            "failure" => {
+                console.expect("nonesuch");
+                1
+            }
+            _ => {
+                let shown = console.expect("ready");
+                assert!(shown.contains("25 83"), "{shown}");
+                let raw = tcgetattr(&terminal).unwrap();
+                assert!(!raw.local_flags.contains(LocalFlags::ECHO));
+                if end == "exit" {
+                    console.type_in("hello\n");
+                    console.expect("got hello");
+                    4
+                } else {
+                    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
+                    3
+                }
+            }
+        };
+        assert_eq!(child.wait().unwrap().code(), Some(expected), "{end}");
+        assert!(
+            tcgetattr(&terminal).unwrap() == before,
+            "{end}: not restored"
+        );
+        reap();
+        host.assert_nothing_new();
+    }
+}
+
+#[test]
+fn a_terminal_without_anybody_to_hold_it_is_refused() {
+    let bundle = with_terminal(&["sh"]);
+    let Err(ended) = Container::try_create(bulkhead(), &bundle, &[]) else {
+        panic!("created without a console socket");
+    };
+    assert_eq!(ended.code, 1);
+    assert!(
+        ended.stderr.contains("--console-socket"),
+        "{}",
+        ended.stderr
+    );
+    let plain = Bundle::busybox(&["true"]);
+    let Err(ended) = Container::try_create(bulkhead(), &plain, &["--console-socket", "/nowhere"])
+    else {
+        panic!("created with a console socket for no terminal");
+    };
+    assert!(
+        ended.stderr.contains("process.terminal"),
+        "{}",
+        ended.stderr
+    );
+    let Err(ended) = Container::try_create(bulkhead(), &bundle, &["--console-socket", "/nowhere"])
+    else {
+        panic!("created with a console socket that nobody listens at");
+    };
+    assert!(
+        ended.stderr.contains("console socket /nowhere"),
+        "{}",
+        ended.stderr
+    );
+}
