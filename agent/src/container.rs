@@ -379,6 +379,9 @@ impl Containers {
         container.end().await;
         container.init.streams.close();
         for (exec_id, exec) in container.execs.all() {
+            // Dead already, unless it has left the cgroup, as one without a cgroup namespace may.
+            exec.kill();
+            exited(&mut exec.exit.clone()).await;
             exec.streams.close();
             container.execs.remove(&exec_id, &exec);
         }

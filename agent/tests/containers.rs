@@ -152,6 +152,8 @@ tests![
     a_container_that_divides_its_cgroup_can_still_be_joined,
     streams_of_an_exec_close_both_ways,
     a_container_is_deleted_once_however_often_that_is_asked,
+    execs_at_once_do_not_mix,
+    a_deletion_amid_execs_leaves_nothing,
     a_profile_as_large_as_the_engines_default_lets_programs_run_and_refuses_the_rest,
     a_profile_holds_with_and_without_new_privileges,
     a_profile_that_forbids_the_exec_is_said_at_start,

@@ -1106,3 +1106,52 @@ pub async fn a_container_is_deleted_once_however_often_that_is_asked() {
         assert_eq!(done, 1, "{deletions:?}");
     }
 }
+
+pub async fn execs_at_once_do_not_mix() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let runs = (0..30).map(|number: u32| {
+        let bed = &bed;
+        async move {
+            let id = format!("exec-{number}");
+            let process = bed.process(&format!("echo {number}; exit {number}"));
+            bed.exec("box", &id, &process, all_pipes()).await.unwrap();
+            let mut stdout = bed.stream_of("box", &id, StreamKind::STDOUT).await;
+            let _stderr = bed.stream_of("box", &id, StreamKind::STDERR).await;
+            let mut output = String::new();
+            stdout.read_to_string(&mut output).await.unwrap();
+            assert_eq!(output, format!("{number}\n"));
+            let exit = bed.wait_exec("box", &id).await.unwrap();
+            assert_eq!(exit.exit_code, number);
+            bed.delete_exec("box", &id).await.unwrap();
+        }
+    });
+    futures::future::join_all(runs).await;
+    assert_eq!(bed.processes("box").await.unwrap().len(), 1);
+}
+
+pub async fn a_deletion_amid_execs_leaves_nothing() {
+    let bed = Bed::new().await;
+    let children = format!("/proc/{0}/task/{0}/children", bed.agent.id());
+    let process = bed.process("exec sleep 1000");
+    for _ in 0..15 {
+        bed.running("box").await;
+        let ids: Vec<_> = (0..10).map(|number| format!("exec-{number}")).collect();
+        let execs = ids
+            .iter()
+            .map(|id| bed.exec("box", id, &process, all_pipes()));
+        let (results, deleted) = tokio::join!(futures::future::join_all(execs), async {
+            bed.exec("box", "first", &process, Stdio::default())
+                .await
+                .ok();
+            bed.delete("box").await
+        });
+        deleted.unwrap();
+        for error in results.into_iter().filter_map(Result::err) {
+            let expected = [Code::FAILED_PRECONDITION, Code::NOT_FOUND, Code::INTERNAL];
+            assert!(expected.contains(&error.0), "{error:?}");
+        }
+    }
+    assert_eq!(bed.cgroups(), 0);
+    assert_eq!(fs::read_to_string(children).unwrap_or_default(), "");
+}
