@@ -89,7 +89,10 @@ pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
         hooks.set_start_container(Some(list));
         hooks
     }));
-    spec.set_annotations(None);
+    if let Some(process) = spec.process_mut() {
+        // An engine's default profile at most ([`crate::spec::is_default_profile`]): the guest has no AppArmor.
+        process.set_apparmor_profile(None);
+    }
     Ok(Adapted { spec, binds })
 }
 
@@ -187,7 +190,7 @@ mod tests {
         assert_eq!(spec["mounts"][1]["source"], format!("{share}/mounts/1"));
         assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro"]));
         assert_eq!(spec["mounts"][3]["source"], format!("{share}/mounts/3"));
-        assert!(spec.get("annotations").is_none());
+        assert_eq!(spec["annotations"], json!({"a": "b"}));
         assert!(spec["linux"].get("cgroupsPath").is_none());
         assert!(!spec.to_string().contains(dir.to_str().unwrap()));
 

@@ -3,6 +3,7 @@
 //! Answers are a guest's and therefore not to be trusted: they carry numbers and a message for the user, nothing that the
 //! host acts on.
 
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use bulkhead_protocol::PROTOCOL_VERSION;
@@ -134,11 +135,13 @@ impl Agent {
     pub async fn create(
         &self,
         id: &str,
+        bundle: &Path,
         spec_json: Vec<u8>,
         stdio: Stdio,
     ) -> Result<u32, AgentError> {
         let request = CreateContainerRequest {
             container_id: id.to_owned(),
+            bundle: bundle.to_string_lossy().into_owned(),
             spec_json,
             stdio: Some(stdio).into(),
             ..Default::default()

@@ -299,7 +299,9 @@ impl Sandbox {
         self.run_create_hooks(container, pid).await?;
         let agent = machine.agent().await?;
         let stdio = container.init.stdio.for_agent(options.terminal_size);
-        let answer = agent.create(id.as_str(), spec_json, stdio).await;
+        let answer = agent
+            .create(id.as_str(), &container.bundle, spec_json, stdio)
+            .await;
         machine.explain(answer).await?;
         if let Some(cgroup) = self.cgroup.get() {
             // Not before: a guest that may use a hundredth of a processor would boot for minutes.

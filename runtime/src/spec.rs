@@ -215,8 +215,10 @@ fn validate_process(process: &Process) -> Result<(), SpecError> {
         ));
     }
     let present = |value: &Option<String>| value.as_deref().is_some_and(|v| !v.is_empty());
-    if present(process.apparmor_profile())
-        && process.apparmor_profile().as_deref() != Some("unconfined")
+    if process
+        .apparmor_profile()
+        .as_deref()
+        .is_some_and(|profile| !is_default_profile(profile))
     {
         return Err(SpecError::unsupported(
             "process.apparmorProfile",
@@ -230,6 +232,16 @@ fn validate_process(process: &Process) -> Result<(), SpecError> {
         ));
     }
     Ok(())
+}
+
+/// Whether an AppArmor profile is none, or the one that an engine puts around every container of a host with AppArmor: what
+/// those profiles keep from a container of the host's kernel, a container in a VM has not got.
+pub fn is_default_profile(profile: &str) -> bool {
+    matches!(
+        profile,
+        "" | "unconfined" | "docker-default" | "cri-containerd.apparmor.d"
+    ) || profile.starts_with("containers-default-")
+        || profile.starts_with("crio-default")
 }
 
 /// Hooks are programs of the host, but for startContainer's, which are the container's.
@@ -521,6 +533,11 @@ pub(crate) mod tests {
             (
                 "/process/apparmorProfile",
                 json!("x"),
+                "`process.apparmorProfile`",
+            ),
+            (
+                "/process/apparmorProfile",
+                json!("docker-custom"),
                 "`process.apparmorProfile`",
             ),
             (

@@ -2,13 +2,17 @@
 
 use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use tempfile::TempDir;
+
+/// How long a program may take to show something, on an emulated CPU.
+const PATIENCE_MS: u16 = 30_000;
 
 mod ioctl {
     nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, nix::pty::Winsize);
@@ -108,6 +112,9 @@ impl Console {
     pub fn expect(&mut self, text: &str) -> String {
         let mut buffer = [0; 4096];
         while !self.seen.contains(text) {
+            let mut polled = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
+            let ready = poll(&mut polled, PollTimeout::from(PATIENCE_MS)).unwrap();
+            assert_eq!(ready, 1, "waiting for {text:?}, seen {:?}", self.seen);
             match self.master.read(&mut buffer) {
                 Ok(length @ 1..) => self
                     .seen
