@@ -203,7 +203,7 @@ impl Machine {
         boot::write_boot_params(&guest_memory, memory_bytes, &cmdline, &initramfs)?;
         boot::write_page_tables(&guest_memory)?;
         boot::write_gdt(&guest_memory)?;
-        mptable::write(&guest_memory, config.vcpus)?;
+        mptable::write(&guest_memory, config.vcpus, slots, config.serial)?;
 
         let vcpus = create_vcpus(&kvm, &vm, config.vcpus)?;
         vcpu::set_entry(&vcpus[0], kernel.entry)?;

@@ -73,11 +73,6 @@ pub fn create(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
             source,
         };
         let mapping = map_aligned(length as usize).map_err(map_error)?;
-        if address == 0 {
-            // The boot structures and little else live in the first two MiB: not worth clearing and keeping a huge page.
-            // SAFETY: the range is the mapping made above, which is at least MIN_MIB long; the advice changes nothing of its contents.
-            unsafe { libc::madvise(mapping.as_ptr().cast(), HUGE_PAGE, libc::MADV_NOHUGEPAGE) };
-        }
         // `new` refuses only a region that wraps around the address space; MAX_MIB rules that out.
         regions.extend(GuestRegionMmap::new(mapping, GuestAddress(address)));
     }

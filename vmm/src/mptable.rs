@@ -5,8 +5,6 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::layout;
 
-/// Pins of KVM's IO-APIC.
-const IO_APIC_PINS: u8 = 24;
 /// Version that KVM's local APIC reports.
 const LOCAL_APIC_VERSION: u8 = 0x14;
 /// Version that KVM's IO-APIC reports.
@@ -31,8 +29,11 @@ const ALL_LOCAL_APICS: u8 = 0xff;
 
 /// The bytes of floating pointer and table for `vcpus` processors, as they stand at [`layout::MP_TABLE`].
 ///
-/// The IO-APIC's id is the first one after the processors'; `vcpus` is at most 32, so each fits its byte.
-pub fn build(vcpus: u8) -> Vec<u8> {
+/// Interrupt lines that nothing uses are left out: Linux programs a pin for each one that is named, by four exits and more.
+///
+/// The IO-APIC's id is the first one after the processors'; `vcpus` is at most 32, so each fits its byte, as do the lines, which
+/// are the pins of an IO-APIC.
+pub fn build(vcpus: u8, lines: &[u32]) -> Vec<u8> {
     let io_apic_id = vcpus;
     let mut entries = Vec::new();
     for cpu in 0..vcpus {
@@ -45,13 +46,13 @@ pub fn build(vcpus: u8) -> Vec<u8> {
     entries.extend(b"ISA   ");
     entries.extend([IO_APIC, io_apic_id, IO_APIC_VERSION, 1]);
     entries.extend(layout::IO_APIC.to_le_bytes());
-    for line in 0..IO_APIC_PINS {
+    for line in lines.iter().map(|line| *line as u8) {
         // Flags 0: polarity and trigger as the bus has them, which for ISA is active high and edge, as irqfds pulse.
         entries.extend([IO_INTERRUPT, INT, 0, 0, 0, line, io_apic_id, line]);
     }
     entries.extend([LOCAL_INTERRUPT, EXT_INT, 0, 0, 0, 0, ALL_LOCAL_APICS, 0]);
     entries.extend([LOCAL_INTERRUPT, NMI, 0, 0, 0, 0, ALL_LOCAL_APICS, 1]);
-    let count = u16::from(vcpus) + 2 + u16::from(IO_APIC_PINS) + 2;
+    let count = u16::from(vcpus) + 2 + lines.len() as u16 + 2;
 
     let pointer_length = 16u32;
     let mut pointer = Vec::from(*b"_MP_");
@@ -77,9 +78,16 @@ pub fn build(vcpus: u8) -> Vec<u8> {
     pointer
 }
 
-/// Writes the table for `vcpus` processors.
-pub fn write(memory: &GuestMemoryMmap, vcpus: u8) -> Result<(), GuestMemoryError> {
-    memory.write_slice(&build(vcpus), GuestAddress(layout::MP_TABLE))
+/// Writes the table for `vcpus` processors and the interrupt lines of `slots` virtio-mmio slots and, where there is one, the serial port.
+pub fn write(
+    memory: &GuestMemoryMmap,
+    vcpus: u8,
+    slots: usize,
+    serial: bool,
+) -> Result<(), GuestMemoryError> {
+    let mut lines: Vec<_> = layout::VIRTIO_IRQS.into_iter().take(slots).collect();
+    lines.extend(serial.then_some(layout::SERIAL_IRQ));
+    memory.write_slice(&build(vcpus, &lines), GuestAddress(layout::MP_TABLE))
 }
 
 /// The byte that makes the sum of all bytes zero.
@@ -100,8 +108,9 @@ mod tests {
 
     #[test]
     fn pointer_and_table_have_right_lengths_and_checksums_for_every_vcpu_count() {
+        let most = [layout::VIRTIO_IRQS.as_slice(), &[layout::SERIAL_IRQ]].concat();
         for vcpus in 1..=32 {
-            let bytes = build(vcpus);
+            let bytes = build(vcpus, &most);
             assert!(bytes.len() <= layout::MP_TABLE_MAX, "{vcpus} vCPUs");
             let (pointer, table) = bytes.split_at(16);
             assert_eq!(&pointer[..4], b"_MP_");
@@ -119,7 +128,7 @@ mod tests {
 
     #[test]
     fn every_entry_is_counted_and_parses() {
-        let bytes = build(3);
+        let bytes = build(3, &[5, 23, 4]);
         let table = &bytes[16..];
         let count = u16::from_le_bytes([table[34], table[35]]);
         let mut rest = &table[44..];
@@ -138,7 +147,6 @@ mod tests {
         }
         assert_eq!(entries, count);
         assert_eq!(cpus, [(0, 3), (1, 1), (2, 1)]);
-        assert_eq!(lines.len(), 24);
-        assert!(lines.iter().all(|&(line, id, pin)| line == pin && id == 3));
+        assert_eq!(lines, [(5, 3, 5), (23, 3, 23), (4, 3, 4)]);
     }
 }
