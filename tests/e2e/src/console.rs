@@ -112,10 +112,7 @@ impl Console {
     pub fn expect(&mut self, text: &str) -> String {
         let mut buffer = [0; 4096];
         while !self.seen.contains(text) {
-            let mut polled = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
-            let ready = poll(&mut polled, PollTimeout::from(PATIENCE_MS)).unwrap();
-            assert_eq!(ready, 1, "waiting for {text:?}, seen {:?}", self.seen);
-            match self.master.read(&mut buffer) {
+            match self.read(&mut buffer, text) {
                 Ok(length @ 1..) => self
                     .seen
                     .push_str(&String::from_utf8_lossy(&buffer[..length])),
@@ -129,11 +126,18 @@ impl Console {
     pub fn rest(&mut self) -> String {
         let mut buffer = [0; 4096];
         // The end of a terminal is an error (EIO).
-        while let Ok(length @ 1..) = self.master.read(&mut buffer) {
+        while let Ok(length @ 1..) = self.read(&mut buffer, "the end") {
             self.seen
                 .push_str(&String::from_utf8_lossy(&buffer[..length]));
         }
         std::mem::take(&mut self.seen)
+    }
+
+    fn read(&mut self, buffer: &mut [u8], what: &str) -> std::io::Result<usize> {
+        let mut polled = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
+        let ready = poll(&mut polled, PollTimeout::from(PATIENCE_MS)).unwrap();
+        assert_eq!(ready, 1, "waiting for {what:?}, seen {:?}", self.seen);
+        self.master.read(buffer)
     }
 
     /// Changes its size.
