@@ -204,15 +204,37 @@ impl<'a> Container<'a> {
 
 impl Drop for Container<'_> {
     fn drop(&mut self) {
+        // Whatever of it has become a child of ours, its server among them, ends with it and is ours to take away.
+        let children = children_about(&self.id);
         let _ = self.command(&["delete", "--force"]);
-        // Nobody but a subreaper takes the zombie away.
-        while let Ok(status) = waitpid(self.pid, None) {
-            if matches!(status, WaitStatus::Exited(..) | WaitStatus::Signaled(..)) {
-                break;
+        for child in children {
+            while let Ok(status) = waitpid(child, None) {
+                if matches!(status, WaitStatus::Exited(..) | WaitStatus::Signaled(..)) {
+                    break;
+                }
             }
         }
         reap();
     }
+}
+
+/// Children of this process whose command line names `id`, and those that have ended already.
+fn children_about(id: &str) -> Vec<Pid> {
+    let own = std::process::id().to_string();
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let about = |pid: &i32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let parent = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.split(' ').nth(1));
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let names_it = String::from_utf8_lossy(&line)
+            .split('\0')
+            .any(|word| word == id);
+        parent == Some(&own) && (names_it || line.is_empty())
+    };
+    pids.filter(about).map(Pid::from_raw).collect()
 }
 
 /// Waits for a process that has become this one's child.
