@@ -579,6 +579,27 @@ fn when_a_part_of_the_sandbox_is_killed_the_container_is_stopped_and_can_be_dele
 }
 
 #[test]
+fn a_guest_that_panics_stops_its_container_and_touches_no_other() {
+    let host = Host::now();
+    let other = Container::running(bulkhead(), idle());
+    let mut bundle = idle();
+    bundle.config["linux"]["resources"] = json!({"memory": {"limit": 33_554_432}});
+    bundle.config["annotations"] = json!({
+        "io.bulkhead.kernel_arguments": "sysctl.vm.panic_on_oom=2", "io.bulkhead.memory_mib": "128",
+    });
+    let container = Container::running(bulkhead(), &bundle);
+    await_output(&container, "ready\n");
+    let ended = container.shell("head -c 50m /dev/zero | tail -c 45m > /dev/null");
+    assert_ne!(ended.code, 0);
+    assert_eq!(container.wait(), 255);
+    assert_eq!(container.status(), "stopped");
+    container.command(&["delete"]).expect_code(0);
+    assert_eq!(other.shell("echo alive").stdout, "alive\n");
+    drop((container, other));
+    host.assert_nothing_new();
+}
+
+#[test]
 fn two_containers_do_not_touch_each_other() {
     let one = Container::running(bulkhead(), idle());
     let other = Container::running(bulkhead(), idle());

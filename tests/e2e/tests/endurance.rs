@@ -1,0 +1,141 @@
+//! Much of everything: many bytes, many processes, many lives, many sandboxes. Too long for every run of the tests; `make
+//! stress` runs it.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+
+use bulkhead_e2e::bundle::Bundle;
+use bulkhead_e2e::command::{finish, run, run_command};
+use bulkhead_e2e::container::{Container, bulkhead, reap};
+use bulkhead_e2e::leaks::Host;
+use bulkhead_e2e::processes;
+
+const MIB: usize = 1 << 20;
+
+fn idle() -> Bundle {
+    Bundle::shell("trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done")
+}
+
+/// Bytes that don't repeat within their number of blocks.
+fn block(n: usize) -> Vec<u8> {
+    let mut state = (n as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let words = (0..MIB / 8).flat_map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.collect()
+}
+
+/// Open descriptors and resident KiB of a process.
+fn footprint(pid: u32) -> (usize, u64) {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.unwrap().trim().trim_end_matches(" kB").parse();
+    (fds, kib.unwrap())
+}
+
+#[test]
+fn a_gibibyte_arrives_whole_and_in_order_both_ways() {
+    const BLOCKS: usize = 1024;
+    let container = Container::running(bulkhead(), idle());
+    let mut child = container
+        .prepare(&["exec"], &["cat"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            for n in 0..BLOCKS {
+                stdin.write_all(&block(n)).unwrap();
+            }
+        });
+        let mut echoed = vec![0; MIB];
+        for n in 0..BLOCKS {
+            stdout.read_exact(&mut echoed).unwrap();
+            assert!(echoed == block(n), "block {n} differs");
+        }
+        assert_eq!(stdout.read(&mut echoed).unwrap(), 0, "more came than went");
+    });
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_thousand_executed_processes_leave_nothing() {
+    let container = Container::running(bulkhead(), idle());
+    let server = processes::named("containerd-shim-bulkhead-v2");
+    let vmm = processes::named("bulkhead-vmm");
+    let inside = "ls /proc | grep -c '^[0-9]'";
+    let (mut before, mut processes_before) = (None, String::new());
+    for n in 0..1000 {
+        container.exec(&["true"]).expect_code(0);
+        // Buffers and arenas have found their size by then.
+        if n == 100 {
+            before = Some((footprint(server[0]), footprint(vmm[0])));
+            processes_before = container.shell(inside).expect_code(0).stdout;
+        }
+    }
+    let ((server_fds, server_kib), (vmm_fds, _)) = before.unwrap();
+    let (fds, kib) = footprint(server[0]);
+    assert!(
+        fds <= server_fds,
+        "descriptors of the server: {server_fds}, then {fds}"
+    );
+    assert!(
+        kib <= server_kib + 512,
+        "KiB of the server: {server_kib}, then {kib}"
+    );
+    let (fds, _) = footprint(vmm[0]);
+    assert!(
+        fds <= vmm_fds,
+        "descriptors of the VMM: {vmm_fds}, then {fds}"
+    );
+    assert_eq!(
+        container.shell(inside).expect_code(0).stdout,
+        processes_before
+    );
+}
+
+#[test]
+fn two_hundred_lives_leave_nothing() {
+    let host = Host::now();
+    let bundle = Bundle::busybox(&["true"]);
+    for _ in 0..200 {
+        run(&bundle).expect_code(0);
+    }
+    host.assert_nothing_new();
+}
+
+#[test]
+fn eight_sandboxes_at_once_leave_nothing() {
+    let host = Host::now();
+    let bundles: Vec<Bundle> = (0..8)
+        .map(|n| Bundle::shell(&format!("echo {n}; exit {n}")))
+        .collect();
+    let running: Vec<_> = bundles
+        .iter()
+        .map(|bundle| {
+            run_command(Command::new(bulkhead()), bundle)
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for (n, child) in running.into_iter().enumerate() {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(n.try_into().unwrap()));
+        assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{n}\n"));
+    }
+    reap();
+    host.assert_nothing_new();
+    finish(Command::new(bulkhead()).arg("list")).expect_code(0);
+}
