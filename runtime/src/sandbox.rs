@@ -265,6 +265,18 @@ impl Sandbox {
         options: &CreateOptions,
     ) -> Result<u32, SandboxError> {
         let id = &container.id;
+        let cgroup = HostCgroup::of(&bundle.spec, id, options.systemd_cgroup)?;
+        let mut record = state::Record {
+            oci_version: bundle.spec.version().clone(),
+            id: id.as_str().to_owned(),
+            bundle: container.bundle.clone(),
+            rootfs: bundle.rootfs.clone(),
+            created: SystemTime::now(),
+            annotations: bundle.spec.annotations().clone().unwrap_or_default(),
+            pid: options.proxy.unwrap_or(0),
+            cgroup: cgroup.clone(),
+            failure: None,
+        };
         let machine = self
             .machine
             .get_or_try_init(|| async {
@@ -273,28 +285,20 @@ impl Sandbox {
                         "the sandbox is being shut down".into(),
                     ));
                 }
-                self.settle(&bundle.spec, id, options)?;
+                // On record before it is made: whoever cleans up after this process has to find it.
+                self.params.state.save(&record)?;
+                self.settle(cgroup, options)?;
                 let cmdline = Overrides::of(&bundle.spec)?.kernel_arguments;
                 Machine::power_on(self, size, cmdline)
             })
             .await?;
+        record.pid = options.proxy.unwrap_or_else(|| machine.vmm().pid());
+        self.params.state.save(&record)?;
+        let pid = record.pid;
         machine.share().add_container(id, &container.binds)?;
         self.timeline.mark("server: mounts made");
         let spec_json = serde_json::to_vec(spec)
             .map_err(|e| SandboxError::Failed(format!("cannot write the guest's spec: {e}")))?;
-        let pid = options.proxy.unwrap_or_else(|| machine.vmm().pid());
-        let record = state::Record {
-            oci_version: bundle.spec.version().clone(),
-            id: id.as_str().to_owned(),
-            bundle: container.bundle.clone(),
-            rootfs: bundle.rootfs.clone(),
-            created: SystemTime::now(),
-            annotations: bundle.spec.annotations().clone().unwrap_or_default(),
-            pid,
-            cgroup: self.cgroup.get().cloned(),
-            failure: None,
-        };
-        self.params.state.save(&record)?;
         self.watch_stand_in(container.clone(), "", options.proxy)?;
         self.run_create_hooks(container, pid).await?;
         let agent = machine.agent().await?;
@@ -323,13 +327,12 @@ impl Sandbox {
     /// Moves this process to where the sandbox's processes belong: their cgroup and their network namespace.
     fn settle(
         &self,
-        spec: &Spec,
-        id: &ContainerId,
+        cgroup: Option<HostCgroup>,
         options: &CreateOptions,
     ) -> Result<(), SandboxError> {
         standin::enter_network(options.proxy)
             .map_err(|cause| SandboxError::StandIn(options.proxy.unwrap_or(0), cause))?;
-        let Some(cgroup) = HostCgroup::of(spec, id, options.systemd_cgroup)? else {
+        let Some(cgroup) = cgroup else {
             tracing::debug!("this host has no cgroup v2, so no cgroup is made");
             return Ok(());
         };

@@ -36,6 +36,8 @@ impl Timeline {
             name: name.to_owned(),
             at_ns,
         });
+        #[cfg(debug_assertions)]
+        fault(name);
     }
 
     /// Adds moments that another process has noted.
@@ -52,6 +54,17 @@ impl Timeline {
         self.0
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// Names the moment at which a process of a test build is killed, so that tests can see what it leaves.
+#[cfg(debug_assertions)]
+pub const FAULT_VARIABLE: &str = "BULKHEAD_FAULT";
+
+#[cfg(debug_assertions)]
+fn fault(name: &str) {
+    if std::env::var_os(FAULT_VARIABLE).is_some_and(|fault| fault == name) {
+        let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
     }
 }
 

@@ -115,6 +115,29 @@ impl Bed {
         command
     }
 
+    /// Another command about the container, with a server that is killed at `fault`.
+    fn about(&self, words: &[&str], fault: &str) -> Output {
+        // Not a pipe, which what lives on would hold open.
+        let said = fs::File::create(self.path("said")).unwrap();
+        let status = Command::new(bulkhead())
+            .env("FAKE_VMM", self.mode)
+            .env("BULKHEAD_FAULT", fault)
+            .arg("--config")
+            .arg(self.path("config.toml"))
+            .args(words)
+            .current_dir(self.path("bundle"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(said)
+            .status()
+            .unwrap();
+        Output {
+            status,
+            stdout: vec![],
+            stderr: fs::read(self.path("said")).unwrap(),
+        }
+    }
+
     fn run(&self) -> Output {
         let output = self.command().output().unwrap();
         self.assert_clean();
@@ -444,7 +467,7 @@ fn bad_input_is_told_in_one_sentence_and_leaves_nothing() {
         ("set `initramfs` in the configuration file", |bed| {
             fs::remove_file(bed.path("initramfs")).unwrap()
         }),
-        ("unknown field `nonsense`", |bed| {
+        ("unknown key `nonsense`", |bed| {
             bed.configure("nonsense = 1\n")
         }),
     ];
@@ -560,4 +583,87 @@ fn debug_logs_go_to_the_configured_directory() {
     }
     let server = fs::read_to_string(directory.join("c1-server.log")).unwrap();
     assert!(server.contains("server: cleaned"), "{server}");
+}
+
+/// Every moment of a server's life, in the order in which they come.
+const MOMENTS: [&str; 12] = [
+    "server: started",
+    "server: spec validated",
+    "server: share made",
+    "server: VMM started",
+    "server: mounts made",
+    "server: vCPUs run",
+    "server: agent called",
+    "server: agent greeted",
+    "server: container created",
+    "server: container started",
+    "server: container exited",
+    "server: VM ended",
+];
+
+#[test]
+fn a_server_that_is_killed_at_any_moment_leaves_nothing_that_delete_does_not_remove() {
+    let Some(bed) = Bed::new(&["/bin/sh", "-c", "exit 3"]) else {
+        return;
+    };
+    for moment in MOMENTS {
+        let created = bed.about(&["create", "c1"], moment);
+        if created.status.success() {
+            let started = bed.about(&["start", "c1"], moment);
+            assert_eq!(
+                started.status.success(),
+                moment != "server: container started",
+                "{moment}: {}",
+                text(&started.stderr)
+            );
+        } else {
+            let said = text(&created.stderr);
+            assert_eq!(said.lines().count(), 1, "{moment}: {said}");
+            assert!(
+                said.contains("the sandbox server ended"),
+                "{moment}: {said}"
+            );
+        }
+        let deleted = bed.about(&["delete", "--force", "c1"], moment);
+        assert!(
+            deleted.status.success(),
+            "{moment}: {}",
+            text(&deleted.stderr)
+        );
+        bed.await_clean();
+    }
+}
+
+#[test]
+fn a_container_in_the_background_goes_through_its_life() {
+    let Some(bed) = Bed::new(&["/bin/sh", "-c", "exit 3"]) else {
+        return;
+    };
+    let pid_file = bed.path("pid");
+    let created = bed.about(
+        &["create", "--pid-file", pid_file.to_str().unwrap(), "c1"],
+        "",
+    );
+    assert!(created.status.success(), "{}", text(&created.stderr));
+    let pid = fs::read_to_string(&pid_file).unwrap();
+    assert!(Path::new("/proc").join(&pid).exists());
+    for (words, success) in [
+        (&["state", "c1"][..], true),
+        (&["start", "c1"], true),
+        (&["start", "c1"], false),
+        (&["state", "c2"], false),
+        (&["delete", "--force", "c1"], true),
+        (&["delete", "--force", "c1"], true),
+        (&["delete", "c1"], false),
+    ] {
+        let output = bed.about(words, "");
+        let said = text(&output.stderr);
+        assert_eq!(output.status.success(), success, "{words:?}: {said}");
+        assert_eq!(
+            said.lines().count(),
+            usize::from(!success),
+            "{words:?}: {said}"
+        );
+    }
+    bed.await_clean();
 }

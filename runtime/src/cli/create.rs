@@ -245,7 +245,12 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
             drop(lifeline);
             let last_words = std::fs::read_to_string(state.server_log()).unwrap_or_default();
             let _ = child.wait();
+            // A server that ended in order has left neither.
+            let cgroup = state.load().ok().and_then(|record| record.cgroup);
             state.remove()?;
+            if let Some(cgroup) = cgroup {
+                cgroup.remove()?;
+            }
             let said = last_words
                 .lines()
                 .next_back()

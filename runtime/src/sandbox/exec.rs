@@ -111,6 +111,7 @@ impl Sandbox {
             .await;
         machine.explain(answer).await?;
         exec.process.started();
+        self.timeline.mark("server: process executed");
         tokio::spawn(self.clone().watch_process(
             container.clone(),
             exec_id.to_owned(),
