@@ -156,6 +156,7 @@ tests![
     a_deletion_amid_execs_leaves_nothing,
     a_profile_as_large_as_the_engines_default_lets_programs_run_and_refuses_the_rest,
     a_profile_holds_with_and_without_new_privileges,
+    a_profile_that_knows_newer_calls_but_no_faccessat2_lets_programs_run,
     a_profile_that_forbids_the_exec_is_said_at_start,
     a_user_namespace_maps_the_users_and_owns_everything,
     a_user_namespace_binds_what_others_may_not_reach,
@@ -1009,6 +1010,17 @@ async fn a_profile_holds_with_and_without_new_privileges() {
             )
         );
     }
+}
+
+async fn a_profile_that_knows_newer_calls_but_no_faccessat2_lets_programs_run() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("echo ran");
+    spec["linux"]["seccomp"] = engine_profile();
+    spec["linux"]["seccomp"]["syscalls"][0]["names"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|name| name != "faccessat2");
+    assert_eq!(bed.output(&spec).await, "ran\n");
 }
 
 async fn a_profile_that_forbids_the_exec_is_said_at_start() {
