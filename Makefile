@@ -1,5 +1,5 @@
 # The two commands of the README are `demo` and `test`; the others are their parts.
-.PHONY: build demo test lint bench stress clean
+.PHONY: build demo test lint bench stress conformance clean
 
 build: ## programs, guest kernel and initramfs, in target/bulkhead
 	@tests/scripts/build
@@ -19,6 +19,9 @@ bench: build ## the figures of the README
 
 stress: build ## 100 guests, four at a time, in the emulated host
 	@tests/scripts/stress
+
+conformance: ## RUNTIME_TOOLS=DIR [CONTEST=DIR]: suites of other projects, built beforehand, against bulkhead and runc
+	@tests/scripts/conformance $(if $(RUNTIME_TOOLS),--runtime-tools '$(RUNTIME_TOOLS)') $(if $(CONTEST),--contest '$(CONTEST)')
 
 clean:
 	cargo clean

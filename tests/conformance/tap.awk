@@ -1,0 +1,18 @@
+# Judges what a TAP producer wrote; `code` is how it ended. Prints `RESULT<tab>DETAIL`. A test that is all skipped is a skip; a producer that
+# tested nothing, did not end well or did not keep to its plan is a failure (https://testanything.org).
+/^1\.\.[0-9]+/ { nothing = /# *SKIP/; sub(/^1\.\./, ""); plan = $1 + 0; planned = 1; next }
+/^Bail out!/ { bad++; next }
+/^ok( |$).*# *SKIP/ { skipped++; next }
+/^ok( |$)/ { good++; next }
+/^not ok( |$).*# *TODO/ { good++; next }
+/^not ok( |$)/ { bad++ }
+END {
+  all = good + bad + skipped
+  if (code == 124 || code == 137) print "fail\ttime limit"
+  else if (bad) printf "fail\t%d of %d\n", bad, all
+  else if (code) printf "fail\texit code %d\n", code
+  else if (!planned || (plan != all)) printf "fail\t%d of %d ran\n", all, plan
+  else if (good) print "pass\t"
+  else if (skipped || nothing) print "skip\t"
+  else print "fail\tnothing was tested"
+}
