@@ -6,6 +6,8 @@
 
 mod boot;
 mod container;
+mod end;
+mod error;
 mod exec;
 mod limits;
 mod process;
@@ -13,116 +15,38 @@ mod process;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
 use bulkhead_vmm::control::Request;
 use oci_spec::runtime::Spec;
-use thiserror::Error;
 use tokio::sync::OnceCell;
 
 use crate::adapt::{Adapted, adapt};
-use crate::agent::{Agent, AgentError, Refusal};
+use crate::agent::{AgentError, Refusal};
 use crate::annotations::Overrides;
 use crate::config::Config;
-use crate::hooks::{self, HookError, HookState};
-use crate::host_cgroup::{self, HostCgroup, HostCgroupError};
-use crate::id::{ContainerId, IdError};
-use crate::preflight::PreflightError;
-use crate::share::ShareError;
+use crate::hooks::{self, HookState};
+use crate::host_cgroup::{self, HostCgroup};
+use crate::id::ContainerId;
 use crate::sizing::Size;
-use crate::spec::{Bundle, SpecError};
+use crate::spec::Bundle;
 use crate::standin;
-use crate::state::{self, StateDir, StateError};
-use crate::stdio::{Stdio, StdioError, TerminalSize};
-use crate::timeline::{self, Timeline};
-use crate::vmm::{Ended, VmmError};
+use crate::state::{self, StateDir};
+use crate::stdio::{Stdio, TerminalSize};
+use crate::timeline::Timeline;
 
 pub use boot::BootError;
 use boot::Machine;
 use container::{Container, Signal};
+pub use error::SandboxError;
 pub use exec::{Exec, ExecOptions, OPTIONS};
 use process::Process;
 pub use process::{Exit, Status};
 
-/// How long a guest may take to write back its dirty pages and power off before it is killed.
-const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(30);
-
 /// Exit code of a process whose VM ended under it.
 const LOST_EXIT_CODE: u32 = 255;
-
-/// Why a sandbox did not do as told.
-#[derive(Debug, Error)]
-pub enum SandboxError {
-    /// The id is no id.
-    #[error(transparent)]
-    Id(#[from] IdError),
-    /// The bundle is refused.
-    #[error(transparent)]
-    Spec(#[from] SpecError),
-    /// The streams can't be attached as asked.
-    #[error(transparent)]
-    Stdio(#[from] StdioError),
-    /// This host can't start a guest.
-    #[error(transparent)]
-    Preflight(#[from] PreflightError),
-    /// A mount failed.
-    #[error(transparent)]
-    Share(#[from] ShareError),
-    /// The state directory failed.
-    #[error(transparent)]
-    State(#[from] StateError),
-    /// The VMM failed.
-    #[error(transparent)]
-    Vmm(#[from] VmmError),
-    /// The guest did not come up.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// The agent refused or is gone.
-    #[error(transparent)]
-    Agent(#[from] AgentError),
-    /// A hook failed.
-    #[error(transparent)]
-    Hook(#[from] HookError),
-    /// The host's cgroup failed.
-    #[error(transparent)]
-    HostCgroup(#[from] HostCgroupError),
-    /// The process that stands for the container's is not one that can.
-    #[error("cannot use process {0} as a stand-in: {1}")]
-    StandIn(u32, std::io::Error),
-    /// The VM ended under its containers.
-    #[error("{0}")]
-    Failed(String),
-    /// No such container.
-    #[error("container {0:?} does not exist")]
-    NotFound(String),
-    /// No such process in the container.
-    #[error("process {0:?} does not exist")]
-    NoProcess(String),
-    /// The id is taken.
-    #[error("container with id {0} already exists: choose another id or delete that container")]
-    Exists(ContainerId),
-    /// The exec id is taken.
-    #[error("process with id {0:?} already exists")]
-    ExecExists(String),
-    /// A request's JSON is not what it should be.
-    #[error("{what}: {problem}")]
-    Request {
-        /// What was to be parsed.
-        what: &'static str,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The container is in another state.
-    #[error("{what}: it is {status}")]
-    Status {
-        /// What can't be done.
-        what: &'static str,
-        /// What the container is.
-        status: Status,
-    },
-}
 
 /// What a sandbox is made with. The current directory of the process must be the state directory.
 #[derive(Debug)]
@@ -594,174 +518,6 @@ impl Sandbox {
     /// Whether there is no container.
     pub fn is_empty(&self) -> bool {
         self.containers().is_empty()
-    }
-
-    /// Ends the sandbox and removes everything that there is of it. The guest gets the time to write back what is dirty.
-    pub async fn shutdown(&self) {
-        if self.closing.set(()).is_err() {
-            return;
-        }
-        if let Some(machine) = self.machine.get() {
-            let ended = self.power_off(machine).await;
-            self.timeline.mark("server: VM ended");
-            self.timeline.merge(timeline::Record {
-                entries: ended.timeline,
-                guest: vec![],
-            });
-            if let Err(error) = machine.share().unmount() {
-                tracing::warn!(%error, "the share stays mounted until this process ends");
-            }
-        }
-        for container in self.all_containers() {
-            container.lost(LOST_EXIT_CODE);
-            self.run_poststop_hooks(&container).await;
-        }
-        self.leave_cgroup();
-        if let Err(error) = self.params.state.remove() {
-            tracing::error!(%error, "the state directory stays");
-        }
-        self.timeline.mark("server: cleaned");
-    }
-
-    /// Ends the VM in order if that is possible, and in any case.
-    async fn power_off(&self, machine: &Machine) -> Ended {
-        if let Some(agent) = machine.agent_if_ready() {
-            let vmm = machine.vmm();
-            let paused = self
-                .all_containers()
-                .iter()
-                .any(|container| container.status() == Status::Paused);
-            let in_order = async {
-                if paused {
-                    // What is dirty in a guest that stands still is worth no less.
-                    let _ = vmm.order(Request::Resume, vec![]).await;
-                }
-                tokio::select! {
-                    // The VM's end is what counts; the answer may be lost with it.
-                    _ = vmm.ended() => {}
-                    () = async {
-                        if agent.shutdown().await.is_ok() {
-                            // Everything is written back: the guest has nothing left to do, its farewell included.
-                            let _ = vmm.order(Request::Shutdown, vec![]).await;
-                        }
-                        vmm.ended().await;
-                    } => {}
-                }
-            };
-            if tokio::time::timeout(POWER_OFF_TIMEOUT, in_order)
-                .await
-                .is_err()
-            {
-                tracing::warn!("the guest did not power off in time and is killed");
-            }
-        }
-        let ended = machine.vmm().kill().await;
-        tracing::debug!(reason = ended.reason, "the VM has ended");
-        ended
-    }
-
-    fn leave_cgroup(&self) {
-        if let Some(cgroup) = self.cgroup.get()
-            && let Err(error) = host_cgroup::leave_for(&self.origin)
-                .map_err(|error| error.to_string())
-                .and_then(|()| cgroup.remove().map_err(|error| error.to_string()))
-        {
-            tracing::warn!(error, "the host's cgroup stays");
-        }
-    }
-
-    /// Follows a process to its end.
-    async fn watch_process(
-        self: Arc<Self>,
-        container: Arc<Container>,
-        exec_id: impl AsRef<str> + Send,
-        process: Arc<Process>,
-        agent: Agent,
-    ) {
-        let Some(machine) = self.machine.get() else {
-            return;
-        };
-        let answer = agent.wait(container.id.as_str(), exec_id.as_ref()).await;
-        match machine.explain(answer).await {
-            Ok(exit) => {
-                self.timeline.mark("server: container exited");
-                process.ended(exit.exit_code.min(255));
-            }
-            Err(error) => {
-                self.fail(&error.to_string());
-                machine.vmm().kill().await;
-            }
-        }
-    }
-
-    /// Follows a process's stand-in to its end: one that was killed takes the process with it, and when a container's goes
-    /// after it, having written its output, the guest is of no more use.
-    fn watch_stand_in(
-        self: &Arc<Self>,
-        container: Arc<Container>,
-        exec_id: &str,
-        proxy: Option<u32>,
-    ) -> Result<(), SandboxError> {
-        let Some(pid) = proxy else {
-            return Ok(());
-        };
-        let ended = standin::Watch::new(pid).map_err(|cause| SandboxError::StandIn(pid, cause))?;
-        let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
-        tokio::spawn(async move {
-            ended.wait().await;
-            let id = container.id.as_str();
-            let killed = sandbox
-                .kill(id, &exec_id, libc::SIGKILL.unsigned_abs(), false)
-                .await;
-            if killed.is_ok() {
-                tracing::debug!(pid, "a stand-in has gone before its process");
-            }
-            if exec_id.is_empty() {
-                container.init.wait().await;
-                sandbox.idle().await;
-            }
-        });
-        Ok(())
-    }
-
-    /// Powers the guest off when every container has stopped; they stay known until they are deleted.
-    async fn idle(&self) {
-        let stopped = |container: &Arc<Container>| container.status() == Status::Stopped;
-        if self.all_containers().iter().all(stopped)
-            && let Some(machine) = self.machine.get()
-        {
-            tracing::debug!("nothing runs any more");
-            self.power_off(machine).await;
-        }
-    }
-
-    /// Notes the VM's end; what ran in it has ended with it.
-    fn vm_ended(&self, ended: &Ended) {
-        if self.closing.get().is_none() {
-            self.fail(&ended.to_string());
-        }
-    }
-
-    fn fail(&self, reason: &str) {
-        if self.failure.set(reason.to_owned()).is_err() {
-            return;
-        }
-        let containers = self.all_containers();
-        let running = containers
-            .iter()
-            .any(|container| container.status() != Status::Stopped);
-        if running && self.closing.get().is_none() {
-            tracing::debug!(reason, "the sandbox has failed");
-            if let Ok(mut record) = self.params.state.load() {
-                record.failure = Some(reason.to_owned());
-                if let Err(error) = self.params.state.save(&record) {
-                    tracing::warn!(%error, "cannot note why the sandbox ended");
-                }
-            }
-        }
-        for container in containers {
-            container.lost(LOST_EXIT_CODE);
-        }
     }
 
     fn running_machine(&self) -> Result<&Machine, SandboxError> {

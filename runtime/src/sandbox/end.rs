@@ -1,0 +1,189 @@
+//! The ends: of a process, of a stand-in, of the VM, of the sandbox.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bulkhead_vmm::control::Request;
+
+use super::boot::Machine;
+use super::container::Container;
+use super::process::{Process, Status};
+use super::{LOST_EXIT_CODE, Sandbox, SandboxError};
+use crate::agent::Agent;
+use crate::host_cgroup;
+use crate::standin;
+use crate::timeline;
+use crate::vmm::Ended;
+
+/// How long a guest may take to write back its dirty pages and power off before it is killed.
+const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(30);
+
+impl Sandbox {
+    /// Ends the sandbox and removes everything that there is of it. The guest gets the time to write back what is dirty.
+    pub async fn shutdown(&self) {
+        if self.closing.set(()).is_err() {
+            return;
+        }
+        if let Some(machine) = self.machine.get() {
+            let ended = self.power_off(machine).await;
+            self.timeline.mark("server: VM ended");
+            self.timeline.merge(timeline::Record {
+                entries: ended.timeline,
+                guest: vec![],
+            });
+            if let Err(error) = machine.share().unmount() {
+                tracing::warn!(%error, "the share stays mounted until this process ends");
+            }
+        }
+        for container in self.all_containers() {
+            container.lost(LOST_EXIT_CODE);
+            self.run_poststop_hooks(&container).await;
+        }
+        self.leave_cgroup();
+        if let Err(error) = self.params.state.remove() {
+            tracing::error!(%error, "the state directory stays");
+        }
+        self.timeline.mark("server: cleaned");
+    }
+
+    /// Ends the VM in order if that is possible, and in any case.
+    async fn power_off(&self, machine: &Machine) -> Ended {
+        if let Some(agent) = machine.agent_if_ready() {
+            let vmm = machine.vmm();
+            let paused = self
+                .all_containers()
+                .iter()
+                .any(|container| container.status() == Status::Paused);
+            let in_order = async {
+                if paused {
+                    // What is dirty in a guest that stands still is worth no less.
+                    let _ = vmm.order(Request::Resume, vec![]).await;
+                }
+                tokio::select! {
+                    // The VM's end is what counts; the answer may be lost with it.
+                    _ = vmm.ended() => {}
+                    () = async {
+                        if agent.shutdown().await.is_ok() {
+                            // Everything is written back: the guest has nothing left to do, its farewell included.
+                            let _ = vmm.order(Request::Shutdown, vec![]).await;
+                        }
+                        vmm.ended().await;
+                    } => {}
+                }
+            };
+            if tokio::time::timeout(POWER_OFF_TIMEOUT, in_order)
+                .await
+                .is_err()
+            {
+                tracing::warn!("the guest did not power off in time and is killed");
+            }
+        }
+        let ended = machine.vmm().kill().await;
+        tracing::debug!(reason = ended.reason, "the VM has ended");
+        ended
+    }
+
+    fn leave_cgroup(&self) {
+        if let Some(cgroup) = self.cgroup.get()
+            && let Err(error) = host_cgroup::leave_for(&self.origin)
+                .map_err(|error| error.to_string())
+                .and_then(|()| cgroup.remove().map_err(|error| error.to_string()))
+        {
+            tracing::warn!(error, "the host's cgroup stays");
+        }
+    }
+
+    /// Follows a process to its end.
+    pub(super) async fn watch_process(
+        self: Arc<Self>,
+        container: Arc<Container>,
+        exec_id: impl AsRef<str> + Send,
+        process: Arc<Process>,
+        agent: Agent,
+    ) {
+        let Some(machine) = self.machine.get() else {
+            return;
+        };
+        let answer = agent.wait(container.id.as_str(), exec_id.as_ref()).await;
+        match machine.explain(answer).await {
+            Ok(exit) => {
+                self.timeline.mark("server: container exited");
+                process.ended(exit.exit_code.min(255));
+            }
+            Err(error) => {
+                self.fail(&error.to_string());
+                machine.vmm().kill().await;
+            }
+        }
+    }
+
+    /// Follows a process's stand-in to its end: one that was killed takes the process with it, and when a container's goes
+    /// after it, having written its output, the guest is of no more use.
+    pub(super) fn watch_stand_in(
+        self: &Arc<Self>,
+        container: Arc<Container>,
+        exec_id: &str,
+        proxy: Option<u32>,
+    ) -> Result<(), SandboxError> {
+        let Some(pid) = proxy else {
+            return Ok(());
+        };
+        let ended = standin::Watch::new(pid).map_err(|cause| SandboxError::StandIn(pid, cause))?;
+        let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
+        tokio::spawn(async move {
+            ended.wait().await;
+            let id = container.id.as_str();
+            let killed = sandbox
+                .kill(id, &exec_id, libc::SIGKILL.unsigned_abs(), false)
+                .await;
+            if killed.is_ok() {
+                tracing::debug!(pid, "a stand-in has gone before its process");
+            }
+            if exec_id.is_empty() {
+                container.init.wait().await;
+                sandbox.idle().await;
+            }
+        });
+        Ok(())
+    }
+
+    /// Powers the guest off when every container has stopped; they stay known until they are deleted.
+    async fn idle(&self) {
+        let stopped = |container: &Arc<Container>| container.status() == Status::Stopped;
+        if self.all_containers().iter().all(stopped)
+            && let Some(machine) = self.machine.get()
+        {
+            tracing::debug!("nothing runs any more");
+            self.power_off(machine).await;
+        }
+    }
+
+    /// Notes the VM's end; what ran in it has ended with it.
+    pub(super) fn vm_ended(&self, ended: &Ended) {
+        if self.closing.get().is_none() {
+            self.fail(&ended.to_string());
+        }
+    }
+
+    fn fail(&self, reason: &str) {
+        if self.failure.set(reason.to_owned()).is_err() {
+            return;
+        }
+        let containers = self.all_containers();
+        let running = containers
+            .iter()
+            .any(|container| container.status() != Status::Stopped);
+        if running && self.closing.get().is_none() {
+            tracing::debug!(reason, "the sandbox has failed");
+            if let Ok(mut record) = self.params.state.load() {
+                record.failure = Some(reason.to_owned());
+                if let Err(error) = self.params.state.save(&record) {
+                    tracing::warn!(%error, "cannot note why the sandbox ended");
+                }
+            }
+        }
+        for container in containers {
+            container.lost(LOST_EXIT_CODE);
+        }
+    }
+}
