@@ -24,6 +24,9 @@ impl Record {
     }
 }
 
+/// Most moments of one process: a server that executes processes all its life must not grow.
+const MOST_ENTRIES: usize = 256;
+
 /// Collects the moments of one process.
 #[derive(Debug, Default)]
 pub struct Timeline(Mutex<Record>);
@@ -32,10 +35,14 @@ impl Timeline {
     /// Notes that `name` is reached now.
     pub fn mark(&self, name: &str) {
         let at_ns = monotonic_ns();
-        self.lock().entries.push(TimelineEntry {
-            name: name.to_owned(),
-            at_ns,
-        });
+        let mut record = self.lock();
+        if record.entries.len() < MOST_ENTRIES {
+            record.entries.push(TimelineEntry {
+                name: name.to_owned(),
+                at_ns,
+            });
+        }
+        drop(record);
         #[cfg(debug_assertions)]
         fault(name);
     }
@@ -79,6 +86,15 @@ pub fn monotonic_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn moments_without_end_are_not_kept_without_end() {
+        let timeline = Timeline::default();
+        for _ in 0..10_000 {
+            timeline.mark("again");
+        }
+        assert_eq!(timeline.record().entries.len(), MOST_ENTRIES);
+    }
 
     #[test]
     fn moments_of_several_processes_come_out_in_the_order_of_time() {

@@ -107,7 +107,11 @@ impl Sandbox {
         let answer = agent.wait(container.id.as_str(), exec_id.as_ref()).await;
         match machine.explain(answer).await {
             Ok(exit) => {
-                self.timeline.mark("server: container exited");
+                self.timeline.mark(if exec_id.as_ref().is_empty() {
+                    "server: container exited"
+                } else {
+                    "server: process exited"
+                });
                 process.ended(exit.exit_code.min(255));
             }
             Err(error) => {
