@@ -144,16 +144,17 @@ impl HostCgroup {
 
     /// Kills what is in it, and removes it. The caller must not be.
     pub fn remove(&self) -> Result<(), HostCgroupError> {
-        let Some(directory) = self.directory().filter(|directory| directory.exists()) else {
-            return Ok(());
-        };
-        end_processes(&directory).map_err(|e| self.failed("empty", &e))?;
         if self.systemd {
+            // Stopping the unit ends what is in it.
             return self
                 .manager()?
                 .remove()
                 .map_err(|e| self.failed("remove", &e));
         }
+        let Some(directory) = self.directory().filter(|directory| directory.exists()) else {
+            return Ok(());
+        };
+        end_processes(&directory).map_err(|e| self.failed("empty", &e))?;
         match fs::remove_dir(&directory) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(self.failed("remove", &e)),
             _ => Ok(()),
