@@ -81,16 +81,37 @@ impl<'a> Container<'a> {
         bundle: impl Into<Held<'a>>,
         flags: &[&str],
     ) -> Result<Self, Ended> {
+        let files = tempfile::tempdir().unwrap();
+        let file = |name: &str| File::create(files.path().join(name)).unwrap().into();
+        let streams = [Stdio::null(), file("stdout"), file("stderr")];
+        Self::create_in(files, runtime, bundle.into(), flags, streams)
+    }
+
+    /// `create` with standard input, output and error of the caller's, as engines do.
+    ///
+    /// # Panics
+    /// When that fails.
+    #[track_caller]
+    pub fn create_on(runtime: PathBuf, bundle: impl Into<Held<'a>>, streams: [Stdio; 3]) -> Self {
+        let files = tempfile::tempdir().unwrap();
+        Self::create_in(files, runtime, bundle.into(), &[], streams)
+            .unwrap_or_else(|ended| panic!("create: {ended:?}"))
+    }
+
+    fn create_in(
+        files: TempDir,
+        runtime: PathBuf,
+        held: Held<'a>,
+        flags: &[&str],
+        [stdin, stdout, stderr]: [Stdio; 3],
+    ) -> Result<Self, Ended> {
         // Whoever stands for the container is to be ours to wait for, as conmon's and containerd's shim's are.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
-        let held = bundle.into();
         let bundle = match &held {
             Held::Owned(bundle) => bundle,
             Held::Lent(bundle) => bundle,
         };
         bundle.write();
-        let files = tempfile::tempdir().unwrap();
-        let file = |name: &str| File::create(files.path().join(name)).unwrap();
         let id = fresh_id();
         let status = Command::new(&runtime)
             .arg("create")
@@ -100,9 +121,9 @@ impl<'a> Container<'a> {
             .arg("--pid-file")
             .arg(files.path().join("pid"))
             .arg(&id)
-            .stdin(Stdio::null())
-            .stdout(file("stdout"))
-            .stderr(file("stderr"))
+            .stdin(stdin)
+            .stdout(stdout)
+            .stderr(stderr)
             .status()
             .unwrap();
         let read = |name: &str| fs::read_to_string(files.path().join(name)).unwrap_or_default();
