@@ -215,6 +215,7 @@ impl Launch<'_> {
     }
 
     fn spawn(&self, state: &StateDir, listener: &UnixListener) -> io::Result<Launched> {
+        keep_from_children()?;
         let connection = crate::sock::connect(&state.task_socket())?;
         let lifeline = Some(io::pipe()?);
         let timeline = self.timeline.then(io::pipe).transpose()?;
@@ -246,6 +247,25 @@ impl Launch<'_> {
             lifeline: lifeline.map(|(_, writer)| writer.into()),
             timeline: timeline.map(|(reader, _)| File::from(OwnedFd::from(reader))),
         })
+    }
+}
+
+/// Marks everything beyond the standard streams to be closed in children: who gave this process a pipe or a lock would wait
+/// for the server's end, which is the container's.
+fn keep_from_children() -> io::Result<()> {
+    // SAFETY: a system call on numbers that closes nothing in this process.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 

@@ -667,3 +667,52 @@ fn a_container_in_the_background_goes_through_its_life() {
     }
     bed.await_clean();
 }
+
+#[test]
+fn what_a_caller_has_open_is_not_kept_open_by_what_lives_on() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let created = Command::new("/bin/sh")
+        .args([
+            "-c",
+            "exec 9<&0 </dev/null >/dev/null 2>&1; exec \"$@\"",
+            "sh",
+        ])
+        .arg(bulkhead())
+        .arg("--config")
+        .arg(bed.path("config.toml"))
+        .args(["create", "c1"])
+        .current_dir(bed.path("bundle"))
+        .stdin(writer)
+        .status()
+        .unwrap();
+    assert!(created.success());
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(reader.read_to_end(&mut vec![])));
+    let ended = receiver.recv_timeout(Duration::from_secs(5));
+    let deleted = bed.about(&["delete", "--force", "c1"], "");
+    assert!(deleted.status.success(), "{}", text(&deleted.stderr));
+    assert!(ended.is_ok(), "somebody holds the caller's pipe");
+    bed.await_clean();
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_of_a_list_is_no_failure_to_talk_about() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(bulkhead())
+        .arg("--config")
+        .arg(bed.path("config.toml"))
+        .arg("features")
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!(text(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(128 + Signal::SIGPIPE as i32));
+}
