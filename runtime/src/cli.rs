@@ -16,6 +16,7 @@ mod signals;
 mod terminal;
 mod update;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -192,9 +193,29 @@ pub fn main() -> i32 {
             Command::Check => Ok(check::check(&context.config)),
         });
     result.unwrap_or_else(|error| {
+        if let Some(Unread(cause)) = error.downcast_ref()
+            && cause.kind() == std::io::ErrorKind::BrokenPipe
+        {
+            // As if by the signal: a reader such as head(1) that has seen enough is no failure to talk about.
+            return 128 + libc::SIGPIPE;
+        }
         log.error(&format!("bulkhead {name} failed: {error:#}"));
         exit_code(&error)
     })
+}
+
+/// Nobody reads what this command prints.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write to standard output: {0}")]
+struct Unread(std::io::Error);
+
+/// Prints to standard output.
+fn say(text: &str) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    let said = stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush());
+    Ok(said.map_err(Unread)?)
 }
 
 /// runc's exit code for an error.

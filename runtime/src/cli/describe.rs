@@ -106,7 +106,10 @@ fn default_spec(rootless: bool) -> Value {
 
 /// Runs `bulkhead features` (runtime-spec, features.md).
 pub fn features() -> anyhow::Result<i32> {
-    println!("{}", serde_json::to_string_pretty(&the_features()?)?);
+    super::say(&format!(
+        "{}\n",
+        serde_json::to_string_pretty(&the_features()?)?
+    ))?;
     Ok(0)
 }
 

@@ -40,8 +40,7 @@ pub fn events(invocation: &Invocation, args: &EventsArgs) -> anyhow::Result<i32>
         let server = Server::new(connection, known.id.as_str(), "")?;
         if args.stats {
             let metrics = server.stats().await?;
-            print(&event("stats", &args.id, Some(stats(&metrics))));
-            return Ok(());
+            return print(&event("stats", &args.id, Some(stats(&metrics))));
         }
         tokio::select! {
             result = every(&server, args) => result,
@@ -60,7 +59,7 @@ async fn every(server: &Server<'_>, args: &EventsArgs) -> anyhow::Result<()> {
     loop {
         ticks.tick().await;
         match server.stats().await {
-            Ok(metrics) => print(&event("stats", &args.id, Some(stats(&metrics)))),
+            Ok(metrics) => print(&event("stats", &args.id, Some(stats(&metrics))))?,
             // One that stands still has none.
             Err(ServerError::Refused { .. }) => {}
             Err(error) => return Err(error.into()),
@@ -69,15 +68,26 @@ async fn every(server: &Server<'_>, args: &EventsArgs) -> anyhow::Result<()> {
 }
 
 async fn ooms(server: &Server<'_>, id: &str) -> anyhow::Result<()> {
-    let mut seen = server.stats().await?.memory_events.oom_kill;
-    loop {
-        seen = server.wait_oom(seen).await?;
-        print(&event("oom", id, None));
+    let watch = async {
+        let mut seen = server.stats().await?.memory_events.oom_kill;
+        loop {
+            seen = server.wait_oom(seen).await?;
+            print(&event("oom", id, None))?;
+        }
+    };
+    let ended: anyhow::Result<()> = watch.await;
+    let refused = ended
+        .as_ref()
+        .is_err_and(|error| matches!(error.downcast_ref(), Some(ServerError::Refused { .. })));
+    if refused {
+        // It ends, which is for another to see, or stands still, and the statistics go on when it does.
+        std::future::pending::<()>().await;
     }
+    ended
 }
 
-fn print(event: &Value) {
-    println!("{event}");
+fn print(event: &Value) -> anyhow::Result<()> {
+    super::say(&format!("{event}\n"))
 }
 
 fn event(kind: &str, id: &str, data: Option<Value>) -> Value {

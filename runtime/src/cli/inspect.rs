@@ -103,7 +103,7 @@ fn owner(path: &Path) -> String {
 /// Runs `bulkhead state`.
 pub fn state(invocation: &Invocation, args: &IdArgs) -> anyhow::Result<i32> {
     let state = State::of(&Known::find(invocation, &args.id)?)?;
-    println!("{}", serde_json::to_string_pretty(&state)?);
+    super::say(&format!("{}\n", serde_json::to_string_pretty(&state)?))?;
     Ok(0)
 }
 
@@ -130,14 +130,16 @@ pub fn list(invocation: &Invocation, args: &ListArgs) -> anyhow::Result<i32> {
     });
     let states: Vec<State> = found.collect();
     if args.quiet {
-        for state in &states {
-            println!("{}", state.id);
-        }
+        let ids: String = states
+            .iter()
+            .map(|state| format!("{}\n", state.id))
+            .collect();
+        super::say(&ids)?;
         return Ok(0);
     }
     match args.format {
-        Format::Json if states.is_empty() => println!("null"),
-        Format::Json => println!("{}", serde_json::to_string(&states)?),
+        Format::Json if states.is_empty() => super::say("null\n")?,
+        Format::Json => super::say(&format!("{}\n", serde_json::to_string(&states)?))?,
         Format::Table => {
             let header = ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(str::to_owned);
             let rows = states.into_iter().map(|state| {
@@ -150,7 +152,7 @@ pub fn list(invocation: &Invocation, args: &ListArgs) -> anyhow::Result<i32> {
                     state.owner,
                 ]
             });
-            print!("{}", table(header, rows.collect()));
+            super::say(&table(header, rows.collect()))?;
         }
     }
     Ok(0)
@@ -189,7 +191,7 @@ pub fn ps(invocation: &Invocation, args: &PsArgs) -> anyhow::Result<i32> {
         _ => known.call(async |server| server.pids().await)?,
     };
     if args.format == Format::Json {
-        println!("{}", serde_json::to_string(&pids)?);
+        super::say(&format!("{}\n", serde_json::to_string(&pids)?))?;
         return Ok(0);
     }
     let mut options = args.options.clone();
@@ -210,16 +212,18 @@ pub fn ps(invocation: &Invocation, args: &PsArgs) -> anyhow::Result<i32> {
         .split_whitespace()
         .position(|name| name == "PID")
         .context("ps prints no column PID with these options")?;
-    println!("{header}");
+    let mut found = format!("{header}\n");
     for line in lines {
         let pid = line.split_whitespace().nth(column);
         if pid
             .and_then(|pid| pid.parse().ok())
             .is_some_and(|pid: u32| pids.contains(&pid))
         {
-            println!("{line}");
+            found.push_str(line);
+            found.push('\n');
         }
     }
+    super::say(&found)?;
     Ok(0)
 }
 
