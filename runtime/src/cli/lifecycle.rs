@@ -58,11 +58,13 @@ pub fn resume(invocation: &Invocation, args: &IdArgs) -> anyhow::Result<i32> {
 pub fn kill(invocation: &Invocation, args: &KillArgs) -> anyhow::Result<i32> {
     let signal = signals::parse(&args.signal)?;
     let known = Known::find(invocation, &args.id)?;
-    // As under runc: what is left of a stopped container is nothing, and all of nothing is signalled easily.
-    if args.all && known.process_state()?.status == Status::Stopped {
+    let killed = known.call(async |server| server.kill(signal, args.all).await);
+    // As under runc: what is left of a stopped container is nothing, and all of nothing is signalled easily. Asked afterwards,
+    // since it may end at any time before.
+    if killed.is_err() && args.all && known.process_state()?.status == Status::Stopped {
         return Ok(0);
     }
-    known.call(async |server| server.kill(signal, args.all).await)?;
+    killed?;
     Ok(0)
 }
 
