@@ -24,7 +24,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use thiserror::Error;
 
 use super::attach::{Streams, follow, own_stdio};
-use super::client::Server;
+use super::client::{Server, ServerError};
 use super::proxy::{Job, Proxy};
 use super::signals::Signals;
 use super::terminal::{self, Pair, Raw};
@@ -247,19 +247,21 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
             let _ = child.wait();
             // A server that ended in order has left neither.
             let cgroup = state.load().ok().and_then(|record| record.cgroup);
-            state.remove()?;
-            if let Some(cgroup) = cgroup {
-                cgroup.remove()?;
-            }
-            let said = last_words
-                .lines()
-                .next_back()
-                .unwrap_or_default()
-                .to_owned();
-            Err(if said.is_empty() {
-                error
-            } else {
-                error.context(said)
+            let removed = state.remove().map_err(anyhow::Error::from);
+            let emptied = cgroup.map_or(Ok(()), |cgroup| cgroup.remove());
+            let left = removed.and(emptied.map_err(anyhow::Error::from)).err();
+            // A server that answers has said in its answer what there is to say; its log may hold warnings besides.
+            let gone = matches!(error.downcast_ref(), Some(ServerError::Gone));
+            let said = last_words.lines().next_back().filter(|_| gone);
+            let error = match said {
+                Some(said) => error.context(said.to_owned()),
+                None => error,
+            };
+            Err(match left {
+                Some(left) => {
+                    anyhow!("{error:#} (and what is left of it could not be removed: {left:#})")
+                }
+                None => error,
             })
         }
     }
@@ -331,11 +333,11 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     if let (Some(path), Some(server)) = (&args.timeline, server_timeline) {
         write_timeline(path, &timeline, server)?;
     }
+    let emptied = cgroup.map_or(Ok(()), |cgroup| cgroup.remove());
+    // What went wrong first is what there is to know.
     let code = exit_code(result?)?;
     removed?;
-    if let Some(cgroup) = cgroup {
-        cgroup.remove()?;
-    }
+    emptied?;
     if !ended.success() {
         return Err(anyhow!(
             "the sandbox server failed ({ended}) after the container's end"
@@ -464,9 +466,22 @@ pub fn write_pid_file(path: &Path, pid: u32) -> anyhow::Result<()> {
     let name = path.file_name().and_then(|name| name.to_str());
     let name = name.with_context(|| format!("{} is no path of a pid file", path.display()))?;
     let new = path.with_file_name(format!(".{name}"));
-    std::fs::write(&new, pid.to_string())
+    create_anew(&new)
+        .and_then(|mut file| file.write_all(pid.to_string().as_bytes()))
         .and_then(|()| std::fs::rename(&new, path))
         .with_context(|| format!("cannot write the pid file {}", path.display()))
+}
+
+/// Makes a file that nobody else has made: in a directory that others may write to, what is there already may be their
+/// link to a file of ours. What a killed command left is removed.
+fn create_anew(path: &Path) -> io::Result<File> {
+    match File::create_new(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            std::fs::remove_file(path)?;
+            File::create_new(path)
+        }
+        made => made,
+    }
 }
 
 fn path_text(path: &Path) -> anyhow::Result<&str> {
@@ -483,4 +498,25 @@ fn write_timeline(path: &Path, ours: &Timeline, mut server: File) -> anyhow::Res
     }
     std::fs::write(path, serde_json::to_vec_pretty(&record)?)
         .with_context(|| format!("cannot write the timeline to {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pid_file_is_written_past_links_that_others_have_put_in_its_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let precious = dir.path().join("precious");
+        std::fs::write(&precious, "precious").unwrap();
+        for name in [".pid", "pid"] {
+            std::os::unix::fs::symlink(&precious, dir.path().join(name)).unwrap();
+        }
+        write_pid_file(&dir.path().join("pid"), 7).unwrap();
+        assert_eq!(std::fs::read_to_string(&precious).unwrap(), "precious");
+        let pid = dir.path().join("pid");
+        assert!(pid.symlink_metadata().unwrap().is_file());
+        assert_eq!(std::fs::read_to_string(pid).unwrap(), "7");
+        assert!(!dir.path().join(".pid").exists());
+    }
 }
