@@ -295,6 +295,9 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: SignalProcessRequest,
     ) -> ttrpc::Result<SignalProcessResponse> {
+        if self.mode == "undying" {
+            return Ok(SignalProcessResponse::default());
+        }
         let pid = self.container.lock().unwrap().pid;
         let pid = pid.ok_or_else(|| status(Code::NOT_FOUND, "no such process".into()))?;
         let signal = nix::sys::signal::Signal::try_from(request.signal as i32).unwrap();

@@ -716,3 +716,23 @@ fn a_reader_that_has_seen_enough_of_a_list_is_no_failure_to_talk_about() {
     assert_eq!(text(&output.stderr), "");
     assert_eq!(output.status.code(), Some(128 + Signal::SIGPIPE as i32));
 }
+
+#[test]
+fn a_guest_whose_processes_do_not_die_is_deleted_by_force_all_the_same() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let bed = bed.mode("undying");
+    let created = bed.about(&["create", "c1"], "");
+    assert!(created.status.success(), "{}", text(&created.stderr));
+    let deleted = Command::new("timeout")
+        .arg("20")
+        .arg(bulkhead())
+        .arg("--config")
+        .arg(bed.path("config.toml"))
+        .args(["delete", "--force", "c1"])
+        .status()
+        .unwrap();
+    assert_eq!(deleted.code(), Some(0));
+    bed.await_clean();
+}

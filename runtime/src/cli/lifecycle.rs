@@ -79,13 +79,14 @@ pub fn delete(invocation: &Invocation, args: &DeleteArgs) -> anyhow::Result<i32>
         let end = connection.try_clone()?;
         block_on(async {
             let server = super::client::Server::new(connection, known.id.as_str(), "")?;
-            match server.delete().await {
-                Err(error @ ServerError::Refused { .. })
-                    if !args.force && !error.is_not_found() =>
-                {
-                    return Err(error.into());
+            // With the sandbox everything goes, whatever it is doing and whether or not its guest answers.
+            if !args.force {
+                match server.delete().await {
+                    // One that is just being made is not known yet, nor on record; one that is being deleted still is.
+                    Err(error) if error.is_not_found() && known.state.load().is_ok() => {}
+                    Err(error @ ServerError::Refused { .. }) => return Err(error.into()),
+                    _ => {}
                 }
-                _ => {}
             }
             server.shutdown().await;
             Ok(())
