@@ -1,11 +1,15 @@
 //! The hooks that run on the host (runtime-spec, config.md, "POSIX-platform Hooks"): prestart, createRuntime,
 //! createContainer, poststart and poststop. startContainer hooks run in the guest.
 
+use std::ffi::CString;
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::Hook;
 use serde::Serialize;
 use thiserror::Error;
@@ -42,6 +46,41 @@ pub struct HookState {
     pub annotations: Option<std::collections::HashMap<String, String>>,
 }
 
+/// The namespaces of the host that the server leaves for its sandbox's. All hooks but createContainer's run in them
+/// (runtime-spec, config.md, "Summary": "runtime namespace"): what makes a network there must find the host's.
+#[derive(Debug)]
+pub struct RuntimeNamespaces {
+    mount: File,
+    network: File,
+}
+
+impl RuntimeNamespaces {
+    /// Those that this thread is in now.
+    pub fn current() -> io::Result<Self> {
+        Ok(Self {
+            mount: File::open("/proc/thread-self/ns/mnt")?,
+            network: File::open("/proc/thread-self/ns/net")?,
+        })
+    }
+
+    /// Lets the child enter them. The mount namespace brings its own root, so the directory is looked up anew.
+    fn enter(&self, command: &mut Command, directory: &Path) -> io::Result<()> {
+        let mount = self.mount.try_clone()?;
+        let network = self.network.try_clone()?;
+        let directory = CString::new(directory.as_os_str().as_encoded_bytes())?;
+        // SAFETY: between fork and exec, three system calls on what was made before.
+        unsafe {
+            command.pre_exec(move || {
+                setns(network.as_fd(), CloneFlags::CLONE_NEWNET)?;
+                setns(mount.as_fd(), CloneFlags::CLONE_NEWNS)?;
+                nix::unistd::chdir(directory.as_c_str())?;
+                Ok(())
+            });
+        }
+        Ok(())
+    }
+}
+
 #[derive(Serialize)]
 struct State<'a> {
     #[serde(flatten)]
@@ -51,16 +90,17 @@ struct State<'a> {
     pid: Option<u32>,
 }
 
-/// Runs hooks one after the other; the first that fails is the end.
+/// Runs hooks one after the other, in those namespaces or in this thread's; the first that fails is the end.
 pub async fn run(
     kind: &'static str,
     hooks: Option<&Vec<Hook>>,
     state: &HookState,
     status: Status,
     pid: Option<u32>,
+    namespaces: Option<&RuntimeNamespaces>,
 ) -> Result<(), HookError> {
     for (n, hook) in hooks.into_iter().flatten().enumerate() {
-        run_one(hook, state, status, pid)
+        run_one(hook, state, status, pid, namespaces)
             .await
             .map_err(|problem| HookError {
                 kind,
@@ -79,9 +119,10 @@ pub async fn run_all(
     state: &HookState,
     status: Status,
     pid: Option<u32>,
+    namespaces: Option<&RuntimeNamespaces>,
 ) {
     for (n, hook) in hooks.into_iter().flatten().enumerate() {
-        if let Err(problem) = run_one(hook, state, status, pid).await {
+        if let Err(problem) = run_one(hook, state, status, pid, namespaces).await {
             tracing::warn!("hooks.{kind}[{n}] ({}): {problem}", hook.path().display());
         }
     }
@@ -92,6 +133,7 @@ async fn run_one(
     state: &HookState,
     status: Status,
     pid: Option<u32>,
+    namespaces: Option<&RuntimeNamespaces>,
 ) -> Result<(), String> {
     let state_json = serde_json::to_vec(&State {
         state,
@@ -102,7 +144,7 @@ async fn run_one(
     let timeout = hook
         .timeout()
         .and_then(|seconds| u64::try_from(seconds).ok());
-    let output = output(hook, &state.bundle, &state_json, timeout).await;
+    let output = output(hook, &state.bundle, &state_json, timeout, namespaces).await;
     let (status, said) = output.map_err(|error| error.to_string())?;
     if status.success() {
         return Ok(());
@@ -117,6 +159,7 @@ async fn output(
     bundle: &Path,
     state: &[u8],
     timeout: Option<u64>,
+    namespaces: Option<&RuntimeNamespaces>,
 ) -> io::Result<(ExitStatus, Vec<u8>)> {
     let mut command = Command::new(hook.path());
     let args = hook.args().as_deref().unwrap_or_default();
@@ -128,6 +171,9 @@ async fn output(
     if let Some(env) = hook.env() {
         command.env_clear();
         command.envs(env.iter().filter_map(|entry| entry.split_once('=')));
+    }
+    if let Some(namespaces) = namespaces {
+        namespaces.enter(&mut command, bundle)?;
     }
     let mut child = command
         .current_dir(bundle)
@@ -184,6 +230,14 @@ mod tests {
     }
 
     fn run_them(hooks: &Vec<Hook>, dir: &Path) -> Result<(), HookError> {
+        run_in(None, hooks, dir)
+    }
+
+    fn run_in(
+        namespaces: Option<&RuntimeNamespaces>,
+        hooks: &Vec<Hook>,
+        dir: &Path,
+    ) -> Result<(), HookError> {
         tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -194,7 +248,45 @@ mod tests {
                 &state(dir),
                 Status::Creating,
                 Some(7),
+                namespaces,
             ))
+    }
+
+    #[test]
+    fn a_hook_of_the_runtime_sees_the_hosts_namespaces_and_no_other_does() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: namespaces need root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let hooks = hooks(json!([{
+            "path": "/bin/sh",
+            "args": ["sh", "-c", "readlink /proc/self/ns/net /proc/self/ns/mnt > seen; pwd >> seen"]
+        }]));
+        let of_this_thread = || {
+            ["net", "mnt"].map(|name| {
+                let link = std::fs::read_link(format!("/proc/thread-self/ns/{name}")).unwrap();
+                link.to_str().unwrap().to_owned()
+            })
+        };
+        let seen = || std::fs::read_to_string(dir.path().join("seen")).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let host = RuntimeNamespaces::current().unwrap();
+                let hosts = of_this_thread();
+                crate::share::private_mount_namespace().unwrap();
+                crate::standin::enter_network(None).unwrap();
+                let own = of_this_thread();
+                assert!(hosts[0] != own[0] && hosts[1] != own[1]);
+                let expected = |[network, mount]: &[String; 2]| {
+                    format!("{network}\n{mount}\n{}\n", dir.path().display())
+                };
+                run_in(Some(&host), &hooks, dir.path()).unwrap();
+                assert_eq!(seen(), expected(&hosts));
+                run_in(None, &hooks, dir.path()).unwrap();
+                assert_eq!(seen(), expected(&own));
+            });
+        });
     }
 
     #[test]

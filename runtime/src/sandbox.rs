@@ -27,7 +27,7 @@ use crate::adapt::{Adapted, adapt};
 use crate::agent::{AgentError, Refusal};
 use crate::annotations::Overrides;
 use crate::config::Config;
-use crate::hooks::{self, HookState};
+use crate::hooks::{self, HookState, RuntimeNamespaces};
 use crate::host_cgroup::{self, HostCgroup};
 use crate::id::ContainerId;
 use crate::sizing::Size;
@@ -57,6 +57,8 @@ pub struct Params {
     pub state: StateDir,
     /// The configuration in force.
     pub config: Config,
+    /// Where the process was before it had namespaces of its own.
+    pub host: RuntimeNamespaces,
 }
 
 /// A container to create.
@@ -275,10 +277,11 @@ impl Sandbox {
         };
         #[allow(deprecated)] // by the spec; Docker's networks still come this way
         let prestart = hooks.prestart().as_ref();
-        for (kind, list) in [
-            ("prestart", prestart),
-            ("createRuntime", hooks.create_runtime().as_ref()),
-            ("createContainer", hooks.create_container().as_ref()),
+        let host = Some(&self.params.host);
+        for (kind, list, namespaces) in [
+            ("prestart", prestart, host),
+            ("createRuntime", hooks.create_runtime().as_ref(), host),
+            ("createContainer", hooks.create_container().as_ref(), None),
         ] {
             hooks::run(
                 kind,
@@ -286,6 +289,7 @@ impl Sandbox {
                 &container.hook_state,
                 Status::Creating,
                 Some(pid),
+                namespaces,
             )
             .await?;
         }
@@ -303,6 +307,7 @@ impl Sandbox {
                 &container.hook_state,
                 Status::Stopped,
                 None,
+                Some(&self.params.host),
             )
             .await;
         }
@@ -341,6 +346,7 @@ impl Sandbox {
                 &container.hook_state,
                 Status::Running,
                 Some(pid),
+                Some(&self.params.host),
             )
             .await;
         }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use bulkhead_protocol::agent_ttrpc::create_agent;
 use bulkhead_runtime::config::Config;
+use bulkhead_runtime::hooks::RuntimeNamespaces;
 use bulkhead_runtime::launch::{self, ServerArgs};
 use bulkhead_runtime::sandbox::{Params, Sandbox};
 use bulkhead_runtime::share;
@@ -45,6 +46,7 @@ pub fn serve(args: ServerArgs) -> anyhow::Result<()> {
         .and_then(|mut config| {
             config.debug |= args.debug;
             logging::start(&config, &args.id)?;
+            let host = RuntimeNamespaces::current().context("cannot see the host's namespaces")?;
             share::private_mount_namespace().context("cannot make a mount namespace")?;
             // What is in the state directory is bound and dialled by its short name.
             std::env::set_current_dir(state.path()).context("cannot enter the state directory")?;
@@ -56,6 +58,7 @@ pub fn serve(args: ServerArgs) -> anyhow::Result<()> {
                         id: args.id,
                         state: state.clone(),
                         config,
+                        host,
                     };
                     let sandbox = Sandbox::new(params, timeline);
                     run(sandbox, listener, lifeline, timeline_fd).await
