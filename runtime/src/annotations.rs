@@ -6,7 +6,7 @@
 //! | annotation | value |
 //! | --- | --- |
 //! | `io.bulkhead.vcpus` | number of vCPUs, 1 to 32, at most the host's processors |
-//! | `io.bulkhead.memory_mib` | the guest's memory in MiB, at least 64 |
+//! | `io.bulkhead.memory_mib` | the guest's memory in MiB, at least 64, at most the host's |
 //! | `io.bulkhead.kernel_arguments` | words for the end of the guest kernel's command line |
 
 use oci_spec::runtime::Spec;
@@ -53,8 +53,13 @@ impl Overrides {
                     this.vcpus = Some(vcpus.ok_or_else(|| wrong(right()))?);
                 }
                 "memory_mib" => {
-                    let memory = value.parse().ok().filter(|n| *n >= sizing::MIN_MEMORY_MIB);
-                    let right = || format!("a number of MiB, at least {}", sizing::MIN_MEMORY_MIB);
+                    let (least, most) = (sizing::MIN_MEMORY_MIB, sizing::most_memory_mib());
+                    let memory = value.parse().ok().filter(|n| (least..=most).contains(n));
+                    let right = || {
+                        format!(
+                            "a number of MiB, at least {least} and at most {most}, the host's memory"
+                        )
+                    };
                     this.memory_mib = Some(memory.ok_or_else(|| wrong(right()))?);
                 }
                 "kernel_arguments" => {
@@ -118,6 +123,10 @@ mod tests {
             ),
             (r#"{"io.bulkhead.vcpus":"many"}"#, "is \"many\""),
             (r#"{"io.bulkhead.memory_mib":"63"}"#, "at least 64"),
+            (
+                r#"{"io.bulkhead.memory_mib":"17592186044417"}"#,
+                "the host's memory",
+            ),
             (r#"{"io.bulkhead.kernel_arguments":"a\nb"}"#, "printable"),
         ] {
             let message = overrides(annotation).unwrap_err();

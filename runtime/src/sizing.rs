@@ -53,7 +53,7 @@ impl Size {
             Some(bytes) => bytes.div_ceil(1 << 20).saturating_add(BASE_MEMORY_MIB),
             None => config.memory_mib,
         };
-        let memory_mib = memory_mib.min(host_memory_mib().unwrap_or(u64::MAX));
+        let memory_mib = memory_mib.min(most_memory_mib());
         let vcpus = resources
             .and_then(|resources| resources.cpu().as_ref())
             .and_then(limited_vcpus)
@@ -97,10 +97,11 @@ pub fn host_cpus() -> u8 {
     u8::try_from(cpus).unwrap_or(MAX_VCPUS).min(MAX_VCPUS)
 }
 
-/// The host's memory: a limit above it, as some clients write for "none", must not size the guest.
-fn host_memory_mib() -> Option<u64> {
-    let info = nix::sys::sysinfo::sysinfo().ok()?;
-    Some((info.ram_total() >> 20).max(MIN_MEMORY_MIB))
+/// The host's memory in MiB: a limit above it, as some clients write for "none", must not size the guest.
+pub fn most_memory_mib() -> u64 {
+    nix::sys::sysinfo::sysinfo().map_or(u64::MAX >> 20, |info| {
+        (info.ram_total() >> 20).max(MIN_MEMORY_MIB)
+    })
 }
 
 #[cfg(test)]
@@ -151,7 +152,7 @@ mod tests {
 
     #[test]
     fn a_limit_beyond_the_hosts_memory_is_the_hosts_memory() {
-        let most = host_memory_mib().unwrap();
+        let most = most_memory_mib();
         assert_eq!(
             memory_of(r#"{"memory":{"limit":9223372036854771712}}"#),
             most
