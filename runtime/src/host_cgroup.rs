@@ -88,10 +88,7 @@ impl HostCgroup {
                 path
             }
             Some(path) => {
-                let up = |part| matches!(part, std::path::Component::ParentDir);
-                if path.components().any(up) {
-                    return Err(HostCgroupError::Path(path, "must not contain \"..\""));
-                }
+                check_path(&path)?;
                 if path.is_absolute() {
                     path
                 } else {
@@ -108,14 +105,15 @@ impl HostCgroup {
         }))
     }
 
-    /// Makes the cgroup and puts the first process into it. One that is there must be empty.
-    pub fn make(&self, pid: u32) -> Result<(), HostCgroupError> {
+    /// Refuses a cgroup in which somebody is. To be asked before it goes on record as ours, since what is on record is emptied
+    /// by whoever cleans up.
+    pub fn require_empty(&self) -> Result<(), HostCgroupError> {
         if let Some(directory) = self.directory()
             && populated(&directory).is_ok_and(|populated| populated)
         {
             return Err(HostCgroupError::Occupied(directory));
         }
-        self.add(pid)
+        Ok(())
     }
 
     /// Puts a process into it.
@@ -188,6 +186,22 @@ impl HostCgroup {
     }
 }
 
+/// Refuses a path that is not below the mount, or is the mount itself.
+fn check_path(path: &Path) -> Result<(), HostCgroupError> {
+    use std::path::Component;
+    let wrong = |problem| Err(HostCgroupError::Path(path.to_path_buf(), problem));
+    if path.components().any(|part| part == Component::ParentDir) {
+        return wrong("must not contain \"..\"");
+    }
+    if !path
+        .components()
+        .any(|part| matches!(part, Component::Normal(_)))
+    {
+        return wrong("is no cgroup of the container's own: give it a name");
+    }
+    Ok(())
+}
+
 /// Moves this process out of whatever cgroup it is in, to where it was before: `directory`, or the root.
 pub fn leave_for(directory: &Path) -> io::Result<()> {
     let pid = std::process::id().to_string();
@@ -256,6 +270,23 @@ fn end_processes(directory: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_names_a_cgroup_below_the_mount() {
+        for (path, expected) in [
+            ("/a/../../b", "must not contain"),
+            ("..", "must not contain"),
+            ("/", "give it a name"),
+            ("/./", "give it a name"),
+            (".", "give it a name"),
+        ] {
+            let message = check_path(Path::new(path)).unwrap_err().to_string();
+            assert!(message.contains(expected), "{path}: {message}");
+        }
+        for path in ["/a", "a/b", "/a/./b"] {
+            check_path(Path::new(path)).unwrap();
+        }
+    }
 
     #[test]
     fn the_host_bounds_memory_by_the_guests_size_and_leaves_the_containers_limits_to_the_guest() {

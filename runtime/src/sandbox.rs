@@ -211,6 +211,9 @@ impl Sandbox {
                         "the sandbox is being shut down".into(),
                     ));
                 }
+                if let Some(cgroup) = &cgroup {
+                    cgroup.require_empty()?;
+                }
                 // On record before it is made: whoever cleans up after this process has to find it.
                 self.params.state.save(&record)?;
                 self.settle(cgroup, options)?;
@@ -262,7 +265,7 @@ impl Sandbox {
             tracing::debug!("this host has no cgroup v2, so no cgroup is made");
             return Ok(());
         };
-        cgroup.make(std::process::id())?;
+        cgroup.add(std::process::id())?;
         let _ = self.cgroup.set(cgroup.clone());
         if let Some(proxy) = options.proxy {
             cgroup.add(proxy)?;
