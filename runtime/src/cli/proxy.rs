@@ -124,6 +124,8 @@ fn set_up(job: &Job, keep: [Option<RawFd>; 3]) -> anyhow::Result<()> {
     // Nobody looks at its name but users.
     let _ = nix::sys::prctl::set_name(c"bulkhead-proxy");
     setsid().context("cannot make a session")?;
+    // Where the command was started is to be unmounted when its user likes.
+    nix::unistd::chdir("/").context("cannot leave the current directory")?;
     let namespaces = job.namespaces - CloneFlags::CLONE_NEWPID;
     unshare(namespaces).context("cannot make namespaces")?;
     if namespaces.contains(CloneFlags::CLONE_NEWNS) {
