@@ -132,6 +132,19 @@ impl StateDir {
         self.remove_locked(&lock)
     }
 
+    /// Removes the directory of a server that has ended. The id may have been claimed anew since; then what is there is
+    /// another's, whose socket somebody listens on.
+    pub fn remove_ended(&self) -> Result<(), StateError> {
+        if self.path.symlink_metadata().is_err() {
+            return Ok(());
+        }
+        let lock = self.lock()?;
+        if sock::connect(&self.task_socket()).is_ok() {
+            return Ok(());
+        }
+        self.remove_locked(&lock)
+    }
+
     fn remove_locked(&self, _lock: &Flock<File>) -> Result<(), StateError> {
         match fs::remove_dir_all(&self.path) {
             Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
@@ -233,6 +246,19 @@ mod tests {
         drop(listener);
         let (state, _listener) = StateDir::claim(root.path(), &id()).unwrap();
         assert!(!state.share().exists());
+    }
+
+    #[test]
+    fn who_cleans_up_after_an_ended_server_spares_the_next_one() {
+        let root = tempfile::tempdir().unwrap();
+        let (ended, listener) = StateDir::claim(root.path(), &id()).unwrap();
+        drop(listener);
+        let (next, listener) = StateDir::claim(root.path(), &id()).unwrap();
+        ended.remove_ended().unwrap();
+        assert!(next.path().exists());
+        drop(listener);
+        ended.remove_ended().unwrap();
+        assert!(!next.path().exists());
     }
 
     #[test]

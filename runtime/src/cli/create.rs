@@ -247,7 +247,7 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
             let _ = child.wait();
             // A server that ended in order has left neither.
             let cgroup = state.load().ok().and_then(|record| record.cgroup);
-            let removed = state.remove().map_err(anyhow::Error::from);
+            let removed = state.remove_ended().map_err(anyhow::Error::from);
             let emptied = cgroup.map_or(Ok(()), |cgroup| cgroup.remove());
             let left = removed.and(emptied.map_err(anyhow::Error::from)).err();
             // A server that answers has said in its answer what there is to say; its log may hold warnings besides.
@@ -328,7 +328,7 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     let ended = child.wait().context("cannot wait for the sandbox server")?;
     // The server leaves nothing, unless something made an end of it.
     let cgroup = state.load().ok().and_then(|record| record.cgroup);
-    let removed = state.remove();
+    let removed = state.remove_ended();
     timeline.mark("client: server ended");
     if let (Some(path), Some(server)) = (&args.timeline, server_timeline) {
         write_timeline(path, &timeline, server)?;

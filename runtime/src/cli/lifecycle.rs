@@ -97,7 +97,7 @@ pub fn delete(invocation: &Invocation, args: &DeleteArgs) -> anyhow::Result<i32>
     if let Some(cgroup) = cgroup {
         cgroup.remove()?;
     }
-    known.state.remove()?;
+    known.state.remove_ended()?;
     Ok(0)
 }
 
