@@ -146,13 +146,22 @@ fn host_bind(mount: &Mount, n: usize, bundle: &Path) -> Result<HostBind, SpecErr
             _ => None,
         })
         .unwrap_or(ReadOnly::No);
+    let name = share_name(n, &source);
     Ok(HostBind {
         source,
-        name: Path::new(MOUNTS).join(n.to_string()),
+        name,
         directory: metadata.is_dir(),
         recursive: options(mount).any(|option| option == "rbind"),
         read_only,
     })
+}
+
+/// Where a bind is in the container's part of the share: in a directory of its own, by its own name, which the container then
+/// sees in `/proc/self/mountinfo` as it would under runc.
+fn share_name(n: usize, source: &Path) -> PathBuf {
+    // `/` has no name, nor has what ends in `..`.
+    let name = source.file_name().unwrap_or_else(|| "root".as_ref());
+    Path::new(MOUNTS).join(n.to_string()).join(name)
 }
 
 #[cfg(test)]
@@ -187,9 +196,15 @@ mod tests {
         let share = "/run/bulkhead/share/c1";
         assert_eq!(spec["root"]["path"], format!("{share}/rootfs"));
         assert_eq!(spec["mounts"][0]["source"], "proc");
-        assert_eq!(spec["mounts"][1]["source"], format!("{share}/mounts/1"));
+        assert_eq!(
+            spec["mounts"][1]["source"],
+            format!("{share}/mounts/1/rootfs")
+        );
         assert_eq!(spec["mounts"][1]["options"], json!(["rbind", "ro"]));
-        assert_eq!(spec["mounts"][3]["source"], format!("{share}/mounts/3"));
+        assert_eq!(
+            spec["mounts"][3]["source"],
+            format!("{share}/mounts/3/file")
+        );
         assert_eq!(spec["annotations"], json!({"a": "b"}));
         assert!(spec["linux"].get("cgroupsPath").is_none());
         assert!(!spec.to_string().contains(dir.to_str().unwrap()));
@@ -205,17 +220,46 @@ mod tests {
             adapted.binds,
             [
                 bind(dir.join("rootfs"), "rootfs", true, true, ReadOnly::No),
-                bind(dir.join("rootfs"), "mounts/1", true, true, ReadOnly::Top),
-                bind(dir.join("file"), "mounts/2", false, false, ReadOnly::No),
+                bind(
+                    dir.join("rootfs"),
+                    "mounts/1/rootfs",
+                    true,
+                    true,
+                    ReadOnly::Top
+                ),
                 bind(
                     dir.join("file"),
-                    "mounts/3",
+                    "mounts/2/file",
+                    false,
+                    false,
+                    ReadOnly::No
+                ),
+                bind(
+                    dir.join("file"),
+                    "mounts/3/file",
                     false,
                     false,
                     ReadOnly::Recursive
                 ),
             ]
         );
+    }
+
+    #[test]
+    fn binds_keep_the_names_of_their_sources_and_stay_within_their_folders() {
+        for (source, name) in [
+            ("/etc", "mounts/0/etc"),
+            ("/etc/", "mounts/0/etc"),
+            ("/etc/.", "mounts/0/etc"),
+            ("/etc/..", "mounts/0/root"),
+            ("/", "mounts/0/root"),
+        ] {
+            assert_eq!(
+                share_name(0, Path::new(source)),
+                Path::new(name),
+                "{source}"
+            );
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The sandbox's mount namespace, and the directory tree in it that the guest sees over virtio-fs.
 //!
 //! The server lives in a mount namespace of its own, which its VMM inherits: when both are gone, so are all mounts, whatever
-//! ended them. The share's own skeleton (`<id>/rootfs`, `<id>/mounts/<n>`) is a tmpfs that the VMM sees read-only, so a
+//! ended them. The share's own skeleton (`<id>/rootfs`, `<id>/mounts/<n>/<name>`) is a tmpfs that the VMM sees read-only, so a
 //! guest can't put a symbolic link where the host is about to mount; the server makes the skeleton's entries through a
 //! descriptor of the writable mount underneath. The read-only mount is shared, so that later mounts reach a VMM with a
 //! mount namespace of its own.
@@ -123,6 +123,13 @@ impl Share {
         }
         for bind in binds {
             let target = own.join(&bind.name);
+            match bind.name.parent() {
+                Some(parent) if parent.starts_with(MOUNTS) => {
+                    mkdirat(&dir, parent, mode)
+                        .map_err(fail("make the directory", &own.join(parent)))?;
+                }
+                _ => {}
+            }
             if bind.directory {
                 mkdirat(&dir, &bind.name, mode).map_err(fail("make the directory", &target))?;
             } else {
@@ -274,10 +281,10 @@ mod tests {
             let share = Share::new(state.path()).unwrap();
             let binds = [
                 bind(rootfs.path(), "rootfs", true, ReadOnly::No),
-                bind(rootfs.path(), "mounts/0", true, ReadOnly::Top),
+                bind(rootfs.path(), "mounts/0/d", true, ReadOnly::Top),
                 bind(
                     &rootfs.path().join("file"),
-                    "mounts/1",
+                    "mounts/1/f",
                     false,
                     ReadOnly::Recursive,
                 ),
@@ -288,9 +295,9 @@ mod tests {
                 fs::read_to_string(own.join("rootfs/file")).unwrap(),
                 "hello"
             );
-            assert_eq!(fs::read_to_string(own.join("mounts/1")).unwrap(), "hello");
+            assert_eq!(fs::read_to_string(own.join("mounts/1/f")).unwrap(), "hello");
             fs::write(own.join("rootfs/new"), "").unwrap();
-            for read_only in ["mounts/0/x", "mounts/1"] {
+            for read_only in ["mounts/0/d/x", "mounts/1/f"] {
                 let error = fs::write(own.join(read_only), "").unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
             }
