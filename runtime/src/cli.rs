@@ -167,7 +167,7 @@ pub fn main() -> i32 {
     ) {
         Ok(log) => log,
         Err(error) => {
-            eprintln!("bulkhead {name} failed: {error:#}");
+            eprintln!("error: bulkhead {name} failed: {error:#}");
             return FAILURE;
         }
     };

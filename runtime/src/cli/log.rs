@@ -41,8 +41,8 @@ impl Log {
 
     /// Tells an error.
     pub fn error(&self, message: &str) {
-        // Nobody is left to be told of a failure of these.
-        let _ = writeln!(std::io::stderr(), "{message}");
+        // Scripts and test suites look for that word, which runc's `level=error` has. Nobody is left to be told of a failure.
+        let _ = writeln!(std::io::stderr(), "error: {message}");
         if let Some(mut file) = self.file.as_ref() {
             let line = line(self.format, message, SystemTime::now());
             let _ = file.write_all(line.as_bytes());
