@@ -20,12 +20,12 @@ use bulkhead_runtime::stdio::{Stdio, TerminalSize};
 use bulkhead_runtime::timeline::{Record, Timeline};
 use clap::Args;
 use nix::sched::CloneFlags;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
 use thiserror::Error;
 
 use super::attach::{Streams, follow, own_stdio};
 use super::client::{Server, ServerError};
-use super::proxy::{Job, Proxy};
+use super::proxy::{IdMaps, Job, Proxy};
 use super::signals::Signals;
 use super::terminal::{self, Pair, Raw};
 use super::{Invocation, absolute};
@@ -209,6 +209,7 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         stdio,
         terminal: pair.as_ref().map(|(pair, _)| pair.slave()),
         namespaces: namespaces(&prepared.spec),
+        id_maps: id_maps(&prepared.spec),
     })
     .and_then(|proxy| {
         let options = CreateOptions {
@@ -455,10 +456,27 @@ fn namespaces(spec: &Spec) -> CloneFlags {
         LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
         LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
         LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
-        LinuxNamespaceType::User | LinuxNamespaceType::Time => CloneFlags::empty(),
+        LinuxNamespaceType::User => CloneFlags::CLONE_NEWUSER,
+        LinuxNamespaceType::Time => CloneFlags::empty(),
     };
     let flags = list.into_iter().flatten().map(|entry| flag(entry.typ()));
     flags.collect()
+}
+
+/// The ids of the container's user namespace, as `/proc/<pid>/uid_map` takes them (`user_namespaces(7)`).
+fn id_maps(spec: &Spec) -> IdMaps {
+    let text = |mappings: Option<&Vec<LinuxIdMapping>>| {
+        let lines = mappings.into_iter().flatten().map(|mapping| {
+            let (inside, outside) = (mapping.container_id(), mapping.host_id());
+            format!("{inside} {outside} {}\n", mapping.size())
+        });
+        lines.collect()
+    };
+    let linux = spec.linux().as_ref();
+    IdMaps {
+        users: text(linux.and_then(|linux| linux.uid_mappings().as_ref())),
+        groups: text(linux.and_then(|linux| linux.gid_mappings().as_ref())),
+    }
 }
 
 /// Writes a pid file, whole or not at all: decimal, no newline.
@@ -503,6 +521,29 @@ fn write_timeline(path: &Path, ours: &Timeline, mut server: File) -> anyhow::Res
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_process_that_stands_for_a_container_gets_its_user_namespace_and_ids() {
+        let spec: Spec = serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "linux": {
+                "namespaces": [{"type": "user"}, {"type": "uts"}],
+                "uidMappings": [
+                    {"containerID": 0, "hostID": 1000, "size": 10},
+                    {"containerID": 10, "hostID": 5000, "size": 1}
+                ],
+                "gidMappings": [{"containerID": 0, "hostID": 2000, "size": 20}]
+            }
+        }))
+        .unwrap();
+        assert_eq!(
+            namespaces(&spec),
+            CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWUTS
+        );
+        let maps = id_maps(&spec);
+        assert_eq!(maps.users, "0 1000 10\n10 5000 1\n");
+        assert_eq!(maps.groups, "0 2000 20\n");
+    }
 
     #[test]
     fn a_pid_file_is_written_past_links_that_others_have_put_in_its_way() {

@@ -17,7 +17,7 @@ use super::attach::{Streams, follow, own_stdio};
 use super::client::Server;
 use super::create::{no_descriptors, write_pid_file};
 use super::known::{Known, block_on};
-use super::proxy::{Job, Proxy};
+use super::proxy::{IdMaps, Job, Proxy};
 use super::signals::Signals;
 use super::terminal::{self, Pair, Raw};
 use super::{Invocation, absolute};
@@ -313,6 +313,7 @@ fn detached(
         stdio,
         terminal: pair.as_ref().map(|(pair, _)| pair.slave()),
         namespaces: CloneFlags::empty(),
+        id_maps: IdMaps::default(),
     })?;
     let options = ExecOptions {
         proxy: Some(proxy.pid),

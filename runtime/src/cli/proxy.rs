@@ -39,6 +39,17 @@ pub struct Job<'a> {
     pub terminal: Option<BorrowedFd<'a>>,
     /// Namespaces that it makes for itself: those that a client looks at in `/proc/<pid>/ns`.
     pub namespaces: CloneFlags,
+    /// The ids of its user namespace, if it makes one.
+    pub id_maps: IdMaps,
+}
+
+/// Lines of `/proc/<pid>/uid_map` and `gid_map`.
+#[derive(Debug, Default)]
+pub struct IdMaps {
+    /// Users.
+    pub users: String,
+    /// Groups.
+    pub groups: String,
 }
 
 /// A proxy that waits for its container. Dropping this ends it.
@@ -76,10 +87,11 @@ impl Proxy {
                         "cannot set up the process that stands for the container's: {problem}"
                     );
                 }
-                Ok(Self {
-                    pid: child.as_raw().unsigned_abs(),
-                    go: go_writer,
-                })
+                let pid = child.as_raw().unsigned_abs();
+                if job.namespaces.contains(CloneFlags::CLONE_NEWUSER) {
+                    job.id_maps.write(pid);
+                }
+                Ok(Self { pid, go: go_writer })
             }
         }
     }
@@ -87,6 +99,17 @@ impl Proxy {
     /// Lets it stand for its container: it exists.
     pub fn go(mut self) -> io::Result<()> {
         self.go.write_all(&[1])
+    }
+}
+
+impl IdMaps {
+    /// Gives the maps to the user namespace of a process. A host that allowed it none refuses them.
+    fn write(&self, pid: u32) {
+        for (name, lines) in [("uid_map", &self.users), ("gid_map", &self.groups)] {
+            if !lines.is_empty() {
+                let _ = std::fs::write(format!("/proc/{pid}/{name}"), lines);
+            }
+        }
     }
 }
 
@@ -126,7 +149,7 @@ fn set_up(job: &Job, keep: [Option<RawFd>; 3]) -> anyhow::Result<()> {
     setsid().context("cannot make a session")?;
     // Where the command was started is to be unmounted when its user likes.
     nix::unistd::chdir("/").context("cannot leave the current directory")?;
-    let namespaces = job.namespaces - CloneFlags::CLONE_NEWPID;
+    let namespaces = job.namespaces - CloneFlags::CLONE_NEWPID - CloneFlags::CLONE_NEWUSER;
     unshare(namespaces).context("cannot make namespaces")?;
     if namespaces.contains(CloneFlags::CLONE_NEWNS) {
         // Mounts of the host go away here too when they do there.
@@ -141,6 +164,11 @@ fn set_up(job: &Job, keep: [Option<RawFd>; 3]) -> anyhow::Result<()> {
     }
     if let Some(slave) = job.terminal {
         terminal::take(slave).context("cannot take the terminal")?;
+    }
+    if job.namespaces.contains(CloneFlags::CLONE_NEWUSER) {
+        // The last, as it takes the capabilities for all of the above, and only for those who look: the container's own is in
+        // the guest, so that a host that allows none will do.
+        let _ = unshare(CloneFlags::CLONE_NEWUSER);
     }
     Ok(())
 }
