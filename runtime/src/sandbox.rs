@@ -24,7 +24,7 @@ use oci_spec::runtime::Spec;
 use tokio::sync::OnceCell;
 
 use crate::adapt::{Adapted, adapt};
-use crate::agent::{AgentError, Refusal};
+use crate::agent::AgentError;
 use crate::annotations::Overrides;
 use crate::config::Config;
 use crate::hooks::{self, HookState, RuntimeNamespaces};
@@ -167,6 +167,7 @@ impl Sandbox {
             .make(&container, &bundle, size, &spec, &create.options)
             .await;
         if made.is_err() {
+            container.lost(LOST_EXIT_CODE);
             self.run_poststop_hooks(&container).await;
             self.containers().remove(id.as_str());
         }
@@ -241,6 +242,9 @@ impl Sandbox {
             let linux = bundle.spec.linux().as_ref();
             let resources = linux.and_then(|linux| linux.resources().clone());
             cgroup.apply(&resources.unwrap_or_default(), size.memory_mib)?;
+        }
+        if container.init.is_orphan() {
+            return Err(SandboxError::Orphan);
         }
         container.init.created();
         self.timeline.mark("server: container created");
@@ -391,7 +395,11 @@ impl Sandbox {
                 container.defer(signal);
                 return Ok(());
             }
-            self.resume(id).await?;
+            let resumed = self.resume(id).await;
+            // Somebody else may have resumed it at the same time.
+            if container.status() == Status::Paused {
+                resumed?;
+            }
         }
         deliver(machine, id, &signal).await
     }
@@ -408,6 +416,13 @@ impl Sandbox {
         }
         machine.vmm().order(Request::Pause, vec![]).await?;
         container.set_paused(true);
+        if container.status() == Status::Stopped {
+            self.let_go(machine, &container).await;
+            return Err(SandboxError::Status {
+                what: "cannot pause a container that is not running or created",
+                status: Status::Stopped,
+            });
+        }
         Ok(())
     }
 
@@ -425,12 +440,8 @@ impl Sandbox {
         container.set_paused(false);
         for signal in container.take_deferred() {
             match deliver(machine, id, &signal).await {
-                // It may have ended before it stood still.
-                Ok(())
-                | Err(SandboxError::Agent(AgentError::Refused {
-                    kind: Refusal::NotFound,
-                    ..
-                })) => {}
+                // It may have ended before it stood still, or by the signal before this one.
+                Ok(()) | Err(SandboxError::Agent(AgentError::Refused { .. })) => {}
                 Err(error) => return Err(error),
             }
         }

@@ -35,9 +35,10 @@ pub fn rpc_error(error: &SandboxError) -> ttrpc::Error {
         SandboxError::NotFound(_) | SandboxError::NoProcess(_) => Code::NOT_FOUND,
         SandboxError::Exists(_) | SandboxError::ExecExists(_) => Code::ALREADY_EXISTS,
         SandboxError::Status { .. } | SandboxError::Preflight(_) => Code::FAILED_PRECONDITION,
-        SandboxError::Hook(_) | SandboxError::HostCgroup(_) | SandboxError::StandIn(..) => {
-            Code::UNKNOWN
-        }
+        SandboxError::Hook(_)
+        | SandboxError::HostCgroup(_)
+        | SandboxError::StandIn(..)
+        | SandboxError::Orphan => Code::UNKNOWN,
         SandboxError::Failed(_) | SandboxError::Boot(_) => Code::UNAVAILABLE,
         SandboxError::Agent(AgentError::Refused { kind, .. }) => match kind {
             Refusal::Invalid => Code::INVALID_ARGUMENT,

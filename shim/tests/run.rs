@@ -736,3 +736,37 @@ fn a_guest_whose_processes_do_not_die_is_deleted_by_force_all_the_same() {
     assert_eq!(deleted.code(), Some(0));
     bed.await_clean();
 }
+
+#[test]
+fn a_container_whose_stand_in_is_killed_has_stopped_even_if_its_guest_does_not_say_so() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let bed = bed.mode("undying");
+    let pid_file = bed.path("pid");
+    let created = bed.about(
+        &["create", "--pid-file", pid_file.to_str().unwrap(), "c1"],
+        "",
+    );
+    assert!(created.status.success(), "{}", text(&created.stderr));
+    let pid = fs::read_to_string(&pid_file).unwrap();
+    kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).unwrap();
+    let state = || {
+        let output = Command::new(bulkhead())
+            .arg("--config")
+            .arg(bed.path("config.toml"))
+            .args(["state", "c1"])
+            .output()
+            .unwrap();
+        let state: Value = serde_json::from_slice(&output.stdout).unwrap();
+        state["status"].clone()
+    };
+    let start = Instant::now();
+    while state() != "stopped" {
+        assert!(start.elapsed() < PATIENCE, "it is {}", state());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let deleted = bed.about(&["delete", "c1"], "");
+    assert!(deleted.status.success(), "{}", text(&deleted.stderr));
+    bed.await_clean();
+}

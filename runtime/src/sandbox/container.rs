@@ -42,6 +42,8 @@ pub struct Exec {
     pub size: Option<crate::stdio::TerminalSize>,
     /// Its life.
     pub process: Arc<Process>,
+    /// Set by who starts it, or sees that it will never be.
+    pub started: OnceLock<()>,
 }
 
 /// A signal on its way.
@@ -87,6 +89,11 @@ impl Container {
             }
             status => status,
         }
+    }
+
+    /// Whether its guest stands still, even if it has ended by now.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
     }
 
     /// It stands still, or goes on.

@@ -9,7 +9,7 @@ use super::boot::Machine;
 use super::container::Container;
 use super::process::{Process, Status};
 use super::{LOST_EXIT_CODE, Sandbox, SandboxError};
-use crate::agent::Agent;
+use crate::agent::{Agent, AgentError};
 use crate::host_cgroup;
 use crate::standin;
 use crate::timeline;
@@ -17,6 +17,9 @@ use crate::vmm::Ended;
 
 /// How long a guest may take to write back its dirty pages and power off before it is killed.
 const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a process that was killed may take until its end is taken for granted.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Sandbox {
     /// Ends the sandbox and removes everything that there is of it. The guest gets the time to write back what is dirty.
@@ -113,6 +116,16 @@ impl Sandbox {
                     "server: process exited"
                 });
                 process.ended(exit.exit_code.min(255));
+                if container.is_paused() && container.status() == Status::Stopped {
+                    self.let_go(machine, &container).await;
+                }
+            }
+            // Only the init's end is the container's.
+            Err(SandboxError::Agent(AgentError::Refused { message, .. }))
+                if !exec_id.as_ref().is_empty() =>
+            {
+                tracing::warn!(message, "the end of a process is not told");
+                process.ended(LOST_EXIT_CODE);
             }
             Err(error) => {
                 self.fail(&error.to_string());
@@ -136,19 +149,62 @@ impl Sandbox {
         let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
         tokio::spawn(async move {
             ended.wait().await;
-            let id = container.id.as_str();
-            let killed = sandbox
-                .kill(id, &exec_id, libc::SIGKILL.unsigned_abs(), false)
-                .await;
-            if killed.is_ok() {
-                tracing::debug!(pid, "a stand-in has gone before its process");
-            }
             if exec_id.is_empty() {
-                container.init.wait().await;
+                sandbox
+                    .orphaned(&container, &exec_id, &container.init)
+                    .await;
                 sandbox.idle().await;
+            } else if let Some(exec) = container.exec(&exec_id) {
+                if exec.started.set(()).is_ok() {
+                    // Nobody will.
+                    exec.process.ended(LOST_EXIT_CODE);
+                    container.remove_exec(&exec_id);
+                    return;
+                }
+                sandbox.orphaned(&container, &exec_id, &exec.process).await;
+                // An orderly stand-in has seen to that itself.
+                let _ = sandbox.delete_exec(container.id.as_str(), &exec_id).await;
             }
         });
         Ok(())
+    }
+
+    /// Sees to the end of a process whose stand-in has gone.
+    async fn orphaned(&self, container: &Container, exec_id: &str, process: &Process) {
+        process.orphan();
+        let in_the_making = match process.status() {
+            Status::Creating => true,
+            Status::Created => !exec_id.is_empty(),
+            _ => false,
+        };
+        if in_the_making {
+            // Who makes it sees to its end.
+            process.wait().await;
+            return;
+        }
+        let number = libc::SIGKILL.unsigned_abs();
+        let killed = self
+            .kill(container.id.as_str(), exec_id, number, false)
+            .await;
+        if killed.is_ok() {
+            tracing::debug!("a stand-in has gone before its process");
+        }
+        // Its end is told when its output is taken, and nobody may be left who would.
+        if tokio::time::timeout(KILL_TIMEOUT, process.wait())
+            .await
+            .is_err()
+        {
+            process.ended(128 + number);
+        }
+    }
+
+    /// Resumes a guest whose container has ended as it was brought to a stand: it still has output to hand over and files to
+    /// write back.
+    pub(super) async fn let_go(&self, machine: &Machine, container: &Container) {
+        if let Err(error) = machine.vmm().order(Request::Resume, vec![]).await {
+            tracing::debug!(%error, "the guest does not go on");
+        }
+        container.set_paused(false);
     }
 
     /// Powers the guest off when every container has stopped; they stay known until they are deleted.

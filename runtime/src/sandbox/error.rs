@@ -54,6 +54,9 @@ pub enum SandboxError {
     /// The process that stands for the container's is not one that can.
     #[error("cannot use process {0} as a stand-in: {1}")]
     StandIn(u32, std::io::Error),
+    /// The process that stands for the container's ended while that was being made.
+    #[error("the process that stands for the container's was killed before that could start")]
+    Orphan,
     /// The VM ended under its containers.
     #[error("{0}")]
     Failed(String),

@@ -1,13 +1,13 @@
 //! Processes that are executed in a running container.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
-use super::container;
+use super::container::{self, Signal};
 use super::process::{Exit, Process, Status};
-use super::{Sandbox, SandboxError};
+use super::{Sandbox, SandboxError, deliver};
 use crate::stdio::{Stdio, TerminalSize};
 
 /// A process to execute.
@@ -58,6 +58,7 @@ impl Sandbox {
             spec,
             size: options.terminal_size,
             process,
+            started: OnceLock::new(),
         };
         if !container.add_exec(&exec.exec_id, added) {
             return Err(SandboxError::ExecExists(exec.exec_id));
@@ -79,9 +80,10 @@ impl Sandbox {
         let exec = container
             .exec(exec_id)
             .ok_or_else(|| SandboxError::NoProcess(exec_id.to_owned()))?;
-        if exec.process.status() != Status::Created {
+        // Of two who start it at once, one must not take it from the other.
+        if exec.process.status() != Status::Created || exec.started.set(()).is_err() {
             return Err(SandboxError::Status {
-                what: "cannot start the process",
+                what: "cannot start a process twice",
                 status: exec.process.status(),
             });
         }
@@ -110,6 +112,15 @@ impl Sandbox {
             .exec(container.id.as_str(), exec_id, exec.spec.clone(), stdio)
             .await;
         machine.explain(answer).await?;
+        if exec.process.is_orphan() {
+            let kill = Signal {
+                exec_id: exec_id.to_owned(),
+                number: libc::SIGKILL.unsigned_abs(),
+                all: false,
+            };
+            deliver(machine, container.id.as_str(), &kill).await?;
+            return Err(SandboxError::Orphan);
+        }
         exec.process.started();
         self.timeline.mark("server: process executed");
         tokio::spawn(self.clone().watch_process(

@@ -1,6 +1,7 @@
 //! One process of a container, its init or an exec'd one: where in its life it is, and its exit.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::SystemTime;
 
@@ -52,6 +53,7 @@ pub struct Process {
     /// The process of the host that stands for it, if there is one of its own.
     pub proxy: Option<u32>,
     status: Mutex<Status>,
+    orphaned: AtomicBool,
     exit: watch::Sender<Option<Exit>>,
 }
 
@@ -62,6 +64,7 @@ impl Process {
             stdio,
             proxy,
             status: Mutex::new(Status::Creating),
+            orphaned: AtomicBool::new(false),
             exit: watch::Sender::new(None),
         }
     }
@@ -79,6 +82,16 @@ impl Process {
     /// Its program has been executed. It may even have ended since.
     pub fn started(&self) {
         self.advance(Status::Created, Status::Running);
+    }
+
+    /// Its stand-in has gone.
+    pub fn orphan(&self) {
+        self.orphaned.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether its stand-in has gone. One that comes to be after that must not stay: nobody would take its output, nor its end.
+    pub fn is_orphan(&self) -> bool {
+        self.orphaned.load(Ordering::Relaxed)
     }
 
     /// It has ended; only the first end counts.
