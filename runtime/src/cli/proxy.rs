@@ -5,7 +5,7 @@
 //! before that has any thread, waits until the container is made, and stays when the command has gone.
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 
 use anyhow::Context;
@@ -198,6 +198,12 @@ async fn stand(job: &Job<'_>) -> anyhow::Result<i32> {
     let connection = bulkhead_runtime::sock::connect(&job.state.task_socket())?;
     let server = Server::new(connection, job.id.as_str(), job.exec_id)?;
     let mut streams = Streams::attach(job.stdio, &job.state.vsock(), job.id, job.exec_id)?;
+    if job.stdio.terminal
+        && let Some(size) = terminal::size(io::stdin().as_fd())
+    {
+        // The client may have set it before there was anybody to see the signal. A process that has ended needs none.
+        let _ = server.resize(size).await;
+    }
     let code = follow(&server, &mut signals, &mut streams).await?;
     // A reader of our output may be slow, and a signal says not to wait for it.
     tokio::select! {
