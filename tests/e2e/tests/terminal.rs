@@ -29,14 +29,15 @@ fn create(bundle: &Bundle) -> (Container<'_>, Console) {
     (container, console)
 }
 
-/// The terminal under test gives as many tries as it takes until the process at it has seen the new size.
+/// Asks for the size until the process at the terminal has learned of the new one.
+#[track_caller]
 fn expect_size(console: &mut Console, size: &str) {
-    loop {
+    const TRIES: usize = 50;
+    let learned = (0..TRIES).any(|_| {
         console.type_in("stty size; echo si''zed\n");
-        if console.expect("sized").contains(size) {
-            return;
-        }
-    }
+        console.expect("sized").contains(size)
+    });
+    assert!(learned, "the size is not {size}");
 }
 
 #[test]
