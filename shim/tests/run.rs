@@ -770,3 +770,43 @@ fn a_container_whose_stand_in_is_killed_has_stopped_even_if_its_guest_does_not_s
     assert!(deleted.status.success(), "{}", text(&deleted.stderr));
     bed.await_clean();
 }
+
+#[test]
+fn a_stand_in_whose_pid_is_known_catches_signals() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    let pid_file = bed.path("pid");
+    // While the guest has not made the container, nothing but the proxy is there to look at.
+    let mut create = Command::new(bulkhead())
+        .env("FAKE_VMM", "slow create")
+        .arg("--config")
+        .arg(bed.path("config.toml"))
+        .args(["create", "--pid-file", pid_file.to_str().unwrap(), "c1"])
+        .current_dir(bed.path("bundle"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    let pid = loop {
+        let record = fs::read(bed.path("state/c1/state.json")).unwrap_or_default();
+        let record: Value = serde_json::from_slice(&record).unwrap_or_default();
+        if let Some(pid) = record["pid"].as_u64() {
+            break pid;
+        }
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    create.kill().unwrap();
+    create.wait().unwrap();
+    let caught = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigCgt:"))
+        .unwrap();
+    let caught = u64::from_str_radix(caught.trim(), 16).unwrap();
+    assert_ne!(caught & 1 << (Signal::SIGTERM as u64 - 1), 0);
+    bed.await_clean();
+}

@@ -120,23 +120,30 @@ fn main(job: &Job, mut ready: PipeWriter, mut go: PipeReader) -> i32 {
         Some(go.as_raw_fd()),
         job.terminal.map(|fd| fd.as_raw_fd()),
     ];
-    if let Err(error) = set_up(job, keep) {
-        let _ = write!(ready, "{error:#}");
-        return LOST;
-    }
+    // Before anybody knows the pid: a signal that comes early is kept until there is who to pass it on to.
+    let prepared = set_up(job, keep).and_then(|()| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let context = runtime.enter();
+        let signals = Signals::catch().context("cannot catch signals")?;
+        drop(context);
+        Ok((runtime, signals))
+    });
+    let (runtime, signals) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            let _ = write!(ready, "{error:#}");
+            return LOST;
+        }
+    };
     drop(ready);
     let mut byte = [0];
     if !matches!(go.read(&mut byte), Ok(1)) {
         return LOST;
     }
     drop(go);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    let Ok(runtime) = runtime else {
-        return LOST;
-    };
-    let code = runtime.block_on(stand(job)).unwrap_or(LOST);
+    let code = runtime.block_on(stand(job, signals)).unwrap_or(LOST);
     // Input may still be waited for; the end of the process is its end.
     runtime.shutdown_background();
     code
@@ -193,8 +200,7 @@ fn close_others(keep: [Option<RawFd>; 3]) -> io::Result<()> {
 }
 
 /// From the container's creation to its end.
-async fn stand(job: &Job<'_>) -> anyhow::Result<i32> {
-    let mut signals = Signals::catch()?;
+async fn stand(job: &Job<'_>, mut signals: Signals) -> anyhow::Result<i32> {
     let connection = bulkhead_runtime::sock::connect(&job.state.task_socket())?;
     let server = Server::new(connection, job.id.as_str(), job.exec_id)?;
     let mut streams = Streams::attach(job.stdio, &job.state.vsock(), job.id, job.exec_id)?;
