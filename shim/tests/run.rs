@@ -207,7 +207,10 @@ fn text(bytes: &[u8]) -> String {
 fn assert_sentence(output: &Output, expected: &str) {
     let stderr = text(&output.stderr);
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
-    assert!(stderr.starts_with("bulkhead run failed: "), "{stderr}");
+    assert!(
+        stderr.starts_with("error: bulkhead run failed: "),
+        "{stderr}"
+    );
     assert!(stderr.contains(expected), "{stderr}");
 }
 
@@ -563,7 +566,8 @@ fn errors_go_to_the_log_file_in_runcs_form() {
     assert_eq!(child.wait().unwrap().code(), Some(1));
     let entry: Value = serde_json::from_str(&fs::read_to_string(log).unwrap()).unwrap();
     assert_eq!(entry["level"], "error");
-    assert_eq!(entry["msg"], stderr.trim_end());
+    let message = entry["msg"].as_str().unwrap();
+    assert_eq!(stderr, format!("error: {message}\n"));
     bed.assert_clean();
 }
 
