@@ -66,12 +66,14 @@ fn a_terminal_over_a_console_socket_is_a_real_one() {
     console.expect("again");
     console.type_in("\x1a");
     console.expect("Stopped");
-    console.type_in("kill -9 %1; wait; echo en''ded\n");
-    console.expect("ended");
     // Ctrl-D is the end of the input.
+    console.type_in("echo go''ing; cat; echo af''ter\n");
+    console.expect("going");
     console.type_in("\x04");
+    console.expect("after");
+    container.command_with(&["kill"], &["KILL"]).expect_code(0);
     console.rest();
-    assert_eq!(container.wait(), 0);
+    assert_eq!(container.wait(), 137);
     drop(container);
     host.assert_nothing_new();
 }
