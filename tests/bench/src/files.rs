@@ -48,7 +48,7 @@ pub fn measure(
         .arg(bundle.in_root("work")))?;
 
     let began = comparisons.len();
-    for _ in 0..rounds {
+    for round in 1..=rounds {
         let theirs = steps(runc(), &bundle)?;
         let ours = steps(bulkhead(), &bundle)?;
         for (index, (&(name, what, goal), (ours, theirs))) in
@@ -57,6 +57,8 @@ pub fn measure(
             for step in [ours, theirs] {
                 ensure!(step.name == name, "step {:?} came for {name:?}", step.name);
             }
+            let (their, our) = (theirs.seconds, ours.seconds);
+            eprintln!("round {round}, {name}: runc {their:.2} s, bulkhead {our:.2} s");
             if comparisons.len() <= began + index {
                 comparisons.push(Comparison {
                     what: what.to_owned(),

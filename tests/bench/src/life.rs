@@ -68,6 +68,7 @@ pub fn alternate(
     let mut seconds = (Vec::new(), Vec::new());
     for round in 0..=rounds {
         let (their, our) = (theirs()?, ours()?);
+        eprintln!("round {round}: runc {their:.2} s, bulkhead {our:.2} s");
         if round > 0 {
             seconds.0.push(our);
             seconds.1.push(their);
