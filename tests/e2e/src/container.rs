@@ -241,21 +241,27 @@ impl Drop for Container<'_> {
 
 /// Children of this process whose command line names `id`, and those that have ended already.
 fn children_about(id: &str) -> Vec<Pid> {
+    let about = |pid: &Pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        line.is_empty() || words.any(|word| word == id.as_bytes())
+    };
+    children().into_iter().filter(about).collect()
+}
+
+/// Children of this process.
+fn children() -> Vec<Pid> {
     let own = std::process::id().to_string();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let about = |pid: &i32| {
+    let ours = |pid: &i32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let parent = stat
             .rsplit_once(") ")
             .and_then(|(_, rest)| rest.split(' ').nth(1));
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let names_it = String::from_utf8_lossy(&line)
-            .split('\0')
-            .any(|word| word == id);
-        parent == Some(&own) && (names_it || line.is_empty())
+        parent == Some(&own)
     };
-    pids.filter(about).map(Pid::from_raw).collect()
+    pids.filter(ours).map(Pid::from_raw).collect()
 }
 
 /// Waits for a process that has become this one's child.
@@ -281,5 +287,22 @@ pub fn reap() {
         if status == WaitStatus::StillAlive {
             break;
         }
+    }
+}
+
+/// Waits until every child of this process has ended, and takes them away: no container of the test's lives any more.
+///
+/// # Panics
+/// When one goes on.
+#[track_caller]
+pub fn reap_all() {
+    loop {
+        reap();
+        let left = children();
+        if left.is_empty() {
+            return;
+        }
+        let pids: Vec<u32> = left.iter().map(|pid| pid.as_raw().unsigned_abs()).collect();
+        crate::processes::wait_for_end(&pids);
     }
 }

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::{finish, run, run_command};
-use bulkhead_e2e::container::{Container, bulkhead, reap};
+use bulkhead_e2e::container::{Container, bulkhead, reap_all};
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::processes;
 
@@ -135,7 +135,7 @@ fn eight_sandboxes_at_once_leave_nothing() {
         assert_eq!(output.status.code(), Some(n.try_into().unwrap()));
         assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{n}\n"));
     }
-    reap();
+    reap_all();
     host.assert_nothing_new();
     finish(Command::new(bulkhead()).arg("list")).expect_code(0);
 }

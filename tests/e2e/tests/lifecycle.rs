@@ -10,7 +10,7 @@ use std::process::Stdio;
 
 use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::{Ended, finish};
-use bulkhead_e2e::container::{Container, bulkhead, reap, runc, wait_for};
+use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc, wait_for};
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::processes;
 use nix::sys::signal::{Signal, kill};
@@ -66,7 +66,7 @@ fn a_container_goes_through_the_states_of_the_spec() {
         container.command(&["delete"]).expect_code(0);
         container.command(&["state"]).expect_code(1);
     }
-    reap();
+    reap_all();
     host.assert_nothing_new();
 }
 
@@ -551,7 +551,7 @@ fn a_hook_that_fails_before_the_start_undoes_the_container() {
             "{}",
             ended.stderr
         );
-        reap();
+        reap_all();
         host.assert_nothing_new();
     }
 }
@@ -627,6 +627,6 @@ fn a_foreground_container_can_be_kept() {
         finish(std::process::Command::new(bulkhead()).args(["state", "kept"])).expect_code(0);
     assert!(state.stdout.contains("\"stopped\""), "{}", state.stdout);
     finish(std::process::Command::new(bulkhead()).args(["delete", "kept"])).expect_code(0);
-    reap();
+    reap_all();
     host.assert_nothing_new();
 }

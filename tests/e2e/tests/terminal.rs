@@ -7,7 +7,7 @@ use std::process::Stdio;
 use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::run_command;
 use bulkhead_e2e::console::{Console, ConsoleSocket};
-use bulkhead_e2e::container::{Container, bulkhead, reap, wait_for};
+use bulkhead_e2e::container::{Container, bulkhead, reap_all, wait_for};
 use bulkhead_e2e::leaks::Host;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
@@ -157,7 +157,7 @@ fn a_foreground_terminal_is_raw_while_the_container_runs_and_restored_after_any_
             tcgetattr(&terminal).unwrap() == before,
             "{end}: not restored"
         );
-        reap();
+        reap_all();
         host.assert_nothing_new();
     }
 }
