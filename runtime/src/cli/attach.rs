@@ -113,8 +113,15 @@ impl Streams {
         Ok(())
     }
 
-    /// Returns when all output is written.
-    pub async fn drained(&mut self) {
+    /// Returns when all output is written. A reader of it may be slow, and a signal says not to wait for it.
+    pub async fn written(&mut self, signals: &mut Signals) {
+        tokio::select! {
+            () = self.drained() => {}
+            _ = signals.end() => {}
+        }
+    }
+
+    async fn drained(&mut self) {
         for drained in &mut self.drained {
             let _ = drained.await;
         }

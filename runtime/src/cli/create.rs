@@ -25,6 +25,7 @@ use thiserror::Error;
 
 use super::attach::{Streams, follow, own_stdio};
 use super::client::{Server, ServerError};
+use super::known::block_on;
 use super::proxy::{IdMaps, Job, Proxy};
 use super::signals::Signals;
 use super::terminal::{self, Pair, Raw};
@@ -217,29 +218,21 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
             terminal_size: prepared.console_size(),
             systemd_cgroup: invocation.systemd_cgroup,
         };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
-        let made = runtime.block_on(async {
+        block_on(async {
             let server = Server::new(connection, prepared.id.as_str(), "")?;
             let made = make(&server, &prepared, stdio, &options, &pair, args, start).await;
             if made.is_err() {
                 server.shutdown().await;
             }
             made
-        });
-        made?;
+        })?;
         proxy
             .go()
             .context("the process that stands for the container's has gone")
     });
     match made {
         Ok(()) => {
-            if let Some(mut lifeline) = lifeline.map(File::from) {
-                lifeline
-                    .write_all(&[1])
-                    .context("the sandbox server has gone")?;
-            }
+            keep(lifeline)?;
             Ok(0)
         }
         Err(error) => {
@@ -431,11 +424,7 @@ async fn container(
         let exit_code = i32::try_from(code).unwrap_or(super::FAILURE);
         return Err(Lost { reason, exit_code }.into());
     }
-    // A reader of our output may be slow, and a second signal says not to wait for it.
-    tokio::select! {
-        () = streams.drained() => {}
-        _ = signals.end() => {}
-    }
+    streams.written(signals).await;
     timeline.mark("client: output written");
     if !args.keep {
         server.delete().await?;

@@ -266,10 +266,7 @@ fn foreground(
         }
         let mut streams = Streams::attach(stdio, &known.state.vsock(), &known.id, &exec_id)?;
         let code = follow(&server, &mut signals, &mut streams).await?;
-        tokio::select! {
-            () = streams.drained() => {}
-            _ = signals.end() => {}
-        }
+        streams.written(&mut signals).await;
         // The server forgets it with its container anyway.
         let _ = server.delete().await;
         Ok::<_, anyhow::Error>(code)

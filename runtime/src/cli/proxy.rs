@@ -211,11 +211,7 @@ async fn stand(job: &Job<'_>, mut signals: Signals) -> anyhow::Result<i32> {
         let _ = server.resize(size).await;
     }
     let code = follow(&server, &mut signals, &mut streams).await?;
-    // A reader of our output may be slow, and a signal says not to wait for it.
-    tokio::select! {
-        () = streams.drained() => {}
-        _ = signals.end() => {}
-    }
+    streams.written(&mut signals).await;
     if !job.exec_id.is_empty() {
         // The server forgets it with its container anyway.
         let _ = server.delete().await;

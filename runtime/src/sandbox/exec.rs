@@ -1,6 +1,5 @@
 //! Processes that are executed in a running container.
 
-use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
@@ -155,11 +154,6 @@ impl Sandbox {
                 .await?;
         }
         Ok(process.exit())
-    }
-
-    /// The bundle of a container, for what a client has to look up there.
-    pub fn bundle(&self, id: &str) -> Result<PathBuf, SandboxError> {
-        Ok(self.container(id)?.bundle.clone())
     }
 }
 
