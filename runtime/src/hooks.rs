@@ -16,6 +16,7 @@ use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
+use crate::oom;
 use crate::sandbox::Status;
 
 /// Most bytes of a hook's standard error that are shown.
@@ -172,6 +173,8 @@ async fn output(
         command.env_clear();
         command.envs(env.iter().filter_map(|entry| entry.split_once('=')));
     }
+    // While the server's procfs is there.
+    oom::unprotect(command.as_std_mut())?;
     if let Some(namespaces) = namespaces {
         namespaces.enter(&mut command, bundle)?;
     }

@@ -234,12 +234,17 @@ impl Launch<'_> {
             // Whoever reads the caller's output waits for its end, and the server lives on.
             File::create(state.server_log())?.into()
         };
-        let child = Command::new(&self.config.server)
+        let mut child = Command::new(&self.config.server)
             .args(args.to_args())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr)
             .spawn()?;
+        if let Err(error) = state.save_server_pid(child.id()) {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(error);
+        }
         Ok(Launched {
             child,
             connection,

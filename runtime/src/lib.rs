@@ -12,6 +12,7 @@
 //! | [`annotations`] | what a bundle's annotations say to this runtime |
 //! | [`hooks`] | the hooks that run on the host |
 //! | [`host_cgroup`], [`standin`] | how a sandbox shows on the host: its cgroup, and the processes that stand for the container's |
+//! | [`oom`] | whom of a sandbox the host's OOM killer takes |
 //! | [`share`] | the sandbox's mount namespace and the shared directory tree |
 //! | [`sizing`] | vCPUs and memory of a guest |
 //! | [`vmm`] | one VMM process and its control socket |
@@ -32,6 +33,7 @@ pub mod hooks;
 pub mod host_cgroup;
 pub mod id;
 pub mod launch;
+pub mod oom;
 pub mod preflight;
 pub mod sandbox;
 pub mod share;

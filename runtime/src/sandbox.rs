@@ -30,6 +30,7 @@ use crate::config::Config;
 use crate::hooks::{self, HookState, RuntimeNamespaces};
 use crate::host_cgroup::{self, HostCgroup};
 use crate::id::ContainerId;
+use crate::oom;
 use crate::sizing::Size;
 use crate::spec::Bundle;
 use crate::standin;
@@ -40,6 +41,7 @@ use crate::timeline::Timeline;
 pub use boot::BootError;
 use boot::Machine;
 use container::{Container, Signal};
+use end::KILL_TIMEOUT;
 pub use error::SandboxError;
 pub use exec::{Exec, ExecOptions, OPTIONS};
 use process::Process;
@@ -47,6 +49,9 @@ pub use process::{Exit, Status};
 
 /// Exit code of a process whose VM ended under it.
 const LOST_EXIT_CODE: u32 = 255;
+
+/// Exit code of a process that SIGKILL has ended.
+const KILLED_EXIT_CODE: u32 = 128 + libc::SIGKILL.unsigned_abs();
 
 /// What a sandbox is made with. The current directory of the process must be the state directory.
 #[derive(Debug)]
@@ -201,6 +206,7 @@ impl Sandbox {
             created: SystemTime::now(),
             annotations: bundle.spec.annotations().clone().unwrap_or_default(),
             pid: options.proxy.unwrap_or(0),
+            status: Status::Creating,
             cgroup: cgroup.clone(),
             failure: None,
         };
@@ -222,6 +228,11 @@ impl Sandbox {
                 Machine::power_on(self, size, cmdline)
             })
             .await?;
+        let oom_score = bundle.spec.process().as_ref();
+        let oom_score = oom_score.and_then(|process| process.oom_score_adj());
+        for pid in options.proxy.into_iter().chain([machine.vmm().pid()]) {
+            oom::set(pid, oom_score).map_err(|cause| SandboxError::OomScore(pid, cause))?;
+        }
         record.pid = options.proxy.unwrap_or_else(|| machine.vmm().pid());
         self.params.state.save(&record)?;
         let pid = record.pid;
@@ -247,6 +258,7 @@ impl Sandbox {
             return Err(SandboxError::Orphan);
         }
         container.init.created();
+        self.note(container);
         self.timeline.mark("server: container created");
         tokio::spawn(self.clone().watch_process(
             container.clone(),
@@ -342,6 +354,7 @@ impl Sandbox {
         let agent = machine.agent().await?;
         machine.explain(agent.start(id).await).await?;
         container.init.started();
+        self.note(&container);
         self.timeline.mark("server: container started");
         let pid = self.stand_in(&container.init);
         if let Some(hooks) = &container.hooks {
@@ -368,7 +381,7 @@ impl Sandbox {
 
     /// Signals a process, or all of the container. To one that stands still SIGKILL comes at once and everything else when
     /// it is resumed.
-    pub async fn kill(
+    pub async fn signal(
         &self,
         id: &str,
         exec_id: &str,
@@ -401,7 +414,9 @@ impl Sandbox {
                 resumed?;
             }
         }
-        deliver(machine, id, &signal).await
+        deliver(machine, id, &signal).await?;
+        self.timeline.mark("server: signal delivered");
+        Ok(())
     }
 
     /// Stops every vCPU of the guest. There is one container in it.
@@ -416,6 +431,7 @@ impl Sandbox {
         }
         machine.vmm().order(Request::Pause, vec![]).await?;
         container.set_paused(true);
+        self.note(&container);
         if container.status() == Status::Stopped {
             self.let_go(machine, &container).await;
             return Err(SandboxError::Status {
@@ -438,6 +454,7 @@ impl Sandbox {
         }
         machine.vmm().order(Request::Resume, vec![]).await?;
         container.set_paused(false);
+        self.note(&container);
         for signal in container.take_deferred() {
             match deliver(machine, id, &signal).await {
                 // It may have ended before it stood still, or by the signal before this one.
@@ -467,6 +484,7 @@ impl Sandbox {
 
     /// Forgets a container that does not run; one that was never started is killed first, as runc does.
     pub async fn delete(self: &Arc<Self>, id: &str) -> Result<Option<Exit>, SandboxError> {
+        self.timeline.mark("server: deletion asked");
         let container = self.container(id)?;
         let status = container.status();
         if !matches!(status, Status::Created | Status::Stopped) {
@@ -476,11 +494,16 @@ impl Sandbox {
             });
         }
         if status == Status::Created && self.failure.get().is_none() {
-            self.kill(id, "", libc::SIGKILL.unsigned_abs(), true)
+            self.signal(id, "", libc::SIGKILL.unsigned_abs(), true)
                 .await?;
-            container.init.wait().await;
+            let ended = tokio::time::timeout(KILL_TIMEOUT, container.init.wait()).await;
+            if ended.is_err() {
+                // A guest that does not tell is about to end itself.
+                container.lost(KILLED_EXIT_CODE);
+            }
         }
         self.containers().remove(id);
+        self.timeline.mark("server: container forgotten");
         // With the last container the guest goes too, and it is not worth tidying up.
         if !self.is_empty() && self.failure.get().is_none() {
             let machine = self.running_machine()?;
@@ -538,6 +561,17 @@ impl Sandbox {
     /// Whether there is no container.
     pub fn is_empty(&self) -> bool {
         self.containers().is_empty()
+    }
+
+    /// Puts on record where in its life a container is.
+    fn note(&self, container: &Container) {
+        let saved = self.params.state.load().and_then(|mut record| {
+            record.status = container.status();
+            self.params.state.save(&record)
+        });
+        if let Err(error) = saved {
+            tracing::warn!(%error, "the record of the container is out of date");
+        }
     }
 
     fn running_machine(&self) -> Result<&Machine, SandboxError> {

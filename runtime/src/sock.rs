@@ -10,16 +10,33 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use nix::sys::socket::sockopt::SendTimeout;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, setsockopt, socket};
+use nix::sys::time::TimeVal;
+
 /// Binds a listener at `path`.
 pub fn bind(path: &Path) -> io::Result<UnixListener> {
     let (_dir, short) = short(path)?;
     UnixListener::bind(short)
 }
 
-/// Connects to the listener at `path`.
+/// How long a listener that takes no calls is given.
+const PATIENCE: TimeVal = TimeVal::new(3, 0);
+
+/// Connects to the listener at `path`. One that has too many calls waiting, and takes none, is as [`io::ErrorKind::WouldBlock`].
 pub fn connect(path: &Path) -> io::Result<UnixStream> {
     let (_dir, short) = short(path)?;
-    UnixStream::connect(short)
+    let socket = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // `connect` waits for room in the listener's queue as long as writing may wait (unix(7), socket(7)).
+    setsockopt(&socket, SendTimeout, &PATIENCE)?;
+    nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(&short)?)?;
+    setsockopt(&socket, SendTimeout, &TimeVal::new(0, 0))?;
+    Ok(socket.into())
 }
 
 /// A short name of `path`, good while the returned descriptor of its directory is open.
@@ -50,5 +67,17 @@ mod tests {
         let listener = bind(&path).unwrap();
         connect(&path).unwrap();
         listener.accept().unwrap();
+    }
+
+    #[test]
+    fn a_listener_that_takes_no_calls_is_not_waited_for_without_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = bind(&path).unwrap();
+        // The shortest queue that there is.
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+        let _first = connect(&path).unwrap();
+        let error = connect(&path).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }
 }

@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -51,4 +52,24 @@ pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just made this descriptor for this process, close-on-exec, and nobody else knows of it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether a process is there, and not only waited for.
+pub fn is_alive(pid: u32) -> bool {
+    let Ok(process) = pidfd(pid) else {
+        return false;
+    };
+    let mut ended = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut ended, PollTimeout::ZERO), Ok(0))
+}
+
+/// Kills a process (`pidfd_send_signal(2)`).
+pub fn kill(process: BorrowedFd<'_>) -> io::Result<()> {
+    let (fd, info) = (process.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
+    // SAFETY: the descriptor is open, and without information the call reads no memory.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGKILL, info, 0) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }

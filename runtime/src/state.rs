@@ -5,6 +5,7 @@
 //! | `task.sock` | the server's socket (Task API over ttrpc) |
 //! | `vsock`, `vsock_<port>` | the VMM's hybrid vsock |
 //! | `share/` | where the server mounts the shared tree, in its own mount namespace |
+//! | `server.pid` | the server's process, for those whom it does not answer |
 //! | `server.log` | warnings of a server whose client does not wait for its end |
 //! | `state.json` | what outlives a crash of the server: see [`Record`] |
 //!
@@ -25,6 +26,7 @@ use thiserror::Error;
 
 use crate::host_cgroup::HostCgroup;
 use crate::id::ContainerId;
+use crate::sandbox::Status;
 use crate::sock;
 
 /// What went wrong with the state directory.
@@ -62,6 +64,8 @@ pub struct Record {
     pub annotations: HashMap<String, String>,
     /// The process of the host that stands for its init.
     pub pid: u32,
+    /// Where in its life it is, for those whom its server does not answer.
+    pub status: Status,
     /// The host's cgroup.
     pub cgroup: Option<HostCgroup>,
     /// Why the sandbox ended, if not by its container's exit.
@@ -191,6 +195,21 @@ impl StateDir {
         self.path.join("server.log")
     }
 
+    /// Notes which process the server is.
+    pub fn save_server_pid(&self, pid: u32) -> io::Result<()> {
+        fs::write(self.path.join("server.pid"), pid.to_string())
+    }
+
+    /// Which process the server is.
+    pub fn server_pid(&self) -> Result<u32, StateError> {
+        let path = self.path.join("server.pid");
+        let text = fs::read_to_string(&path).map_err(|cause| self.error("read", &path, cause))?;
+        let pid = text
+            .parse()
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e));
+        pid.map_err(|cause| self.error("read", &path, cause))
+    }
+
     /// Writes `state.json`, whole or not at all.
     pub fn save(&self, record: &Record) -> Result<(), StateError> {
         let path = self.path.join("state.json");
@@ -273,6 +292,7 @@ mod tests {
             created: SystemTime::UNIX_EPOCH,
             annotations: HashMap::from([("a".into(), "b".into())]),
             pid: 7,
+            status: Status::Running,
             cgroup: None,
             failure: Some("the VM crashed".into()),
         };

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use serde::{Deserialize, Serialize};
 
 pub use bulkhead_vmm::control::TimelineEntry;
+use bulkhead_vmm::fault;
 
 /// A timeline as it is written for `make bench`.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,8 +44,7 @@ impl Timeline {
             });
         }
         drop(record);
-        #[cfg(debug_assertions)]
-        fault(name);
+        fault::point(name);
     }
 
     /// Adds moments that another process has noted.
@@ -61,17 +61,6 @@ impl Timeline {
         self.0
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-}
-
-/// Names the moment at which a process of a test build is killed, so that tests can see what it leaves.
-#[cfg(debug_assertions)]
-pub const FAULT_VARIABLE: &str = "BULKHEAD_FAULT";
-
-#[cfg(debug_assertions)]
-fn fault(name: &str) {
-    if std::env::var_os(FAULT_VARIABLE).is_some_and(|fault| fault == name) {
-        let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
     }
 }
 

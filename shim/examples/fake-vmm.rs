@@ -18,7 +18,8 @@ use std::thread;
 use async_trait::async_trait;
 use bulkhead_protocol::agent::{
     CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest,
-    DeleteContainerResponse, HelloRequest, HelloResponse, ShutdownRequest, ShutdownResponse,
+    DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse, ExecProcessRequest,
+    ExecProcessResponse, HelloRequest, HelloResponse, ShutdownRequest, ShutdownResponse,
     SignalProcessRequest, SignalProcessResponse, StartContainerRequest, StartContainerResponse,
     StreamHeader, StreamKind, WaitProcessRequest, WaitProcessResponse,
 };
@@ -33,7 +34,8 @@ use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 use ttrpc::{Code, get_status};
 
-type Streams = Arc<(Mutex<HashMap<i32, UnixStream>>, Condvar)>;
+/// By process and kind.
+type Streams = Arc<(Mutex<HashMap<(String, i32), UnixStream>>, Condvar)>;
 
 fn main() {
     let mode = std::env::var("FAKE_VMM").unwrap_or_default();
@@ -110,7 +112,8 @@ fn serve_vsock(path: &Path, streams: &Streams) {
             stream.read_exact(&mut body).unwrap();
             let header = StreamHeader::parse_from_bytes(&body).unwrap();
             let (map, arrived) = &*streams;
-            map.lock().unwrap().insert(header.kind.value(), stream);
+            let name = (header.exec_id, header.kind.value());
+            map.lock().unwrap().insert(name, stream);
             arrived.notify_all();
         }
     });
@@ -129,14 +132,11 @@ fn serve_agent(mode: &str, control: Arc<OwnedFd>, streams: Streams) {
         if tokio::net::UnixStream::connect(&path).await.is_ok() && mode == "dial twice" {
             eprintln!("a second call was taken");
         }
-        let (sender, exit) = watch::channel(None);
         let agent = FakeAgent {
             mode: mode.to_owned(),
             control,
             streams,
-            container: Mutex::default(),
-            exit,
-            sender,
+            processes: Processes::default(),
         };
         let connection = futures_stream(stream);
         let mut server = Server::new()
@@ -155,20 +155,101 @@ fn futures_stream(
     futures::stream::iter([Ok(stream)]).chain(futures::stream::pending())
 }
 
-#[derive(Default)]
-struct Container {
+/// The container's init, by an empty name, or an exec'd process.
+struct Process {
     args: Vec<String>,
-    wanted: Vec<i32>,
+    wanted: Vec<(String, i32)>,
     pid: Option<u32>,
+    exit: watch::Sender<Option<u32>>,
 }
 
 struct FakeAgent {
     mode: String,
     control: Arc<OwnedFd>,
     streams: Streams,
-    container: Mutex<Container>,
-    exit: watch::Receiver<Option<u32>>,
-    sender: watch::Sender<Option<u32>>,
+    processes: Processes,
+}
+
+type Processes = Arc<Mutex<HashMap<String, Process>>>;
+
+impl FakeAgent {
+    fn add(&self, exec_id: &str, process: &Value, stdio: &bulkhead_protocol::agent::Stdio) {
+        let args = process["args"].as_array().unwrap();
+        let wanted = [
+            (stdio.stdin, StreamKind::STDIN),
+            (stdio.stdout, StreamKind::STDOUT),
+            (stdio.stderr, StreamKind::STDERR),
+        ];
+        let process = Process {
+            args: args
+                .iter()
+                .map(|arg| arg.as_str().unwrap().to_owned())
+                .collect(),
+            wanted: wanted
+                .iter()
+                .filter(|w| w.0 && self.mode != "deaf")
+                .map(|w| (exec_id.to_owned(), w.1.value()))
+                .collect(),
+            pid: None,
+            exit: watch::Sender::new(None),
+        };
+        let mut processes = self.processes.lock().unwrap();
+        processes.insert(exec_id.to_owned(), process);
+    }
+}
+
+/// Executes a program once its streams are there.
+fn execute(exec_id: &str, processes: &Processes, streams: &Streams) -> ttrpc::Result<()> {
+    let wanted = processes.lock().unwrap()[exec_id].wanted.clone();
+    let (map, arrived) = &**streams;
+    let mut streams = arrived
+        .wait_while(map.lock().unwrap(), |map| {
+            !wanted.iter().all(|name| map.contains_key(name))
+        })
+        .unwrap();
+    let mut processes = processes.lock().unwrap();
+    let process = processes.get_mut(exec_id).unwrap();
+    if process.exit.borrow().is_some() {
+        return Ok(());
+    }
+    let mut stdio = |kind: StreamKind| {
+        let name = (exec_id.to_owned(), kind.value());
+        match streams.remove(&name) {
+            Some(stream) => Stdio::from(OwnedFd::from(stream)),
+            None => Stdio::null(),
+        }
+    };
+    let mut command = Command::new(&process.args[0]);
+    command
+        .args(&process.args[1..])
+        .stdin(stdio(StreamKind::STDIN))
+        .stdout(stdio(StreamKind::STDOUT))
+        .stderr(stdio(StreamKind::STDERR));
+    // The processes of a guest end with it.
+    // SAFETY: one system call between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            Ok(nix::sys::prctl::set_pdeathsig(
+                nix::sys::signal::Signal::SIGKILL,
+            )?)
+        });
+    }
+    let mut child = command.spawn().map_err(|_| {
+        let program = &process.args[0];
+        let message = format!("exec: {program:?}: executable file not found in $PATH");
+        status(Code::NOT_FOUND, message)
+    })?;
+    process.pid = Some(child.id());
+    let exit = process.exit.clone();
+    thread::spawn(move || {
+        let end = child.wait().unwrap();
+        let code = end
+            .code()
+            .or(end.signal().map(|signal| signal + 128))
+            .unwrap();
+        exit.send_replace(Some(code as u32));
+    });
+    Ok(())
 }
 
 fn status(code: Code, message: String) -> ttrpc::Error {
@@ -202,22 +283,7 @@ impl Agent for FakeAgent {
         if !Path::new(&on_host).join("marker").exists() {
             return Err(status(Code::INTERNAL, format!("{on_host} has no marker")));
         }
-        let args = spec["process"]["args"].as_array().unwrap();
-        let wanted = [
-            (request.stdio.stdin, StreamKind::STDIN),
-            (request.stdio.stdout, StreamKind::STDOUT),
-            (request.stdio.stderr, StreamKind::STDERR),
-        ];
-        let mut container = self.container.lock().unwrap();
-        container.args = args
-            .iter()
-            .map(|arg| arg.as_str().unwrap().to_owned())
-            .collect();
-        container.wanted = wanted
-            .iter()
-            .filter(|w| w.0 && self.mode != "deaf")
-            .map(|w| w.1.value())
-            .collect();
+        self.add("", &spec["process"], &request.stdio);
         Ok(CreateContainerResponse {
             pid: 2,
             ..Default::default()
@@ -232,57 +298,49 @@ impl Agent for FakeAgent {
         if self.mode == "die at start" {
             std::process::exit(3);
         }
-        let mut container = self.container.lock().unwrap();
-        let (map, arrived) = &*self.streams;
-        let wanted = container.wanted.clone();
-        let mut streams = arrived
-            .wait_while(map.lock().unwrap(), |map| {
-                !wanted.iter().all(|kind| map.contains_key(kind))
-            })
-            .unwrap();
-        let mut stdio = |kind: StreamKind| match streams.remove(&kind.value()) {
-            Some(stream) => Stdio::from(OwnedFd::from(stream)),
-            None => Stdio::null(),
-        };
-        let mut command = Command::new(&container.args[0]);
-        command
-            .args(&container.args[1..])
-            .stdin(stdio(StreamKind::STDIN))
-            .stdout(stdio(StreamKind::STDOUT))
-            .stderr(stdio(StreamKind::STDERR));
-        // The processes of a guest end with it.
-        // SAFETY: one system call between fork and exec.
-        unsafe {
-            command.pre_exec(|| {
-                Ok(nix::sys::prctl::set_pdeathsig(
-                    nix::sys::signal::Signal::SIGKILL,
-                )?)
-            });
-        }
-        let mut child = command.spawn().map_err(|_| {
-            let program = &container.args[0];
-            let message = format!("exec: {program:?}: executable file not found in $PATH");
-            status(Code::NOT_FOUND, message)
-        })?;
-        container.pid = Some(child.id());
-        let sender = self.sender.clone();
-        thread::spawn(move || {
-            let end = child.wait().unwrap();
-            let code = end
-                .code()
-                .or(end.signal().map(|signal| signal + 128))
-                .unwrap();
-            sender.send_replace(Some(code as u32));
-        });
+        execute("", &self.processes, &self.streams)?;
         Ok(StartContainerResponse::default())
+    }
+
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: ExecProcessRequest,
+    ) -> ttrpc::Result<ExecProcessResponse> {
+        let process: Value = serde_json::from_slice(&request.process_json).unwrap();
+        self.add(&request.exec_id, &process, &request.stdio);
+        // Its streams come after the answer.
+        let (processes, streams) = (self.processes.clone(), self.streams.clone());
+        thread::spawn(move || {
+            execute(&request.exec_id, &processes, &streams).unwrap();
+            // The process ends with the thread that has started it.
+            loop {
+                thread::park();
+            }
+        });
+        Ok(ExecProcessResponse {
+            pid: 3,
+            ..Default::default()
+        })
+    }
+
+    async fn delete_process(
+        &self,
+        _: &TtrpcContext,
+        _: DeleteProcessRequest,
+    ) -> ttrpc::Result<DeleteProcessResponse> {
+        Ok(DeleteProcessResponse::default())
     }
 
     async fn wait_process(
         &self,
         _: &TtrpcContext,
-        _: WaitProcessRequest,
+        request: WaitProcessRequest,
     ) -> ttrpc::Result<WaitProcessResponse> {
-        let mut exit = self.exit.clone();
+        let mut exit = {
+            let processes = self.processes.lock().unwrap();
+            processes[&request.exec_id].exit.subscribe()
+        };
         let exit_code = exit.wait_for(Option::is_some).await.unwrap().unwrap();
         Ok(WaitProcessResponse {
             exit_code,
@@ -298,10 +356,18 @@ impl Agent for FakeAgent {
         if self.mode == "undying" {
             return Ok(SignalProcessResponse::default());
         }
-        let pid = self.container.lock().unwrap().pid;
-        let pid = pid.ok_or_else(|| status(Code::NOT_FOUND, "no such process".into()))?;
-        let signal = nix::sys::signal::Signal::try_from(request.signal as i32).unwrap();
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal).unwrap();
+        let mut processes = self.processes.lock().unwrap();
+        let process = processes.get_mut(&request.exec_id).unwrap();
+        match process.pid {
+            Some(pid) => {
+                let signal = nix::sys::signal::Signal::try_from(request.signal as i32).unwrap();
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal);
+            }
+            // What waits for its exec.
+            None => {
+                process.exit.send_replace(Some(128 + request.signal));
+            }
+        }
         Ok(SignalProcessResponse::default())
     }
 
@@ -318,15 +384,14 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         _: ShutdownRequest,
     ) -> ttrpc::Result<ShutdownResponse> {
-        if let Some(pid) = self
-            .container
-            .lock()
-            .unwrap()
-            .pid
-            .take_if(|_| self.exit.borrow().is_none())
-        {
-            let pid = nix::unistd::Pid::from_raw(pid as i32);
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        for process in self.processes.lock().unwrap().values() {
+            if let Some(pid) = process.pid.filter(|_| process.exit.borrow().is_none()) {
+                let pid = nix::unistd::Pid::from_raw(pid as i32);
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+        }
+        if self.mode == "unwilling" {
+            std::future::pending::<()>().await;
         }
         if self.mode == "linger" {
             return Ok(ShutdownResponse::default());

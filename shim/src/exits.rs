@@ -38,6 +38,7 @@ pub fn rpc_error(error: &SandboxError) -> ttrpc::Error {
         SandboxError::Hook(_)
         | SandboxError::HostCgroup(_)
         | SandboxError::StandIn(..)
+        | SandboxError::OomScore(..)
         | SandboxError::Orphan => Code::UNKNOWN,
         SandboxError::Failed(_) | SandboxError::Boot(_) => Code::UNAVAILABLE,
         SandboxError::Agent(AgentError::Refused { kind, .. }) => match kind {

@@ -11,6 +11,7 @@ use bulkhead_protocol::agent_ttrpc::create_agent;
 use bulkhead_runtime::config::Config;
 use bulkhead_runtime::hooks::RuntimeNamespaces;
 use bulkhead_runtime::launch::{self, ServerArgs};
+use bulkhead_runtime::oom;
 use bulkhead_runtime::sandbox::{Params, Sandbox};
 use bulkhead_runtime::share;
 use bulkhead_runtime::state::StateDir;
@@ -46,6 +47,7 @@ pub fn serve(args: ServerArgs) -> anyhow::Result<()> {
         .and_then(|mut config| {
             config.debug |= args.debug;
             logging::start(&config, &args.id)?;
+            oom::protect();
             let host = RuntimeNamespaces::current().context("cannot see the host's namespaces")?;
             share::private_mount_namespace().context("cannot make a mount namespace")?;
             // What is in the state directory is bound and dialled by its short name.
@@ -88,7 +90,10 @@ async fn run(
 
     let why = tokio::select! {
         () = shutdown.notified() => "asked to",
-        () = cut(lifeline) => "the client is gone",
+        () = cut(lifeline) => {
+            sandbox.kill();
+            "the client is gone"
+        }
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     };

@@ -173,7 +173,7 @@ impl Task for TaskService {
             all,
             ..
         } = request;
-        self.complete(|sandbox| async move { sandbox.kill(&id, &exec_id, signal, all).await })
+        self.complete(|sandbox| async move { sandbox.signal(&id, &exec_id, signal, all).await })
             .await?;
         empty()
     }
@@ -325,6 +325,9 @@ impl Task for TaskService {
         _ctx: &TtrpcContext,
         request: ShutdownRequest,
     ) -> ttrpc::Result<Empty> {
+        if request.now {
+            self.sandbox.kill();
+        }
         // containerd calls this after each delete, and means it only when nothing is left.
         if request.now || self.sandbox.is_empty() {
             self.shutdown.notify_one();

@@ -7,6 +7,7 @@ pub mod cmdline;
 pub mod control;
 pub mod cpuid;
 pub mod end;
+pub mod fault;
 pub mod layout;
 pub mod loader;
 pub mod machine;

@@ -9,6 +9,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::control::{BootConfig, Event, Info, Message, Request, Response, VmState, exit_code};
 use crate::end::{End, EndSignal};
+use crate::fault;
 use crate::machine::{BootFiles, Machine};
 use crate::socket::{self, SocketError};
 use crate::sync::lock;
@@ -99,6 +100,7 @@ impl Server {
         loop {
             let answer = match socket::recv_request(&*self.socket) {
                 Ok((Request::Shutdown, _)) => {
+                    fault::point("vmm: shutdown requested");
                     let _ = self.answer(Response::Ok);
                     return Some(End {
                         exit_code: exit_code::POWER_OFF,
@@ -222,6 +224,7 @@ impl Server {
     fn announce(&mut self, end: &End) {
         // What the guest wrote to its console last is still in the queue.
         let _ = self.events.run_with_timeout(0);
+        fault::point("vmm: ended");
         let timeline = self.timeline.entries();
         debug!("timeline: {}", self.timeline.summary());
         if matches!(end.exit_code, exit_code::CRASH | exit_code::SETUP) {

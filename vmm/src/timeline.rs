@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::sync::Mutex;
 
 use crate::control::TimelineEntry;
+use crate::fault;
 use crate::sync::lock;
 
 /// Most entries kept. The VMM's own steps are few; this bounds what a guest can add by boot marks.
@@ -32,6 +33,8 @@ impl Timeline {
             name: name.to_owned(),
             at_ns,
         });
+        drop(entries);
+        fault::point(format_args!("vmm: {name}"));
         true
     }
 

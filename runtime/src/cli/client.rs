@@ -269,11 +269,12 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
-    /// Ends the sandbox, whatever is in it. The server goes after its answer, or before it has got through.
-    pub async fn shutdown(&self) {
+    /// Ends the sandbox; with `now` whatever is in it and at once, without it only if that is nothing. The server goes after its
+    /// answer, or before it has got through.
+    pub async fn shutdown(&self, now: bool) {
         let request = ShutdownRequest {
             id: self.id.to_owned(),
-            now: true,
+            now,
             ..Default::default()
         };
         let _ = self.tasks.shutdown(Context::default(), &request).await;

@@ -222,7 +222,7 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
             let server = Server::new(connection, prepared.id.as_str(), "")?;
             let made = make(&server, &prepared, stdio, &options, &pair, args, start).await;
             if made.is_err() {
-                server.shutdown().await;
+                server.shutdown(true).await;
             }
             made
         })?;
@@ -379,8 +379,9 @@ async fn session(
         timeline,
     )
     .await;
-    if !(args.keep && matches!(result, Ok(Outcome::Exited(_)))) {
-        server.shutdown().await;
+    let exited = matches!(result, Ok(Outcome::Exited(_)));
+    if !(args.keep && exited) {
+        server.shutdown(!exited).await;
     }
     result
 }

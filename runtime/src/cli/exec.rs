@@ -266,6 +266,11 @@ fn foreground(
         }
         let mut streams = Streams::attach(stdio, &known.state.vsock(), &known.id, &exec_id)?;
         let code = follow(&server, &mut signals, &mut streams).await?;
+        if i32::try_from(code) == Ok(NotExecuted::EXIT_CODE)
+            && let Some(reason) = known.record().ok().and_then(|record| record.failure)
+        {
+            bail!(reason);
+        }
         streams.written(&mut signals).await;
         // The server forgets it with its container anyway.
         let _ = server.delete().await;

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::Invocation;
 use super::client::ProcessState;
-use super::known::Known;
+use super::known::{Known, block_on};
 use super::lifecycle::IdArgs;
 
 /// How lists are printed.
@@ -78,11 +78,11 @@ impl State {
         }
     }
 
-    fn of(known: &Known) -> anyhow::Result<Self> {
+    async fn of(known: &Known) -> anyhow::Result<Self> {
         let record = known.record()?;
         Ok(Self::new(
             record,
-            known.process_state()?,
+            known.ask_state().await?,
             owner(known.state.path()),
         ))
     }
@@ -102,7 +102,8 @@ fn owner(path: &Path) -> String {
 
 /// Runs `bulkhead state`.
 pub fn state(invocation: &Invocation, args: &IdArgs) -> anyhow::Result<i32> {
-    let state = State::of(&Known::find(invocation, &args.id)?)?;
+    let known = Known::find(invocation, &args.id)?;
+    let state = block_on(State::of(&known))?;
     super::say(&format!("{}\n", serde_json::to_string_pretty(&state)?))?;
     Ok(0)
 }
@@ -123,12 +124,21 @@ pub fn list(invocation: &Invocation, args: &ListArgs) -> anyhow::Result<i32> {
         }
     }
     names.sort();
-    // What goes away, or is not there yet, while we look is not to be listed.
-    let found = names.iter().filter_map(|name| {
-        let known = Known::find(invocation, name).ok()?;
-        State::of(&known).ok()
-    });
-    let states: Vec<State> = found.collect();
+    let known = names
+        .iter()
+        .filter_map(|name| Known::find(invocation, name).ok());
+    let states = block_on(async {
+        // All at once: each may have to be waited for.
+        let asked: Vec<_> = known
+            .map(|known| tokio::spawn(async move { State::of(&known).await }))
+            .collect();
+        let mut states = Vec::new();
+        for state in asked {
+            // What goes away, or is not there yet, while we look is not to be listed.
+            states.extend(state.await?);
+        }
+        Ok(states)
+    })?;
     if args.quiet {
         let ids: String = states
             .iter()

@@ -1,15 +1,23 @@
 //! A container that exists: its state directory, and its server if that still lives.
+//!
+//! A server can be alive and answer nothing: stopped, or waiting for a device that hangs. What must work all the same, a look at the
+//! container and its deletion by force, does without it then; everything else fails.
 
 use std::future::Future;
-use std::io;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use bulkhead_runtime::id::ContainerId;
 use bulkhead_runtime::sandbox::Status;
 use bulkhead_runtime::sock;
+use bulkhead_runtime::standin;
 use bulkhead_runtime::state::{Record, StateDir};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
+use tokio::time::timeout;
 
 use super::Invocation;
 use super::client::{ProcessState, Server, ServerError};
@@ -19,7 +27,22 @@ use super::client::{ProcessState, Server, ServerError};
 #[error("container {0:?} does not exist")]
 pub struct Unknown(pub String);
 
+/// How long a server may take to say where a container is in its life, for which it has nothing to wait for.
+const STATE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// After how long without an answer a server is asked whether it answers at all.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a killed server may take to be gone.
+const KILL_TIMEOUT_MS: u16 = 10_000;
+
+/// A server lives, and says nothing.
+#[derive(Debug, Error)]
+#[error("the sandbox server does not answer: `bulkhead delete --force {0}` ends it")]
+pub struct Silent(String);
+
 /// A container of this host.
+#[derive(Debug, Clone)]
 pub struct Known {
     /// Its id.
     pub id: ContainerId,
@@ -53,36 +76,129 @@ impl Known {
     pub fn connect(&self) -> anyhow::Result<Option<UnixStream>> {
         match sock::connect(&self.state.task_socket()) {
             Ok(connection) => Ok(Some(connection)),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
-                ) =>
-            {
-                Ok(None)
-            }
-            Err(error) => Err(error).context("cannot connect to the sandbox server"),
+            Err(error) => match error.kind() {
+                io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => Ok(None),
+                io::ErrorKind::WouldBlock => Err(self.silent().into()),
+                _ => Err(error).context("cannot connect to the sandbox server"),
+            },
         }
     }
 
-    /// Where in its life it is. Without a server nothing of it can run.
+    fn silent(&self) -> Silent {
+        Silent(self.id.as_str().to_owned())
+    }
+
+    /// Where in its life it is: as its server says or, if that says nothing, as it was when last put on record.
     pub fn process_state(&self) -> anyhow::Result<ProcessState> {
-        const STOPPED: ProcessState = ProcessState {
-            status: Status::Stopped,
-            pid: 0,
-        };
+        block_on(self.ask_state())
+    }
+
+    /// [`Known::process_state`], of several containers at once say.
+    pub async fn ask_state(&self) -> anyhow::Result<ProcessState> {
+        match self.server_state().await {
+            Err(error) if error.is::<Silent>() => Ok(recorded_state(&self.record()?)),
+            state => state,
+        }
+    }
+
+    /// Where in its life it is, by its server's word. Without a server nothing of it can run.
+    async fn server_state(&self) -> anyhow::Result<ProcessState> {
         let Some(connection) = self.connect()? else {
             return Ok(STOPPED);
         };
+        let server = Server::new(connection, self.id.as_str(), "")?;
+        match timeout(STATE_TIMEOUT, server.state()).await {
+            Err(_) => Err(self.silent().into()),
+            // A server that has not got so far as to know it, or forgets it now, is about to say so otherwise.
+            Ok(Err(ServerError::Gone)) => Ok(STOPPED),
+            Ok(Err(error)) if error.is_not_found() => Ok(STOPPED),
+            Ok(answer) => Ok(answer?),
+        }
+    }
+
+    /// Awaits an answer of its server as long as that gives others.
+    async fn patiently<T>(&self, answer: impl Future<Output = T>) -> anyhow::Result<T> {
+        tokio::pin!(answer);
+        loop {
+            if let Ok(answer) = timeout(PATIENCE, &mut answer).await {
+                return Ok(answer);
+            }
+            self.server_state().await?;
+        }
+    }
+
+    /// Ends its sandbox whatever it is doing, its server too if that does not do it.
+    pub fn end(&self) -> anyhow::Result<()> {
+        let connection = match self.connect() {
+            Ok(Some(connection)) => connection,
+            Ok(None) => return Ok(()),
+            Err(error) if error.is::<Silent>() => return self.kill_server(),
+            Err(error) => return Err(error),
+        };
+        let end = connection.try_clone()?;
+        let told = block_on(async {
+            let server = Server::new(connection, self.id.as_str(), "")?;
+            Ok(timeout(PATIENCE, server.shutdown(true)).await.is_ok())
+        })?;
+        if told {
+            match self.wait_for_end(&end) {
+                Err(error) if error.is::<Silent>() => {}
+                ended => return ended,
+            }
+        }
+        self.kill_server()
+    }
+
+    /// Waits until its server, which has been told to end, has closed that connection. It may be long about it, waiting for hooks
+    /// say, as long as it answers.
+    fn wait_for_end(&self, mut connection: &UnixStream) -> anyhow::Result<()> {
+        let mut bytes = [0; 256];
+        // The client that shared this connection has made it non-blocking.
+        connection.set_nonblocking(false)?;
+        connection.set_read_timeout(Some(PATIENCE))?;
+        loop {
+            match connection.read(&mut bytes) {
+                Ok(1..) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    block_on(self.server_state())?;
+                }
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    fn kill_server(&self) -> anyhow::Result<()> {
+        let pid = self.state.server_pid()?;
+        let server = standin::pidfd(pid).context("cannot find the sandbox server")?;
+        // It listens to this moment: until now its pid can't have become another's.
+        if self.connect().is_ok_and(|connection| connection.is_none()) {
+            return Ok(());
+        }
+        standin::kill(server.as_fd()).context("cannot kill the sandbox server")?;
+        let mut ended = [PollFd::new(server.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut ended, PollTimeout::from(KILL_TIMEOUT_MS))? == 0 {
+            bail!("the sandbox server, process {pid}, does not end though it was killed");
+        }
+        Ok(())
+    }
+
+    /// Forgets it, and ends its sandbox with it.
+    pub fn delete(&self) -> anyhow::Result<()> {
+        let Some(connection) = self.connect()? else {
+            return Ok(());
+        };
+        let end = connection.try_clone()?;
         block_on(async {
             let server = Server::new(connection, self.id.as_str(), "")?;
-            match server.state().await {
-                // A server that has not got so far as to know it, or forgets it now, is about to say so otherwise.
-                Err(ServerError::Gone) => Ok(STOPPED),
-                Err(error) if error.is_not_found() => Ok(STOPPED),
-                answer => Ok(answer?),
+            match self.patiently(server.delete()).await? {
+                // One that is just being made is not known yet, nor on record; one that is being deleted still is.
+                Err(error) if error.is_not_found() && self.state.load().is_ok() => {}
+                Err(error @ ServerError::Refused { .. }) => return Err(error.into()),
+                _ => {}
             }
-        })
+            self.patiently(server.shutdown(false)).await
+        })?;
+        self.wait_for_end(&end)
     }
 
     /// Calls its server; that there is none is an error in the words for a stopped container.
@@ -95,8 +211,24 @@ impl Known {
             .ok_or_else(|| anyhow!("container not running: its sandbox has ended"))?;
         block_on(async {
             let server = Server::new(connection, self.id.as_str(), "")?;
-            Ok(call(server).await?)
+            Ok(self.patiently(call(server)).await??)
         })
+    }
+}
+
+const STOPPED: ProcessState = ProcessState {
+    status: Status::Stopped,
+    pid: 0,
+};
+
+/// What a record tells: that of a container whose stand-in has ended is out of date.
+fn recorded_state(record: &Record) -> ProcessState {
+    if record.status == Status::Stopped || !standin::is_alive(record.pid) {
+        return STOPPED;
+    }
+    ProcessState {
+        status: record.status,
+        pid: record.pid,
     }
 }
 

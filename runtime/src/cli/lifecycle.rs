@@ -3,8 +3,7 @@
 use clap::Args;
 
 use super::Invocation;
-use super::client::ServerError;
-use super::known::{Known, Unknown, block_on};
+use super::known::{Known, Unknown};
 use super::signals;
 use bulkhead_runtime::sandbox::Status;
 
@@ -75,23 +74,10 @@ pub fn delete(invocation: &Invocation, args: &DeleteArgs) -> anyhow::Result<i32>
         known => known?,
     };
     let cgroup = known.state.load().ok().and_then(|record| record.cgroup);
-    if let Some(connection) = known.connect()? {
-        let end = connection.try_clone()?;
-        block_on(async {
-            let server = super::client::Server::new(connection, known.id.as_str(), "")?;
-            // With the sandbox everything goes, whatever it is doing and whether or not its guest answers.
-            if !args.force {
-                match server.delete().await {
-                    // One that is just being made is not known yet, nor on record; one that is being deleted still is.
-                    Err(error) if error.is_not_found() && known.state.load().is_ok() => {}
-                    Err(error @ ServerError::Refused { .. }) => return Err(error.into()),
-                    _ => {}
-                }
-            }
-            server.shutdown().await;
-            Ok(())
-        })?;
-        wait_for_end(&end);
+    if args.force {
+        known.end()?;
+    } else {
+        known.delete()?;
     }
     // A server that ended in order has left nothing of this.
     if let Some(cgroup) = cgroup {
@@ -99,14 +85,4 @@ pub fn delete(invocation: &Invocation, args: &DeleteArgs) -> anyhow::Result<i32>
     }
     known.state.remove_ended()?;
     Ok(0)
-}
-
-/// Waits until the server, which has been told to end, has closed its connections.
-fn wait_for_end(mut connection: &std::os::unix::net::UnixStream) {
-    use std::io::Read;
-    let mut bytes = [0; 256];
-    // The client that shared this connection has made it non-blocking.
-    if connection.set_nonblocking(false).is_ok() {
-        while let Ok(1..) = connection.read(&mut bytes) {}
-    }
 }

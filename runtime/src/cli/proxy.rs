@@ -12,6 +12,7 @@ use anyhow::Context;
 use bulkhead_runtime::id::ContainerId;
 use bulkhead_runtime::state::StateDir;
 use bulkhead_runtime::stdio::Stdio;
+use bulkhead_vmm::fault;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{ForkResult, fork, setsid};
@@ -115,6 +116,7 @@ impl IdMaps {
 
 /// The proxy's whole life.
 fn main(job: &Job, mut ready: PipeWriter, mut go: PipeReader) -> i32 {
+    fault::point("proxy: forked");
     let keep = [
         Some(ready.as_raw_fd()),
         Some(go.as_raw_fd()),
@@ -137,11 +139,13 @@ fn main(job: &Job, mut ready: PipeWriter, mut go: PipeReader) -> i32 {
             return LOST;
         }
     };
+    fault::point("proxy: set up");
     drop(ready);
     let mut byte = [0];
     if !matches!(go.read(&mut byte), Ok(1)) {
         return LOST;
     }
+    fault::point("proxy: told to go");
     drop(go);
     let code = runtime.block_on(stand(job, signals)).unwrap_or(LOST);
     // Input may still be waited for; the end of the process is its end.
@@ -203,7 +207,9 @@ fn close_others(keep: [Option<RawFd>; 3]) -> io::Result<()> {
 async fn stand(job: &Job<'_>, mut signals: Signals) -> anyhow::Result<i32> {
     let connection = bulkhead_runtime::sock::connect(&job.state.task_socket())?;
     let server = Server::new(connection, job.id.as_str(), job.exec_id)?;
+    fault::point("proxy: connected");
     let mut streams = Streams::attach(job.stdio, &job.state.vsock(), job.id, job.exec_id)?;
+    fault::point("proxy: attaching streams");
     if job.stdio.terminal
         && let Some(size) = terminal::size(io::stdin().as_fd())
     {
@@ -211,7 +217,9 @@ async fn stand(job: &Job<'_>, mut signals: Signals) -> anyhow::Result<i32> {
         let _ = server.resize(size).await;
     }
     let code = follow(&server, &mut signals, &mut streams).await?;
+    fault::point("proxy: process ended");
     streams.written(&mut signals).await;
+    fault::point("proxy: output written");
     if !job.exec_id.is_empty() {
         // The server forgets it with its container anyway.
         let _ = server.delete().await;

@@ -8,25 +8,37 @@ use bulkhead_vmm::control::Request;
 use super::boot::Machine;
 use super::container::Container;
 use super::process::{Process, Status};
-use super::{LOST_EXIT_CODE, Sandbox, SandboxError};
+use super::{KILLED_EXIT_CODE, LOST_EXIT_CODE, Sandbox, SandboxError};
 use crate::agent::{Agent, AgentError};
 use crate::host_cgroup;
 use crate::standin;
 use crate::timeline;
 use crate::vmm::Ended;
 
-/// How long a guest may take to write back its dirty pages and power off before it is killed.
-const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a guest may take to write back its dirty pages and power off before it is killed. Those of processes that have ended
+/// are on the host already, and a hostile guest may take all of it.
+const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a process that was killed may take until its end is taken for granted.
-const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Sandbox {
+    /// Kills every process, as SIGKILL would, and the machine with them: a guest is asked for nothing. A sandbox that is so far gone
+    /// can only be shut down.
+    pub fn kill(&self) {
+        let _ = self.closing.set(());
+        for container in self.all_containers() {
+            container.lost(KILLED_EXIT_CODE);
+        }
+        if let Some(machine) = self.machine.get() {
+            machine.vmm().kill();
+        }
+    }
+
     /// Ends the sandbox and removes everything that there is of it. The guest gets the time to write back what is dirty.
     pub async fn shutdown(&self) {
-        if self.closing.set(()).is_err() {
-            return;
-        }
+        let _ = self.closing.set(());
+        self.timeline.mark("server: sandbox ends");
         if let Some(machine) = self.machine.get() {
             let ended = self.power_off(machine).await;
             self.timeline.mark("server: VM ended");
@@ -81,7 +93,8 @@ impl Sandbox {
                 tracing::warn!("the guest did not power off in time and is killed");
             }
         }
-        let ended = machine.vmm().kill().await;
+        machine.vmm().kill();
+        let ended = machine.vmm().ended().await;
         tracing::debug!(reason = ended.reason, "the VM has ended");
         ended
     }
@@ -116,6 +129,9 @@ impl Sandbox {
                     "server: process exited"
                 });
                 process.ended(exit.exit_code.min(255));
+                if exec_id.as_ref().is_empty() {
+                    self.note(&container);
+                }
                 if container.is_paused() && container.status() == Status::Stopped {
                     self.let_go(machine, &container).await;
                 }
@@ -129,7 +145,7 @@ impl Sandbox {
             }
             Err(error) => {
                 self.fail(&error.to_string());
-                machine.vmm().kill().await;
+                machine.vmm().kill();
             }
         }
     }
@@ -184,7 +200,7 @@ impl Sandbox {
         }
         let number = libc::SIGKILL.unsigned_abs();
         let killed = self
-            .kill(container.id.as_str(), exec_id, number, false)
+            .signal(container.id.as_str(), exec_id, number, false)
             .await;
         if killed.is_ok() {
             tracing::debug!("a stand-in has gone before its process");
@@ -194,7 +210,8 @@ impl Sandbox {
             .await
             .is_err()
         {
-            process.ended(128 + number);
+            process.ended(KILLED_EXIT_CODE);
+            self.note(container);
         }
     }
 
@@ -237,6 +254,7 @@ impl Sandbox {
             tracing::debug!(reason, "the sandbox has failed");
             if let Ok(mut record) = self.params.state.load() {
                 record.failure = Some(reason.to_owned());
+                record.status = Status::Stopped;
                 if let Err(error) = self.params.state.save(&record) {
                     tracing::warn!(%error, "cannot note why the sandbox ended");
                 }

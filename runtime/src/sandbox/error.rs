@@ -51,6 +51,9 @@ pub enum SandboxError {
     /// The host's cgroup failed.
     #[error(transparent)]
     HostCgroup(#[from] HostCgroupError),
+    /// A process can't be given the score.
+    #[error("`process.oomScoreAdj`: cannot set it for process {0}: {1}")]
+    OomScore(u32, std::io::Error),
     /// The process that stands for the container's is not one that can.
     #[error("cannot use process {0} as a stand-in: {1}")]
     StandIn(u32, std::io::Error),

@@ -62,6 +62,7 @@ impl Sandbox {
         if !container.add_exec(&exec.exec_id, added) {
             return Err(SandboxError::ExecExists(exec.exec_id));
         }
+        self.timeline.mark("server: process described");
         let watched = self.watch_stand_in(container.clone(), &exec.exec_id, options.proxy);
         if watched.is_err() {
             container.remove_exec(&exec.exec_id);
@@ -143,6 +144,7 @@ impl Sandbox {
             });
         }
         container.remove_exec(exec_id);
+        self.timeline.mark("server: process deleted");
         // With the container's init the guest has forgotten, or will forget, all of it.
         if status == Status::Stopped
             && container.status() == Status::Running

@@ -3,205 +3,20 @@
 
 #![allow(clippy::unwrap_used)] // a failure of a test is a panic
 
+mod bed;
+mod faults;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use bed::{Bed, PATIENCE, bulkhead, text};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-use tempfile::TempDir;
-
-/// Long enough for a loaded machine; nothing waits that long when all is well.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// The command line, which another package builds.
-fn bulkhead() -> &'static Path {
-    static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| {
-        let server = Path::new(env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2"));
-        let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
-        let status = Command::new(cargo)
-            .args([
-                "build",
-                "--quiet",
-                "-p",
-                "bulkhead-runtime",
-                "--bin",
-                "bulkhead",
-            ])
-            .status()
-            .unwrap();
-        assert!(status.success());
-        server.with_file_name("bulkhead")
-    })
-}
-
-struct Bed {
-    dir: TempDir,
-    mode: &'static str,
-}
-
-impl Bed {
-    /// A bundle that runs `args`, a configuration and a state root of its own; `None` (said aloud) without root.
-    fn new(args: &[&str]) -> Option<Self> {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: mounting needs root");
-            return None;
-        }
-        let bed = Self {
-            dir: tempfile::tempdir().unwrap(),
-            mode: "",
-        };
-        fs::create_dir_all(bed.path("bundle/rootfs")).unwrap();
-        fs::write(bed.path("bundle/rootfs/marker"), "").unwrap();
-        for file in ["kernel", "initramfs"] {
-            fs::write(bed.path(file), "").unwrap();
-        }
-        bed.configure("");
-        bed.spec(|spec| spec["process"]["args"] = json!(args));
-        Some(bed)
-    }
-
-    fn mode(mut self, mode: &'static str) -> Self {
-        self.mode = mode;
-        self
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn configure(&self, more: &str) {
-        let server = Path::new(env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2"));
-        let vmm = server.with_file_name("examples").join("fake-vmm");
-        let config = format!(
-            "kernel = {:?}\ninitramfs = {:?}\nvmm = {vmm:?}\nserver = {server:?}\nruntime_root = {:?}\n{more}",
-            self.path("kernel"),
-            self.path("initramfs"),
-            self.path("state"),
-        );
-        fs::write(self.path("config.toml"), config).unwrap();
-    }
-
-    fn spec(&self, change: impl FnOnce(&mut Value)) {
-        let mut spec = json!({
-            "ociVersion": "1.0.2",
-            "process": {"user": {"uid": 0, "gid": 0}, "args": ["/bin/true"], "cwd": "/"},
-            "root": {"path": "rootfs"},
-            "linux": {"namespaces": [
-                {"type": "mount"}, {"type": "pid"}, {"type": "network"}, {"type": "ipc"}
-            ]}
-        });
-        change(&mut spec);
-        fs::write(self.path("bundle/config.json"), spec.to_string()).unwrap();
-    }
-
-    fn command(&self) -> Command {
-        let mut command = Command::new(bulkhead());
-        command
-            .env("FAKE_VMM", self.mode)
-            .arg("--config")
-            .arg(self.path("config.toml"))
-            .args(["run", "c1", "--bundle"])
-            .arg(self.path("bundle"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
-    }
-
-    /// Another command about the container, with a server that is killed at `fault`.
-    fn about(&self, words: &[&str], fault: &str) -> Output {
-        // Not a pipe, which what lives on would hold open.
-        let said = fs::File::create(self.path("said")).unwrap();
-        let status = Command::new(bulkhead())
-            .env("FAKE_VMM", self.mode)
-            .env("BULKHEAD_FAULT", fault)
-            .arg("--config")
-            .arg(self.path("config.toml"))
-            .args(words)
-            .current_dir(self.path("bundle"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(said)
-            .status()
-            .unwrap();
-        Output {
-            status,
-            stdout: vec![],
-            stderr: fs::read(self.path("said")).unwrap(),
-        }
-    }
-
-    fn run(&self) -> Output {
-        let output = self.command().output().unwrap();
-        self.assert_clean();
-        output
-    }
-
-    /// Nothing is left: no state, no mount, no process.
-    fn assert_clean(&self) {
-        let state = self.path("state");
-        if state.exists() {
-            let left: Vec<_> = fs::read_dir(&state).unwrap().collect();
-            assert!(left.is_empty(), "{left:?}");
-        }
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        assert!(!mounts.contains(state.to_str().unwrap()), "{mounts}");
-        assert_eq!(self.processes(), Vec::<String>::new());
-    }
-
-    /// Servers and VMMs of this bed: their command lines or working directories name it.
-    fn processes(&self) -> Vec<String> {
-        let mut found = Vec::new();
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let proc = entry.path();
-            let cwd = fs::read_link(proc.join("cwd")).unwrap_or_default();
-            let line = fs::read(proc.join("cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            let serves =
-                line.contains(" serve ") && line.contains(self.path("state").to_str().unwrap());
-            if cwd.starts_with(self.path("state")) || serves {
-                found.push(line);
-            }
-        }
-        found
-    }
-
-    /// Waits until everything is gone that was left to itself.
-    fn await_clean(&self) {
-        let start = Instant::now();
-        let state = self.path("state/c1");
-        while state.exists() || !self.processes().is_empty() {
-            assert!(start.elapsed() < PATIENCE, "{:?} is left", self.processes());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        self.assert_clean();
-    }
-
-    fn pid_of(&self, name: &str) -> Pid {
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let proc = entry.path();
-            let line = fs::read(proc.join("cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line);
-            let cwd = fs::read_link(proc.join("cwd")).unwrap_or_default();
-            let program = line.split('\0').next().unwrap_or_default();
-            if cwd == self.path("state/c1") && program.ends_with(name) {
-                return Pid::from_raw(entry.file_name().to_str().unwrap().parse().unwrap());
-            }
-        }
-        panic!("no {name}");
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 /// A failed command says one line, and what is expected is in it.
 fn assert_sentence(output: &Output, expected: &str) {
@@ -589,65 +404,13 @@ fn debug_logs_go_to_the_configured_directory() {
     assert!(server.contains("server: cleaned"), "{server}");
 }
 
-/// Every moment of a server's life, in the order in which they come.
-const MOMENTS: [&str; 12] = [
-    "server: started",
-    "server: spec validated",
-    "server: share made",
-    "server: VMM started",
-    "server: mounts made",
-    "server: vCPUs run",
-    "server: agent called",
-    "server: agent greeted",
-    "server: container created",
-    "server: container started",
-    "server: container exited",
-    "server: VM ended",
-];
-
-#[test]
-fn a_server_that_is_killed_at_any_moment_leaves_nothing_that_delete_does_not_remove() {
-    let Some(bed) = Bed::new(&["/bin/sh", "-c", "exit 3"]) else {
-        return;
-    };
-    for moment in MOMENTS {
-        let created = bed.about(&["create", "c1"], moment);
-        if created.status.success() {
-            let started = bed.about(&["start", "c1"], moment);
-            assert_eq!(
-                started.status.success(),
-                moment != "server: container started",
-                "{moment}: {}",
-                text(&started.stderr)
-            );
-        } else {
-            let said = text(&created.stderr);
-            assert_eq!(said.lines().count(), 1, "{moment}: {said}");
-            assert!(
-                said.contains("the sandbox server ended"),
-                "{moment}: {said}"
-            );
-        }
-        let deleted = bed.about(&["delete", "--force", "c1"], moment);
-        assert!(
-            deleted.status.success(),
-            "{moment}: {}",
-            text(&deleted.stderr)
-        );
-        bed.await_clean();
-    }
-}
-
 #[test]
 fn a_container_in_the_background_goes_through_its_life() {
     let Some(bed) = Bed::new(&["/bin/sh", "-c", "exit 3"]) else {
         return;
     };
     let pid_file = bed.path("pid");
-    let created = bed.about(
-        &["create", "--pid-file", pid_file.to_str().unwrap(), "c1"],
-        "",
-    );
+    let created = bed.about(&["create", "--pid-file", pid_file.to_str().unwrap(), "c1"]);
     assert!(created.status.success(), "{}", text(&created.stderr));
     let pid = fs::read_to_string(&pid_file).unwrap();
     assert!(Path::new("/proc").join(&pid).exists());
@@ -660,7 +423,7 @@ fn a_container_in_the_background_goes_through_its_life() {
         (&["delete", "--force", "c1"], true),
         (&["delete", "c1"], false),
     ] {
-        let output = bed.about(words, "");
+        let output = bed.about(words);
         let said = text(&output.stderr);
         assert_eq!(output.status.success(), success, "{words:?}: {said}");
         assert_eq!(
@@ -696,7 +459,7 @@ fn what_a_caller_has_open_is_not_kept_open_by_what_lives_on() {
     let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || sender.send(reader.read_to_end(&mut vec![])));
     let ended = receiver.recv_timeout(Duration::from_secs(5));
-    let deleted = bed.about(&["delete", "--force", "c1"], "");
+    let deleted = bed.about(&["delete", "--force", "c1"]);
     assert!(deleted.status.success(), "{}", text(&deleted.stderr));
     assert!(ended.is_ok(), "somebody holds the caller's pipe");
     bed.await_clean();
@@ -727,7 +490,7 @@ fn a_guest_whose_processes_do_not_die_is_deleted_by_force_all_the_same() {
         return;
     };
     let bed = bed.mode("undying");
-    let created = bed.about(&["create", "c1"], "");
+    let created = bed.about(&["create", "c1"]);
     assert!(created.status.success(), "{}", text(&created.stderr));
     let deleted = Command::new("timeout")
         .arg("20")
@@ -748,10 +511,7 @@ fn a_container_whose_stand_in_is_killed_has_stopped_even_if_its_guest_does_not_s
     };
     let bed = bed.mode("undying");
     let pid_file = bed.path("pid");
-    let created = bed.about(
-        &["create", "--pid-file", pid_file.to_str().unwrap(), "c1"],
-        "",
-    );
+    let created = bed.about(&["create", "--pid-file", pid_file.to_str().unwrap(), "c1"]);
     assert!(created.status.success(), "{}", text(&created.stderr));
     let pid = fs::read_to_string(&pid_file).unwrap();
     kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL).unwrap();
@@ -770,7 +530,7 @@ fn a_container_whose_stand_in_is_killed_has_stopped_even_if_its_guest_does_not_s
         assert!(start.elapsed() < PATIENCE, "it is {}", state());
         std::thread::sleep(Duration::from_millis(50));
     }
-    let deleted = bed.about(&["delete", "c1"], "");
+    let deleted = bed.about(&["delete", "c1"]);
     assert!(deleted.status.success(), "{}", text(&deleted.stderr));
     bed.await_clean();
 }

@@ -1,0 +1,223 @@
+//! A bundle, a configuration and a state root of a test's own.
+
+use std::fs;
+use std::io::{Read, Seek};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Long enough for a loaded machine; nothing waits that long when all is well.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The command line, which another package builds.
+pub fn bulkhead() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let server = Path::new(env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2"));
+        let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
+        let status = Command::new(cargo)
+            .args([
+                "build",
+                "--quiet",
+                "-p",
+                "bulkhead-runtime",
+                "--bin",
+                "bulkhead",
+            ])
+            .status()
+            .unwrap();
+        assert!(status.success());
+        server.with_file_name("bulkhead")
+    })
+}
+
+pub struct Bed {
+    dir: TempDir,
+    mode: &'static str,
+}
+
+impl Bed {
+    /// A bundle that runs `args`, a configuration and a state root of its own; `None` (said aloud) without root.
+    pub fn new(args: &[&str]) -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: mounting needs root");
+            return None;
+        }
+        let bed = Self {
+            dir: tempfile::tempdir().unwrap(),
+            mode: "",
+        };
+        fs::create_dir_all(bed.path("bundle/rootfs")).unwrap();
+        fs::write(bed.path("bundle/rootfs/marker"), "").unwrap();
+        for file in ["kernel", "initramfs"] {
+            fs::write(bed.path(file), "").unwrap();
+        }
+        bed.configure("");
+        bed.spec(|spec| spec["process"]["args"] = json!(args));
+        Some(bed)
+    }
+
+    pub fn mode(mut self, mode: &'static str) -> Self {
+        self.mode = mode;
+        self
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn configure(&self, more: &str) {
+        let server = Path::new(env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2"));
+        let vmm = server.with_file_name("examples").join("fake-vmm");
+        let config = format!(
+            "kernel = {:?}\ninitramfs = {:?}\nvmm = {vmm:?}\nserver = {server:?}\nruntime_root = {:?}\n{more}",
+            self.path("kernel"),
+            self.path("initramfs"),
+            self.path("state"),
+        );
+        fs::write(self.path("config.toml"), config).unwrap();
+    }
+
+    pub fn spec(&self, change: impl FnOnce(&mut Value)) {
+        let mut spec = json!({
+            "ociVersion": "1.0.2",
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["/bin/true"], "cwd": "/"},
+            "root": {"path": "rootfs"},
+            "linux": {"namespaces": [
+                {"type": "mount"}, {"type": "pid"}, {"type": "network"}, {"type": "ipc"}
+            ]}
+        });
+        change(&mut spec);
+        fs::write(self.path("bundle/config.json"), spec.to_string()).unwrap();
+    }
+
+    /// The command line, in the bundle, with this bed's configuration.
+    pub fn bulkhead(&self) -> Command {
+        let mut command = Command::new(bulkhead());
+        command
+            .env("FAKE_VMM", self.mode)
+            .arg("--config")
+            .arg(self.path("config.toml"))
+            .current_dir(self.path("bundle"));
+        command
+    }
+
+    /// A container in the foreground.
+    pub fn command(&self) -> Command {
+        let mut command = self.bulkhead();
+        command
+            .args(["run", "c1"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// Another command about the container.
+    pub fn about(&self, words: &[&str]) -> Output {
+        finish(self.bulkhead().args(words))
+    }
+
+    /// Runs it to its end.
+    pub fn run(&self) -> Output {
+        let output = self.command().output().unwrap();
+        self.assert_clean();
+        output
+    }
+
+    /// Nothing is left: no state, no mount, no process.
+    pub fn assert_clean(&self) {
+        let state = self.path("state");
+        if state.exists() {
+            let left: Vec<_> = fs::read_dir(&state).unwrap().collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(state.to_str().unwrap()), "{mounts}");
+        assert_eq!(self.processes(), Vec::<String>::new());
+    }
+
+    /// Servers and VMMs of this bed: their command lines or working directories name it.
+    pub fn processes(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let proc = entry.path();
+            let cwd = fs::read_link(proc.join("cwd")).unwrap_or_default();
+            let line = fs::read(proc.join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            let serves =
+                line.contains(" serve ") && line.contains(self.path("state").to_str().unwrap());
+            if cwd.starts_with(self.path("state")) || serves {
+                found.push(line);
+            }
+        }
+        found
+    }
+
+    /// Waits until everything is gone that was left to itself.
+    pub fn await_clean(&self) {
+        let start = Instant::now();
+        let state = self.path("state/c1");
+        while state.exists() || !self.processes().is_empty() {
+            assert!(start.elapsed() < PATIENCE, "{:?} is left", self.processes());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.assert_clean();
+    }
+
+    pub fn pid_of(&self, name: &str) -> Pid {
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let proc = entry.path();
+            let line = fs::read(proc.join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            let cwd = fs::read_link(proc.join("cwd")).unwrap_or_default();
+            let program = line.split('\0').next().unwrap_or_default();
+            if cwd == self.path("state/c1") && program.ends_with(name) {
+                return Pid::from_raw(entry.file_name().to_str().unwrap().parse().unwrap());
+            }
+        }
+        panic!("no {name}");
+    }
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Runs a command whose streams others may hold longer than it lives: to its own end, and not for ever.
+pub fn finish(command: &mut Command) -> Output {
+    let mut files = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(files[0].try_clone().unwrap())
+        .stderr(files[1].try_clone().unwrap())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if start.elapsed() > PATIENCE {
+            child.kill().unwrap();
+            panic!("{command:?} does not end");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let [stdout, stderr] = files.each_mut().map(|file| {
+        let mut bytes = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut bytes).unwrap();
+        bytes
+    });
+    Output {
+        status,
+        stdout,
+        stderr,
+    }
+}

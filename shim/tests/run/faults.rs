@@ -1,0 +1,358 @@
+//! What is left when a process of a sandbox is killed, or stops answering, at any step of a container's life.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::bed::{Bed, PATIENCE, finish, text};
+
+/// The steps of the server, in the order in which they come.
+const SERVER: [&str; 20] = [
+    "server: started",
+    "server: spec validated",
+    "server: share made",
+    "server: VMM started",
+    "server: mounts made",
+    "server: vCPUs run",
+    "server: agent called",
+    "server: agent greeted",
+    "server: container created",
+    "server: container started",
+    "server: process described",
+    "server: process executed",
+    "server: process exited",
+    "server: process deleted",
+    "server: signal delivered",
+    "server: container exited",
+    "server: deletion asked",
+    "server: container forgotten",
+    "server: sandbox ends",
+    "server: VM ended",
+];
+
+/// The steps of the process that stands for another.
+const PROXY: [&str; 7] = [
+    "proxy: forked",
+    "proxy: set up",
+    "proxy: told to go",
+    "proxy: connected",
+    "proxy: attaching streams",
+    "proxy: process ended",
+    "proxy: output written",
+];
+
+const CREATE: &[&str] = &["create", "c1"];
+const DETACH: &[&str] = &["exec", "--detach", "c1", "/bin/true"];
+
+/// What is done to a container, in order.
+const LIFE: [&[&str]; 6] = [
+    CREATE,
+    &["start", "c1"],
+    &["exec", "c1", "/bin/true"],
+    DETACH,
+    &["kill", "c1", "KILL"],
+    &["delete", "c1"],
+];
+
+/// What a sandbox is asked when it is looked at.
+fn status(bed: &Bed) -> String {
+    let output = bed.about(&["state", "c1"]);
+    if !output.status.success() {
+        assert_told(&output, "state");
+        return "unknown".into();
+    }
+    let state: Value = serde_json::from_slice(&output.stdout).unwrap();
+    state["status"].as_str().unwrap().to_owned()
+}
+
+/// A command that fails says why in one sentence.
+#[track_caller]
+fn assert_told(output: &Output, what: &str) {
+    let said = text(&output.stderr);
+    let code = output.status.code();
+    assert_eq!(
+        said.lines().count(),
+        usize::from(code != Some(0)),
+        "{what}: {code:?}: {said}"
+    );
+    assert!(
+        code == Some(0) || said.starts_with("error: bulkhead "),
+        "{what}: {said}"
+    );
+}
+
+/// Leads a container through its life with a fault in the processes of one command, or of all, and looks at what remains. Returns
+/// the commands that failed.
+fn live(fault: &str, faulty: Option<&[&str]>) -> Vec<String> {
+    let bed = Bed::new(&["/bin/sleep", "1000"]).unwrap();
+    let log = bed.path("fault");
+    let mut failed = Vec::new();
+    let mut waiting = None;
+    for words in LIFE {
+        let mut command = bed.bulkhead();
+        if faulty.is_none_or(|faulty| faulty == words) {
+            command
+                .env("BULKHEAD_FAULT", fault)
+                .env("BULKHEAD_FAULT_LOG", &log);
+        }
+        let what = format!("{fault}, {}", words[0]);
+        let output = finish(command.args(words));
+        assert_told(&output, &what);
+        if !output.status.success() {
+            failed.push(words[0].to_owned());
+        }
+        if words[0] == "start" {
+            let wait = ["exec", "c1", "/bin/sleep", "1000"];
+            let mut client = bed.bulkhead();
+            let streams = [Stdio::null(), Stdio::null(), Stdio::piped()];
+            let [stdin, stdout, stderr] = streams;
+            let client = client.args(wait).stdin(stdin).stdout(stdout).stderr(stderr);
+            waiting = Some(client.spawn().unwrap());
+        }
+        if words[0] == "kill" {
+            await_end(&bed, &what);
+        }
+    }
+    await_end(&bed, fault);
+    let deleted = bed.about(&["delete", "--force", "c1"]);
+    assert!(
+        deleted.status.success(),
+        "{fault}: {}",
+        text(&deleted.stderr)
+    );
+    if let Some(client) = waiting {
+        let output = client.wait_with_output().unwrap();
+        assert!(!output.status.success(), "{fault}");
+        let said = text(&output.stderr);
+        assert!(said.lines().count() <= 1, "{fault}: {said}");
+    }
+    bed.await_clean();
+    let reached = fs::read_to_string(&log).unwrap_or_default();
+    assert_eq!(reached.is_empty(), fault.is_empty(), "{fault}");
+    failed
+}
+
+/// Within how long a container must be known to have stopped when a process of its sandbox is killed.
+const PROMISE: Duration = Duration::from_secs(5);
+
+/// Waits until the container has stopped, or is not there.
+#[track_caller]
+fn await_end(bed: &Bed, what: &str) {
+    let start = Instant::now();
+    loop {
+        let status = status(bed);
+        if ["stopped", "unknown"].contains(&status.as_str()) {
+            return;
+        }
+        assert!(start.elapsed() < PROMISE, "{what}: it is {status}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn root() -> bool {
+    Bed::new(&[]).is_some()
+}
+
+#[test]
+fn a_life_without_faults_has_none() {
+    if root() {
+        assert_eq!(live("", None), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_server_that_is_killed_at_any_step_leaves_nothing_that_delete_does_not_remove() {
+    if !root() {
+        return;
+    }
+    for step in SERVER {
+        live(step, None);
+    }
+}
+
+#[test]
+fn a_vmm_that_is_killed_at_any_step_leaves_nothing_that_delete_does_not_remove() {
+    if !root() {
+        return;
+    }
+    for step in SERVER.iter().skip(3) {
+        live(&format!("children at {step}"), None);
+    }
+}
+
+#[test]
+fn a_stand_in_that_is_killed_at_any_step_leaves_nothing_that_delete_does_not_remove() {
+    if !root() {
+        return;
+    }
+    for step in PROXY {
+        live(step, Some(CREATE));
+        // Only its own process goes with it.
+        let failed = live(step, Some(DETACH));
+        let before = ["proxy: forked", "proxy: set up"].contains(&step);
+        assert!(
+            failed.is_empty() || failed == ["exec"] && before,
+            "{step}: {failed:?}"
+        );
+    }
+}
+
+#[test]
+fn a_client_that_is_killed_at_any_step_takes_its_sandbox_along() {
+    if !root() {
+        return;
+    }
+    for step in [
+        "client: started",
+        "client: server started",
+        "client: container created",
+        "client: container started",
+        "client: container exited",
+        "client: output written",
+        "client: container deleted",
+        "client: server ended",
+    ] {
+        let bed = Bed::new(&["/bin/true"]).unwrap();
+        let output = bed.command().env("BULKHEAD_FAULT", step).output().unwrap();
+        assert_eq!(output.status.signal(), Some(9), "{step}");
+        bed.await_clean();
+    }
+}
+
+/// A container that runs.
+fn running(mode: &'static str) -> Option<Bed> {
+    let bed = Bed::new(&["/bin/sleep", "1000"])?.mode(mode);
+    for words in [CREATE, &["start", "c1"]] {
+        let output = bed.about(words);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+    Some(bed)
+}
+
+/// Stops a process, which answers nothing from then on.
+fn stop(pid: Pid) {
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let start = Instant::now();
+    let stat = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    while !stat().contains(") T ") {
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+const SERVER_PROGRAM: &str = "containerd-shim-bulkhead-v2";
+
+/// Deletes by force, in a time in which nothing can have been waited for that does not come.
+#[track_caller]
+fn delete_at_once(bed: &Bed, limit: Duration) {
+    let began = Instant::now();
+    let deleted = bed.about(&["delete", "--force", "c1"]);
+    assert!(deleted.status.success(), "{}", text(&deleted.stderr));
+    assert!(began.elapsed() < limit, "{:?}", began.elapsed());
+    bed.await_clean();
+}
+
+#[test]
+fn a_server_that_answers_nothing_is_done_without() {
+    let Some(bed) = running("") else { return };
+    let other = running("").unwrap();
+    stop(bed.pid_of(SERVER_PROGRAM));
+    assert_eq!(status(&bed), "running");
+    let list = bed.about(&["list", "--quiet"]);
+    assert_eq!(text(&list.stdout), "c1\n");
+    let deleted = bed.about(&["delete", "c1"]);
+    assert_eq!(deleted.status.code(), Some(1));
+    assert_told(&deleted, "delete");
+    delete_at_once(&bed, Duration::from_secs(20));
+    delete_at_once(&other, Duration::from_secs(5));
+}
+
+#[test]
+fn a_container_whose_stand_in_has_ended_has_stopped_even_if_its_server_does_not_say_so() {
+    let Some(bed) = running("") else { return };
+    let state = bed.about(&["state", "c1"]);
+    let state: Value = serde_json::from_slice(&state.stdout).unwrap();
+    stop(bed.pid_of(SERVER_PROGRAM));
+    let pid = i32::try_from(state["pid"].as_i64().unwrap()).unwrap();
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    await_end(&bed, "a killed stand-in");
+    delete_at_once(&bed, Duration::from_secs(20));
+}
+
+#[test]
+fn a_vmm_or_a_stand_in_that_does_nothing_is_deleted_at_once() {
+    let Some(bed) = running("") else { return };
+    stop(bed.pid_of("fake-vmm"));
+    assert_eq!(status(&bed), "running");
+    delete_at_once(&bed, Duration::from_secs(5));
+}
+
+#[test]
+fn a_guest_that_answers_nothing_is_deleted_at_once() {
+    let Some(bed) = running("unwilling") else {
+        return;
+    };
+    delete_at_once(&bed, Duration::from_secs(5));
+    let bed = Bed::new(&["/bin/true"]).unwrap().mode("slow create");
+    let mut create = bed.bulkhead();
+    let create = create
+        .args(CREATE)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while !bed.path("state/c1/vsock").exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    delete_at_once(&bed, Duration::from_secs(5));
+    let created = create.wait_with_output().unwrap();
+    assert_eq!(created.status.code(), Some(1));
+    assert_told(&created, "create");
+}
+
+#[test]
+fn the_hosts_oom_killer_sees_the_vmm_as_it_would_see_the_container_and_spares_the_server() {
+    let score = |pid: &dyn std::fmt::Display| {
+        let score = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+        score.trim().parse::<i32>().unwrap()
+    };
+    let own = score(&"self");
+    // Without CAP_SYS_RESOURCE nobody can be protected.
+    let me = fs::read_to_string("/proc/self/status").unwrap();
+    let capabilities = me.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let capabilities = u64::from_str_radix(capabilities.unwrap().trim(), 16).unwrap();
+    let protected = match capabilities & 1 << 24 {
+        0 => own,
+        _ => own.min(-998),
+    };
+    for (given, expected) in [(Some(321), 321), (None, own)] {
+        let Some(bed) = Bed::new(&["/bin/true"]) else {
+            return;
+        };
+        bed.spec(|spec| {
+            spec["process"]["args"] = serde_json::json!(["/bin/sleep", "1000"]);
+            if let Some(given) = given {
+                spec["process"]["oomScoreAdj"] = given.into();
+            }
+            let hook = format!("cat /proc/self/oom_score_adj > {:?}", bed.path("hook"));
+            let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", hook]});
+            spec["hooks"] = serde_json::json!({ "createRuntime": [hook] });
+        });
+        let created = bed.about(CREATE);
+        assert!(created.status.success(), "{}", text(&created.stderr));
+        let state = bed.about(&["state", "c1"]);
+        let state: Value = serde_json::from_slice(&state.stdout).unwrap();
+        assert_eq!(score(&bed.pid_of("fake-vmm")), expected);
+        assert_eq!(score(&state["pid"]), expected);
+        assert_eq!(score(&bed.pid_of(SERVER_PROGRAM)), protected);
+        let hooks = fs::read_to_string(bed.path("hook")).unwrap();
+        assert_eq!(hooks.trim(), own.to_string());
+        delete_at_once(&bed, Duration::from_secs(5));
+    }
+}
