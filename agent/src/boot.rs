@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, major, minor, stat};
 use nix::unistd::{chdir, chroot, mkdir};
 use tracing::level_filters::LevelFilter;
 
@@ -23,6 +23,10 @@ pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Descriptors that the agent may have open, and the hard limit of containers whose spec sets none.
 pub const MAX_FILES: u64 = 524_288;
+
+/// How much is read ahead in a file of the share, in KiB: what one request can carry. The kernel's own 128 KiB suit a disk, not a request to
+/// the host.
+const READ_AHEAD_KIB: &str = "1024";
 
 const NO_DATA: Option<&str> = None;
 
@@ -125,7 +129,12 @@ pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Ground>
         NO_DATA,
     );
     match &share {
-        Ok(()) => timeline.mark("share"),
+        Ok(()) => {
+            if let Err(error) = read_ahead(Path::new(GUEST_SHARE)) {
+                tracing::warn!("{error:#}");
+            }
+            timeline.mark("share");
+        }
         // A guest without a share can still be asked for its version, and shut down; containers are refused.
         Err(errno) => tracing::warn!(%errno, "cannot mount the virtio-fs share {SHARE_TAG:?}"),
     }
@@ -133,6 +142,18 @@ pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Ground>
         hierarchy,
         share: share.is_ok(),
     })
+}
+
+/// Lets the kernel read [`READ_AHEAD_KIB`] ahead in files of a file system.
+fn read_ahead(root: &Path) -> anyhow::Result<()> {
+    let device = stat(root).context("cannot look at the share")?.st_dev;
+    // Documentation/ABI/testing/sysfs-class-bdi
+    let setting = format!(
+        "/sys/class/bdi/{}:{}/read_ahead_kb",
+        major(device),
+        minor(device)
+    );
+    fs::write(&setting, READ_AHEAD_KIB).with_context(|| format!("cannot write {setting}"))
 }
 
 /// Writes everything back and lets go of the share.

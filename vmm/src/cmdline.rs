@@ -46,7 +46,8 @@ pub fn build(slots: usize, serial: bool, extra: &str) -> Result<CString, Cmdline
     insert(if serial { SERIAL } else { QUIET })?;
     for (slot, irq) in layout::VIRTIO_IRQS.iter().take(slots).enumerate() {
         insert(&format!(
-            "virtio_mmio.device=4K@{:#x}:{irq}",
+            "virtio_mmio.device={}@{:#x}:{irq}",
+            layout::VIRTIO_MMIO_SIZE,
             layout::slot_base(slot)
         ))?;
     }
@@ -65,7 +66,9 @@ mod tests {
         let line = build(2, false, "").unwrap();
         let line = line.to_str().unwrap();
         assert!(
-            line.ends_with("virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6")
+            line.ends_with(
+                "virtio_mmio.device=512@0xd0000000:5 virtio_mmio.device=512@0xd0000200:6"
+            )
         );
         assert!(line.contains("console=hvc0") && !line.contains("ttyS0"));
     }

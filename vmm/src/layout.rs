@@ -8,7 +8,7 @@
 //! 0x0009_fc00..0xa_0000  MP table (hidden from the guest's memory map)
 //! 0x0010_0000..          kernel
 //! end of low memory      initramfs, just below it
-//! 0xd000_0000..          virtio-mmio slots, one page each
+//! 0xd000_0000..          virtio-mmio slots, half a KiB each
 //! 0xfec0_0000, 0xfee0_0000  IO-APIC, local APIC (in KVM)
 //! 0xfffb_c000..0xfffc_0000  KVM's identity map and TSS (VT-x without unrestricted guest)
 //! 0x1_0000_0000..        the rest of memory
@@ -43,8 +43,8 @@ pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
 
 /// First virtio-mmio slot.
 pub const VIRTIO_MMIO_BASE: u64 = MMIO_GAP_START;
-/// Size of a virtio-mmio slot.
-pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// Size of a virtio-mmio slot: its registers and as much for the device's configuration space.
+pub const VIRTIO_MMIO_SIZE: u64 = 0x200;
 /// Most virtio-mmio slots: one for each interrupt line of [`VIRTIO_IRQS`].
 pub const MAX_SLOTS: usize = VIRTIO_IRQS.len();
 /// Interrupt lines of the slots. Left out: 0 (timer), 1 (keyboard), 2 (cascade), [`SERIAL_IRQ`]. Line 3 (the second serial

@@ -13,7 +13,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use tracing::info;
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{
+    GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryError, GuestMemoryMmap,
+};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot;
@@ -35,10 +38,10 @@ use crate::vcpu::{self, MAX_VCPUS, VcpuError, VcpuSet};
 use crate::virtio::console::Console;
 use crate::virtio::event::{QueueHandler, QueueSubscriber};
 use crate::virtio::fs::{Fs, FsError};
-use crate::virtio::mmio::{QUEUE_NOTIFY, Transport};
+use crate::virtio::mmio::{INTERRUPT_ACK, QUEUE_NOTIFY, Transport, USED_BUFFERS};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
-use crate::virtio::{Memory, VirtioDevice};
+use crate::virtio::{Memory, RegisterMemory, VirtioDevice};
 
 /// The guest's vsock context identifier: the first one that is not reserved. Each guest has a VMM of its own, so all may have it.
 pub const GUEST_CID: u64 = 3;
@@ -88,6 +91,9 @@ pub enum MachineError {
     /// Writing boot structures.
     #[error("cannot write to guest memory")]
     Write(#[from] GuestMemoryError),
+    /// The devices' registers could not be mapped.
+    #[error("cannot map the devices' registers")]
+    Registers(#[source] MmapRegionError),
     /// vCPUs.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -135,8 +141,8 @@ pub struct Machine {
     // Declared in the order of their dependence: threads end before the VM and its memory go.
     threads: Option<VcpuSet>,
     vcpus: Vec<VcpuFd>,
-    bus: Arc<Bus>,
     vm: VmFd,
+    bus: Arc<Bus>,
     memory: Memory,
     end: Arc<EndSignal>,
     timeline: Arc<Timeline>,
@@ -175,10 +181,11 @@ impl Machine {
             timeline.mark("kernel loaded");
             Ok::<_, MachineError>((kernel, initramfs))
         };
+        let registers = RegisterMemory::new(layout::MAX_SLOTS).map_err(MachineError::Registers)?;
         let (vm, loaded) = std::thread::scope(|scope| {
             let loader = thread::spawn_scoped(thread::Kind::Loader, scope, load)
                 .map_err(MachineError::Thread)?;
-            let vm = create_vm(&kvm, &guest_memory)?;
+            let vm = create_vm(&kvm, &guest_memory, &registers)?;
             timeline.mark("vm created");
             let loaded = loader.join().map_err(|_| MachineError::LoaderPanic)?;
             Ok::<_, MachineError>((vm, loaded))
@@ -212,7 +219,7 @@ impl Machine {
         let mut machine = Self {
             threads: None,
             vcpus,
-            bus: Arc::new(Bus::new(slots, serial, Arc::clone(&timeline))),
+            bus: Arc::new(Bus::new(slots, registers, serial, Arc::clone(&timeline))),
             vm,
             memory: GuestMemoryAtomic::new(guest_memory),
             end,
@@ -288,14 +295,19 @@ impl Machine {
         self.vm
             .register_irqfd(&irqfd, layout::VIRTIO_IRQS[index])
             .map_err(kvm_error("registering an irqfd"))?;
-        let transport = Transport::new(device.virtio, self.memory.clone(), irqfd)
+        let registers = self.bus.registers(index);
+        let transport = Transport::new(device.virtio, self.memory.clone(), irqfd, registers)
             .map_err(MachineError::Event)?;
-        let notify = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
-        for (queue, kick) in transport.kicks().iter().enumerate() {
+        let listen = |event: &EventFd, register, value: u32| {
             self.vm
-                .register_ioevent(kick, &notify, queue as u32)
-                .map_err(kvm_error("registering an ioeventfd"))?;
+                .register_ioevent(event, &IoEventAddress::Mmio(base + register), value)
+                .map_err(kvm_error("registering an ioeventfd"))
+        };
+        for (queue, kick) in transport.kicks().iter().enumerate() {
+            listen(kick, QUEUE_NOTIFY, queue as u32)?;
         }
+        // Nobody waits for it: that the guest need not leave KVM for this write is all that it is for.
+        listen(&new_event()?, INTERRUPT_ACK, USED_BUFFERS)?;
         if let Some(handler) = device.handler {
             let kicks = transport
                 .kicks()
@@ -366,7 +378,11 @@ fn open_kvm(fd: OwnedFd) -> Kvm {
 }
 
 /// Makes a VM with its memory and interrupt controllers.
-fn create_vm(kvm: &Kvm, memory: &GuestMemoryMmap) -> Result<VmFd, MachineError> {
+fn create_vm(
+    kvm: &Kvm,
+    memory: &GuestMemoryMmap,
+    registers: &RegisterMemory,
+) -> Result<VmFd, MachineError> {
     let vm = kvm.create_vm().map_err(kvm_error("creating the VM"))?;
     vm.set_tss_address(layout::KVM_TSS)
         .map_err(kvm_error("setting the TSS address"))?;
@@ -374,6 +390,9 @@ fn create_vm(kvm: &Kvm, memory: &GuestMemoryMmap) -> Result<VmFd, MachineError> 
     vm.create_irq_chip()
         .map_err(kvm_error("creating the interrupt controllers"))?;
     memory::register(&vm, memory)?;
+    registers
+        .register(&vm, memory.num_regions() as u32)
+        .map_err(kvm_error("registering the devices' registers"))?;
     hide_performance_monitor(&vm)?;
     Ok(vm)
 }

@@ -19,9 +19,10 @@ use crate::thread::{self, Kind};
 use crate::vcpu::{self, Kick};
 
 /// Capabilities of KVM that every machine of ours needs, by their names in the kernel's documentation.
-const REQUIRED: [(Cap, &str); 10] = [
+const REQUIRED: &[(Cap, &str)] = &[
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::MpState, "KVM_CAP_MP_STATE"),

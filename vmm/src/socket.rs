@@ -210,7 +210,7 @@ mod tests {
                 timeline: timeline.clone(),
             })),
             Message::Response(Response::Attached {
-                mmio_base: 0xd000_3000,
+                mmio_base: 0xd000_0600,
             }),
             Message::Response(Response::Error {
                 message: "vcpus is 0".into(),

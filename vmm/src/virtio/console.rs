@@ -87,8 +87,6 @@ impl VirtioDevice for Console {
         0
     }
 
-    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
-
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let mut queues = activation.queues;
         let got = queues.iter().filter(|queue| queue.queue.ready()).count();

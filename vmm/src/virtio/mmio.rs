@@ -4,7 +4,8 @@
 //! (3.1.1): features before FEATURES_OK, queues between FEATURES_OK and DRIVER_OK, nothing after. At DRIVER_OK it checks each
 //! queue against guest memory and hands them to the device; a driver that got it wrong sees DEVICE_NEEDS_RESET.
 //!
-//! Queue notifications reach the device by ioeventfd and pass by this code.
+//! What the driver reads is memory ([`SlotRegisters`]); only its writes come here. Queue notifications reach the device by ioeventfd and
+//! pass by this code, as do acknowledgements of interrupts for used buffers: InterruptStatus keeps that bit.
 
 use std::io;
 use std::sync::Arc;
@@ -21,7 +22,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Activation, ActiveQueue, Interrupt, Memory, VirtioDevice};
+use super::{Activation, ActiveQueue, Interrupt, Memory, SlotRegisters, VirtioDevice};
+use crate::layout;
 
 /// MagicValue: "virt".
 const MAGIC: u32 = 0x7472_6976;
@@ -44,8 +46,12 @@ const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 
 /// Offset of the QueueNotify register, which ioeventfds watch.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
-/// Offset of the device's configuration space.
-const CONFIG: u64 = VIRTIO_MMIO_CONFIG as u64;
+/// Offset of the InterruptACK register, which an ioeventfd watches for [`USED_BUFFERS`].
+pub const INTERRUPT_ACK: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
+/// InterruptStatus and InterruptACK: the device has used buffers, and nothing else.
+pub const USED_BUFFERS: u32 = VIRTIO_MMIO_INT_VRING;
+/// Room for a device's configuration space.
+pub const CONFIG_LEN: usize = layout::VIRTIO_MMIO_SIZE as usize - VIRTIO_MMIO_CONFIG as usize;
 
 /// What the driver has said about one queue.
 #[derive(Debug, Clone, Copy)]
@@ -76,6 +82,7 @@ pub struct Transport {
     device: Box<dyn VirtioDevice>,
     memory: Memory,
     interrupt: Arc<Interrupt>,
+    registers: SlotRegisters,
     kicks: Vec<EventFd>,
     status: u32,
     device_features_select: u32,
@@ -88,18 +95,24 @@ pub struct Transport {
 }
 
 impl Transport {
-    /// A transport for `device`, which interrupts the guest through `irqfd`.
-    pub fn new(device: Box<dyn VirtioDevice>, memory: Memory, irqfd: EventFd) -> io::Result<Self> {
+    /// A transport for `device`, which interrupts the guest through `irqfd`. From now on the driver finds the device in the slot.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: Memory,
+        irqfd: EventFd,
+        registers: SlotRegisters,
+    ) -> io::Result<Self> {
         let sizes = device.queue_sizes();
         let queues: Vec<_> = sizes.iter().copied().map(QueueConfig::new).collect();
         let kicks = sizes
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<Result<_, _>>()?;
-        Ok(Self {
+        let transport = Self {
             device,
             memory,
-            interrupt: Arc::new(Interrupt::new(irqfd)),
+            interrupt: Arc::new(Interrupt::new(irqfd, registers.clone())),
+            registers,
             kicks,
             status: 0,
             device_features_select: 0,
@@ -108,7 +121,10 @@ impl Transport {
             queue_select: 0,
             queues,
             active: false,
-        })
+        };
+        transport.show_device();
+        transport.show_state();
+        Ok(transport)
     }
 
     /// The device's name.
@@ -121,59 +137,65 @@ impl Transport {
         &self.kicks
     }
 
-    /// The driver reads at `offset` of the slot.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        if offset >= CONFIG {
-            data.fill(0);
-            self.device.read_config(offset - CONFIG, data);
-            return;
+    /// Fills the registers that stay.
+    fn show_device(&self) {
+        show_empty(&self.registers);
+        let registers = [
+            (VIRTIO_MMIO_VENDOR_ID, VENDOR),
+            (VIRTIO_MMIO_SHM_LEN_LOW, NO_SHARED_MEMORY),
+            (VIRTIO_MMIO_SHM_LEN_HIGH, NO_SHARED_MEMORY),
+            (VIRTIO_MMIO_SHM_BASE_LOW, NO_SHARED_MEMORY),
+            (VIRTIO_MMIO_SHM_BASE_HIGH, NO_SHARED_MEMORY),
+        ];
+        for (offset, value) in registers {
+            self.registers.set(offset, value);
         }
-        data.fill(0);
-        // 4.2.2.2: the driver uses aligned 32-bit accesses only.
-        let Ok(word) = <&mut [u8; 4]>::try_from(data) else {
-            return;
-        };
-        if let Ok(offset) = u32::try_from(offset) {
-            *word = self.read_register(offset).to_le_bytes();
+        for (bytes, offset) in self
+            .device
+            .config()
+            .chunks(4)
+            .zip((VIRTIO_MMIO_CONFIG..).step_by(4))
+        {
+            let mut word = [0; 4];
+            word[..bytes.len()].copy_from_slice(bytes);
+            self.registers.set(offset, u32::from_le_bytes(word));
+        }
+        // Last: it tells the driver that the others are there.
+        self.registers
+            .set(VIRTIO_MMIO_DEVICE_ID, self.device.device_type());
+    }
+
+    /// Fills the registers that depend on what the driver has written.
+    fn show_state(&self) {
+        let queue = self.queues.get(self.queue_select as usize);
+        let registers = [
+            (
+                VIRTIO_MMIO_DEVICE_FEATURES,
+                word(self.offered_features(), self.device_features_select),
+            ),
+            (
+                VIRTIO_MMIO_QUEUE_NUM_MAX,
+                queue.map_or(0, |queue| queue.max_size.into()),
+            ),
+            (
+                VIRTIO_MMIO_QUEUE_READY,
+                queue.map_or(0, |queue| queue.ready.into()),
+            ),
+            (VIRTIO_MMIO_STATUS, self.status),
+        ];
+        for (offset, value) in registers {
+            self.registers.set(offset, value);
         }
     }
 
-    /// The driver writes at `offset` of the slot.
+    /// The driver writes at `offset` of the slot. 4.2.2.2: it uses aligned 32-bit accesses only, but for the configuration space, which
+    /// none of the devices lets it change.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
-        if offset >= CONFIG {
-            // 3.1.1: not before the driver has acknowledged the device's features; and a broken driver is done.
-            if self.status & FEATURES_OK != 0 && self.status & (FAILED | NEEDS_RESET) == 0 {
-                self.device.write_config(offset - CONFIG, data);
-            }
-            return;
-        }
         let (Ok(offset), Ok(word)) = (u32::try_from(offset), <[u8; 4]>::try_from(data)) else {
             return;
         };
         self.write_register(offset, u32::from_le_bytes(word));
-    }
-
-    fn read_register(&self, offset: u32) -> u32 {
-        let queue = self.queues.get(self.queue_select as usize);
-        match offset {
-            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            VIRTIO_MMIO_VERSION => VERSION,
-            VIRTIO_MMIO_DEVICE_ID => self.device.device_type(),
-            VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            VIRTIO_MMIO_DEVICE_FEATURES => {
-                word(self.offered_features(), self.device_features_select)
-            }
-            VIRTIO_MMIO_QUEUE_NUM_MAX => queue.map_or(0, |queue| queue.max_size.into()),
-            VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |queue| queue.ready.into()),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
-            VIRTIO_MMIO_STATUS => self.status,
-            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.config_generation(),
-            VIRTIO_MMIO_SHM_LEN_LOW
-            | VIRTIO_MMIO_SHM_LEN_HIGH
-            | VIRTIO_MMIO_SHM_BASE_LOW
-            | VIRTIO_MMIO_SHM_BASE_HIGH => NO_SHARED_MEMORY,
-            _ => 0,
-        }
+        self.show_state();
     }
 
     fn write_register(&mut self, offset: u32, value: u32) {
@@ -401,17 +423,10 @@ impl Transport {
     }
 }
 
-/// The driver reads at `offset` of a slot without a device: 4.2.2, a DeviceID of zero makes the driver leave it alone.
-pub fn read_empty(offset: u64, data: &mut [u8]) {
-    let value = match u32::try_from(offset) {
-        Ok(VIRTIO_MMIO_MAGIC_VALUE) => MAGIC,
-        Ok(VIRTIO_MMIO_VERSION) => VERSION,
-        _ => 0,
-    };
-    data.fill(0);
-    if let Ok(word) = <&mut [u8; 4]>::try_from(data) {
-        *word = value.to_le_bytes();
-    }
+/// Shows a slot without a device: 4.2.2, a DeviceID of zero makes the driver leave it alone.
+pub fn show_empty(registers: &SlotRegisters) {
+    registers.set(VIRTIO_MMIO_MAGIC_VALUE, MAGIC);
+    registers.set(VIRTIO_MMIO_VERSION, VERSION);
 }
 
 /// Word `index` of a 64-bit value; those beyond are zero.
@@ -437,7 +452,7 @@ mod tests {
 
     use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
-    use super::super::ActivateError;
+    use super::super::{ActivateError, RegisterMemory};
     use super::*;
 
     const FEATURE: u64 = 1 << 5;
@@ -447,7 +462,6 @@ mod tests {
     struct Log {
         activations: Vec<Activation>,
         resets: usize,
-        config: Vec<(u64, Vec<u8>)>,
         fail: bool,
     }
 
@@ -466,13 +480,8 @@ mod tests {
         fn features(&self) -> u64 {
             FEATURE
         }
-        fn read_config(&self, offset: u64, data: &mut [u8]) {
-            for (byte, index) in data.iter_mut().zip(offset..4) {
-                *byte = 0x10 + index as u8;
-            }
-        }
-        fn write_config(&mut self, offset: u64, data: &[u8]) {
-            self.0.lock().unwrap().config.push((offset, data.to_vec()));
+        fn config(&self) -> &[u8] {
+            &[0x10, 0x11, 0x12, 0x13, 0x14, 0x15]
         }
         fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
             let mut log = self.0.lock().unwrap();
@@ -502,6 +511,7 @@ mod tests {
                 Box::new(Mock(Arc::clone(&log))),
                 GuestMemoryAtomic::new(memory),
                 irqfd.try_clone().unwrap(),
+                RegisterMemory::new(1).unwrap().slot(0),
             )
             .unwrap();
             Self {
@@ -512,9 +522,7 @@ mod tests {
         }
 
         fn read(&self, offset: u32) -> u32 {
-            let mut data = [0xff; 4];
-            self.transport.read(offset.into(), &mut data);
-            u32::from_le_bytes(data)
+            self.transport.registers.get(offset)
         }
 
         fn write(&mut self, offset: u32, value: u32) {
@@ -728,8 +736,6 @@ mod tests {
         let mut driver = Driver::running();
         assert_eq!(driver.status(0x8f), 0x8f);
         assert_eq!(driver.status(0x0f), 0x8f);
-        driver.transport.write(CONFIG, &[1]);
-        assert!(driver.log.lock().unwrap().config.is_empty());
         assert_eq!(driver.status(0), 0);
     }
 
@@ -756,13 +762,25 @@ mod tests {
     }
 
     #[test]
-    fn configuration_space_takes_any_width_and_reads_zero_beyond_its_end() {
+    fn configuration_space_reads_zero_beyond_its_end_and_takes_no_writes() {
         let mut driver = Driver::running();
-        let mut data = [0xff; 8];
-        driver.transport.read(CONFIG + 2, &mut data);
-        assert_eq!(data, [0x12, 0x13, 0, 0, 0, 0, 0, 0]);
-        driver.transport.write(CONFIG + 1, &[9]);
-        assert_eq!(driver.log.lock().unwrap().config, [(1, vec![9])]);
+        for value in [0x1312_1110, 0x1514, 0] {
+            let offset = VIRTIO_MMIO_CONFIG;
+            driver.write(offset, value);
+            assert_eq!(driver.read(offset), 0x1312_1110);
+        }
+        assert_eq!(driver.read(VIRTIO_MMIO_CONFIG + 4), 0x1514);
+        assert_eq!(driver.read(VIRTIO_MMIO_CONFIG + 8), 0);
+    }
+
+    #[test]
+    fn a_device_shows_in_its_slot_and_an_empty_slot_says_that_it_has_none() {
+        let registers = RegisterMemory::new(1).unwrap().slot(0);
+        show_empty(&registers);
+        assert_eq!(registers.get(VIRTIO_MMIO_MAGIC_VALUE), 0x7472_6976);
+        assert_eq!(registers.get(VIRTIO_MMIO_VERSION), 2);
+        assert_eq!(registers.get(VIRTIO_MMIO_DEVICE_ID), 0);
+        assert_eq!(Driver::new().read(VIRTIO_MMIO_DEVICE_ID), 42);
     }
 
     #[test]
@@ -817,17 +835,11 @@ mod tests {
     fn registers_take_nothing_but_aligned_words() {
         let mut driver = Driver::running();
         for length in [1, 2, 8] {
-            let mut data = vec![0xff; length];
-            driver.transport.read(0, &mut data);
-            assert_eq!(data, vec![0; length]);
             driver.transport.write(0x70, &vec![0; length]);
         }
         for register in 0..0x100u64 {
             if register % 4 != 0 {
                 driver.transport.write(register, &[0; 4]);
-                let mut data = [0xff; 4];
-                driver.transport.read(register, &mut data);
-                assert_eq!(data, [0; 4], "{register:#x}");
             }
         }
         assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0xf);

@@ -13,7 +13,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ActiveQueue, Interrupt, Memory};
+use super::{ActiveQueue, Interrupt, Memory, RegisterMemory};
 
 /// How long anything may take before a test fails.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -34,7 +34,10 @@ impl Line {
     pub fn new() -> Self {
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         Self {
-            interrupt: Arc::new(Interrupt::new(event.try_clone().unwrap())),
+            interrupt: Arc::new(Interrupt::new(
+                event.try_clone().unwrap(),
+                RegisterMemory::new(1).unwrap().slot(0),
+            )),
             event,
         }
     }

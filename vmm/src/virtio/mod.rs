@@ -11,15 +11,21 @@ pub mod fs;
 pub mod mmio;
 #[cfg(test)]
 mod mock_driver;
+mod registers;
 pub mod rng;
 pub mod vsock;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING,
+    VIRTIO_MMIO_INTERRUPT_STATUS,
+};
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
+
+pub use self::registers::{RegisterMemory, SlotRegisters};
 
 /// Guest memory as every device sees it: cheap to clone, and regions may be added while the guest runs.
 pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -27,49 +33,36 @@ pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 /// A device's way to interrupt the guest: the transport's InterruptStatus register and an irqfd.
 #[derive(Debug)]
 pub struct Interrupt {
-    status: AtomicU32,
-    config_generation: AtomicU32,
+    registers: SlotRegisters,
     irqfd: EventFd,
 }
 
 impl Interrupt {
-    /// Wraps an eventfd that KVM knows as the irqfd of the device's line.
-    pub fn new(irqfd: EventFd) -> Self {
-        Self {
-            status: AtomicU32::new(0),
-            config_generation: AtomicU32::new(0),
-            irqfd,
-        }
+    /// Wraps an eventfd that KVM knows as the irqfd of the device's line, and the registers of the device's slot.
+    pub fn new(irqfd: EventFd, registers: SlotRegisters) -> Self {
+        Self { registers, irqfd }
     }
 
     /// Tells the driver that the device has put buffers on a used ring (virtio 1.2, 4.2.2, InterruptStatus bit 0).
     pub fn signal_used_buffers(&self) {
-        self.signal(virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_VRING);
+        self.signal(VIRTIO_MMIO_INT_VRING);
     }
 
     /// Tells the driver that the configuration space has changed (InterruptStatus bit 1).
     pub fn signal_config_change(&self) {
-        self.config_generation.fetch_add(1, Ordering::AcqRel);
-        self.signal(virtio_bindings::virtio_mmio::VIRTIO_MMIO_INT_CONFIG);
-    }
-
-    /// The ConfigGeneration register (4.2.2.1): changes with each change of the configuration space.
-    pub fn config_generation(&self) -> u32 {
-        self.config_generation.load(Ordering::Acquire)
-    }
-
-    /// The InterruptStatus register.
-    pub fn status(&self) -> u32 {
-        self.status.load(Ordering::Acquire)
+        // 4.2.2.1: it changes with each change of the configuration space.
+        self.registers.increment(VIRTIO_MMIO_CONFIG_GENERATION);
+        self.signal(VIRTIO_MMIO_INT_CONFIG);
     }
 
     /// A write to InterruptACK.
     pub fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::AcqRel);
+        self.registers
+            .clear_bits(VIRTIO_MMIO_INTERRUPT_STATUS, bits);
     }
 
     fn signal(&self, bits: u32) {
-        self.status.fetch_or(bits, Ordering::AcqRel);
+        self.registers.set_bits(VIRTIO_MMIO_INTERRUPT_STATUS, bits);
         // An eventfd write fails only when its counter is full: then the interrupt is pending already.
         let _ = self.irqfd.write(1);
     }
@@ -130,11 +123,10 @@ pub trait VirtioDevice: Send {
     /// Feature bits offered. The transport adds VIRTIO_F_VERSION_1.
     fn features(&self) -> u64;
 
-    /// Reads the device's configuration space. Bytes beyond its end read as zero.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
-
-    /// Writes the device's configuration space. Writes beyond its end, or to read-only fields, are ignored.
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// The device's configuration space, at most [`mmio::CONFIG_LEN`] bytes. The driver can't change it.
+    fn config(&self) -> &[u8] {
+        &[]
+    }
 
     /// Starts the device. Called once between two resets.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;

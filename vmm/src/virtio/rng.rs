@@ -61,8 +61,6 @@ impl VirtioDevice for Rng {
         0
     }
 
-    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
-
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let mut queues = activation.queues.into_iter();
         let queue = queues

@@ -140,15 +140,8 @@ impl VirtioDevice for Fs {
         1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let present = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.config.get(offset..))
-            .unwrap_or_default();
-        data.fill(0);
-        for (byte, value) in data.iter_mut().zip(present) {
-            *byte = *value;
-        }
+    fn config(&self) -> &[u8] {
+        &self.config
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -6,7 +6,8 @@
 //! no effect on the host. What the guest makes the VMM allocate is bounded, open files included.
 //!
 //! Mounts below the shared directory belong to the tree, those that come later too. Host programs may change files at any time: the
-//! guest asks again after [`CACHE_TIME`], and keeps a file's pages over an open only if the file has not changed meanwhile.
+//! guest asks again after [`CACHE_TIME`], also for names that were not there, and keeps a file's pages over an open only if the file has
+//! not changed meanwhile.
 //!
 //! Left to the guest's kernel: permission checks, locks (they hold among the guest's processes), and copying ranges.
 
@@ -230,7 +231,14 @@ impl FileSystem for Share {
 
     fn lookup(&self, _context: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
         let parent = self.inodes.get(parent)?;
-        self.look_up(&parent, component(name)?)
+        match self.look_up(&parent, component(name)?) {
+            // No inode: the guest may believe that too. Searches along a path ask for the same names again and again.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Entry {
+                entry_timeout: CACHE_TIME,
+                ..Entry::default()
+            }),
+            found => found,
+        }
     }
 
     fn forget(&self, _context: &Context, inode: u64, count: u64) {

@@ -151,8 +151,13 @@ impl Guest {
         Ok(read(&reply))
     }
 
+    /// Looks a name up as Linux does: an entry without an inode says that there is none.
     fn lookup(&mut self, parent: u64, name: &str) -> Answer<EntryOut> {
-        self.call_for(Opcode::Lookup, parent, &c(name))
+        let entry: EntryOut = self.call_for(Opcode::Lookup, parent, &c(name))?;
+        if entry.nodeid == 0 {
+            return Err(libc::ENOENT);
+        }
+        Ok(entry)
     }
 
     fn walk(&mut self, path: &str) -> u64 {
@@ -356,13 +361,9 @@ fn the_configuration_space_holds_tag_and_queues() {
         ..share(&dir)
     })
     .unwrap();
-    let mut bytes = [0xff; 44];
-    fs.read_config(0, &mut bytes);
-    assert_eq!(&bytes[..9], b"bulkhead\0");
-    assert_eq!(bytes[36..], [3, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(&fs.config()[..9], b"bulkhead\0");
+    assert_eq!(fs.config()[36..], [3, 0, 0, 0]);
     assert_eq!(fs.queue_sizes().len(), 4);
-    fs.read_config(u64::MAX, &mut bytes);
-    assert_eq!(bytes, [0; 44]);
 }
 
 #[test]
@@ -413,6 +414,15 @@ fn files_are_looked_up_and_read() {
     let attr: AttrOut = guest.call_for(Opcode::Getattr, node, &[0; 16]).unwrap();
     assert_eq!(attr.attr.size, 7);
     assert_eq!(attr.attr_valid, 1);
+}
+
+#[test]
+fn the_guest_may_believe_for_a_second_that_a_name_is_not_there() {
+    let mut guest = Guest::new();
+    let missing: EntryOut = guest.call_for(Opcode::Lookup, ROOT, &c("missing")).unwrap();
+    assert_eq!((missing.nodeid, missing.entry_valid), (0, 1));
+    fs::write(guest.path("missing"), "").unwrap();
+    guest.lookup(ROOT, "missing").unwrap();
 }
 
 #[test]

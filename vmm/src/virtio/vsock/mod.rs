@@ -44,6 +44,8 @@ const QUEUES_NEEDED: usize = 2;
 #[derive(Debug)]
 pub struct Vsock {
     guest_cid: u64,
+    /// struct virtio_vsock_config (virtio 1.2, 5.10.4): the guest's CID.
+    config: [u8; 8],
     listener: UnixListener,
     path: PathBuf,
     running: Option<Running>,
@@ -61,6 +63,7 @@ impl Vsock {
     pub fn new(guest_cid: u64, listener: UnixListener, path: PathBuf) -> Self {
         Self {
             guest_cid,
+            config: guest_cid.to_le_bytes(),
             listener,
             path,
             running: None,
@@ -86,16 +89,8 @@ impl VirtioDevice for Vsock {
     }
 
     /// `struct virtio_vsock_config`: the guest's context identifier (virtio 1.2, 5.10.4).
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.guest_cid.to_le_bytes();
-        let present = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| config.get(offset..))
-            .unwrap_or_default();
-        data.fill(0);
-        for (byte, value) in data.iter_mut().zip(present) {
-            *byte = *value;
-        }
+    fn config(&self) -> &[u8] {
+        &self.config
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
