@@ -2,6 +2,7 @@
 //!
 //! Ratios are what counts: on an emulated CPU everything is 10 to 30 times slower than on a real one.
 
+mod calls;
 mod files;
 mod idle;
 mod life;
@@ -52,6 +53,8 @@ enum Part {
     Memory,
     /// Wake-ups of an idle sandbox.
     Wakeups,
+    /// System calls of a start and of an idle sandbox.
+    Calls,
     /// Sizes of the files.
     Sizes,
 }
@@ -70,6 +73,9 @@ fn main() -> anyhow::Result<()> {
     }
     if arguments.wants(Part::Wakeups) {
         wakeups::measure()?;
+    }
+    if arguments.wants(Part::Calls) {
+        calls::measure()?;
     }
     if arguments.wants(Part::Sizes) {
         memory::sizes()?;

@@ -11,10 +11,10 @@ use crate::idle::{IdleSandbox, name};
 use crate::table::print;
 
 /// How long a sandbox is let alone before it counts as idle: what a boot left to be done later is done then.
-const SETTLE: Duration = Duration::from_secs(20);
+pub const SETTLE: Duration = Duration::from_secs(20);
 
 /// How long it is watched.
-const WATCH: Duration = Duration::from_secs(60);
+pub const WATCH: Duration = Duration::from_secs(60);
 
 /// Prints how often each thread of an idle sandbox went to sleep again within a minute. A vCPU sleeps when its guest halts.
 pub fn measure() -> anyhow::Result<()> {
