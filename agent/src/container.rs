@@ -16,6 +16,7 @@ use tokio::sync::watch;
 
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::error::{Context, Error, Kind, Result};
+use crate::fault;
 use crate::handshake::{self, Report};
 use crate::init::{self, Job, Join};
 use crate::mounts::Trees;
@@ -89,6 +90,7 @@ impl Containers {
 
     /// Makes a container up to the exec; returns its init's pid.
     pub async fn create(&self, request: &CreateContainerRequest) -> Result<u32> {
+        fault::point("create-asked");
         let id = &request.container_id;
         check_id(id)?;
         let owners = self.owners(&request.join)?;
@@ -124,6 +126,7 @@ impl Containers {
             Size::bounded(stdio.terminal_width, stdio.terminal_height).or(plan.process.console_size)
         });
         let (child, socket) = self.fork(id, &plan, &cgroup, &owners, ends, size)?;
+        fault::point("create-forked");
         drop(owners);
         let child = if plan.joined == 0 {
             child
@@ -157,6 +160,7 @@ impl Containers {
             container.end().await;
             return Err(error);
         }
+        fault::point("create-set-up");
         *container.phase() = Phase::Created(socket);
         let pid = container.init.api_pid();
         tokio::spawn(Arc::clone(&container).supervise());
@@ -285,6 +289,7 @@ impl Containers {
 
     /// Executes the user's program of a created container.
     pub async fn start(&self, id: &str) -> Result<()> {
+        fault::point("start-asked");
         let container = self.find(id)?;
         let socket = {
             let mut phase = container.phase();
@@ -306,6 +311,7 @@ impl Containers {
         socket.start().what(what)?;
         match socket.report().await.what(what)? {
             Report::End => {
+                fault::point("start-executed");
                 tracing::debug!(id, "started");
                 Ok(())
             }
@@ -333,6 +339,7 @@ impl Containers {
 
     /// Sends a signal.
     pub fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
+        fault::point("signal-asked");
         let container = self.find(id)?;
         let number = i32::try_from(signal)
             .ok()
@@ -452,6 +459,7 @@ impl Container {
     /// Follows the init to its end.
     async fn supervise(self: Arc<Self>) {
         let exit = exited(&mut self.init.exit.clone()).await;
+        fault::point("init-ended");
         // With its pid namespace the kernel has killed everything; without one, what is left would hold the output
         // open, and nobody could be sure of its end.
         if self.plan.made() & libc::CLONE_NEWPID as u64 == 0

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 use crate::container::Container;
 use crate::error::{Context, Error, Kind, Result};
+use crate::fault;
 use crate::handshake::{self, Report};
 use crate::joiner::{self, Job};
 use crate::reaper::{ExitWatch, Reaper, exited};
@@ -24,6 +25,7 @@ const MAX_EXEC_ID: usize = 255;
 impl Container {
     /// Executes another process; returns its pid.
     pub async fn exec(&self, request: &ExecProcessRequest, reaper: &Reaper) -> Result<u32> {
+        fault::point("exec-asked");
         let id = &request.exec_id;
         if id.is_empty() || id.len() > MAX_EXEC_ID {
             return Err(Error::Request(format!(
@@ -50,6 +52,7 @@ impl Container {
         });
         let (streams, ends) = Streams::open(stdio)?;
         let joiner = self.fork_joiner(&process, ends, size, reaper)?;
+        fault::point("exec-forked");
         let executed = joiner.execute(streams, reaper).await;
         if executed.is_err() {
             joiner.end().await;
@@ -59,6 +62,7 @@ impl Container {
             Err(_) if self.init_is_gone() => return Err(stopped()),
             Err(error) => return Err(error),
         };
+        fault::point("exec-executed");
         let pid = task.api_pid();
         tokio::spawn(supervise(Arc::clone(&task)));
         reservation.fill(Arc::clone(&task));
@@ -182,6 +186,7 @@ impl Joiner {
                 _ => killed(),
             });
         };
+        fault::point("exec-joined");
         let mut task = Task {
             pid,
             pidfd,

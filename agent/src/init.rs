@@ -18,7 +18,7 @@ use crate::process::{self, Program};
 use crate::spec::{CLONE_NEWTIME, Plan};
 use crate::sys::Fork;
 use crate::terminal::{Size, Terminal};
-use crate::{devices, handshake, hooks, launch, sys, user_namespace};
+use crate::{devices, fault, handshake, hooks, launch, sys, user_namespace};
 
 /// What a child needs of the agent.
 #[derive(Debug)]
@@ -144,6 +144,7 @@ fn execute(job: &Job<'_>, program: &Program) -> Error {
     let plan = job.plan;
     let ready = process::go_under_filter(&plan.process, plan.seccomp.as_deref())
         .and_then(|()| hooks::run(&plan.hooks, job.id, program));
+    fault::point("init-executes");
     match ready {
         Ok(()) => process::replace(&plan.process, program),
         Err(error) => error,
@@ -152,6 +153,7 @@ fn execute(job: &Job<'_>, program: &Program) -> Error {
 
 fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
     let plan = job.plan;
+    fault::point("init-forked");
     launch::reset_signals()?;
     setsid().what(|| "cannot make a session")?;
     make_time_namespace(plan)?;
@@ -182,7 +184,10 @@ fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
     }
     launch::set_personality(plan.personality)?;
 
-    match build_root(job, rootfs)? {
+    fault::point("init-namespaces");
+    let terminal = build_root(job, rootfs)?;
+    fault::point("init-root");
+    match terminal {
         Some(terminal) => {
             handshake::send_terminal(socket, terminal.master.as_fd())
                 .what(|| "cannot report to the agent")?;

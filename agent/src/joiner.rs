@@ -22,7 +22,7 @@ use crate::seccomp::Filter;
 use crate::spec::Process;
 use crate::sys::{self, Fork};
 use crate::terminal::{Size, Terminal};
-use crate::{handshake, launch, user_namespace};
+use crate::{fault, handshake, launch, user_namespace};
 
 /// What the children need of the agent.
 #[derive(Debug)]
@@ -61,6 +61,7 @@ impl Job<'_> {
 /// The joiner's whole life, and that of its fork.
 pub fn run(job: &Job<'_>) -> ! {
     let _guard = launch::ExitOnUnwind;
+    fault::point("joiner-forked");
     let kept = protect(job)
         .and_then(|()| launch::arrange_descriptors(job.stdio, [job.socket, job.init], &[]));
     let [socket, init] = match kept {
@@ -101,6 +102,7 @@ fn join(job: &Job<'_>, init: OwnedFd) -> Result<Joined> {
         Errno::ESRCH => stopped(),
         errno => Error::system("cannot join the container's namespaces", errno),
     })?;
+    fault::point("joiner-joined");
     // With it a path of the container could lead to what only its owner may reach.
     drop(init);
     if job.namespaces & libc::CLONE_NEWUSER as u64 != 0 {
@@ -167,7 +169,10 @@ fn enter(job: &Job<'_>, program: Option<Program>, socket: BorrowedFd<'_>) -> ! {
     let error = match ready {
         Err(error) => error,
         Ok(_) if !handshake::wait_for_start(socket) => launch::exit(),
-        Ok(program) => process::execute(job.process, &program, job.seccomp),
+        Ok(program) => {
+            fault::point("process-executes");
+            process::execute(job.process, &program, job.seccomp)
+        }
     };
     handshake::send_failure(socket, &error);
     launch::exit()

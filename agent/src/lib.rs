@@ -13,6 +13,7 @@ pub mod device_filter;
 pub mod devices;
 pub mod error;
 pub mod exec;
+pub mod fault;
 pub mod handshake;
 pub mod hooks;
 pub mod hotplug;

@@ -24,6 +24,7 @@ use ttrpc::r#async::TtrpcContext;
 
 use crate::container::Containers;
 use crate::error::{Error, Kind, Result};
+use crate::fault;
 use crate::hotplug;
 use crate::terminal::Size;
 use crate::timeline::{Timeline, nanoseconds};
@@ -278,12 +279,15 @@ impl Agent for Service {
         _: ShutdownRequest,
     ) -> ttrpc::Result<ShutdownResponse> {
         let containers = Arc::clone(self.greeted()?);
+        fault::point("shutdown-asked");
         whole(async move {
             containers.delete_all().await;
             Ok(())
         })
         .await?;
+        fault::point("shutdown-killed");
         crate::boot::release_file_systems();
+        fault::point("shutdown-released");
         self.shutdown.notify_one();
         Ok(ShutdownResponse::default())
     }

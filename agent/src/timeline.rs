@@ -2,6 +2,8 @@
 
 use nix::time::{ClockId, clock_gettime};
 
+use crate::fault;
+
 /// Boot steps in order, with the nanoseconds since the kernel started its clock.
 #[derive(Debug, Clone)]
 pub struct Timeline(Vec<(&'static str, u64)>);
@@ -17,6 +19,7 @@ impl Timeline {
     /// Notes that `step` is done now.
     pub fn mark(&mut self, step: &'static str) {
         self.0.push((step, nanoseconds(ClockId::CLOCK_BOOTTIME)));
+        fault::point(step);
     }
 
     /// The steps.

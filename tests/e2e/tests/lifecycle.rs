@@ -455,16 +455,15 @@ fn a_process_killed_for_want_of_memory_is_an_event_and_the_guest_survives() {
 fn the_hosts_cgroup_is_where_the_bundle_says_and_holds_the_sandbox() {
     let mut bundle = idle();
     bundle.config["linux"]["cgroupsPath"] = json!("/e2e-parent/the-container");
+    bundle.config["process"]["oomScoreAdj"] = json!(321);
     let cgroup = PathBuf::from("/sys/fs/cgroup/e2e-parent/the-container");
     let container = Container::running(bulkhead(), &bundle);
     let procs = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
     let mut programs: Vec<_> = procs
         .lines()
         .map(|pid| {
-            fs::read_to_string(format!("/proc/{pid}/comm"))
-                .unwrap()
-                .trim()
-                .to_owned()
+            let read = |name| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+            format!("{} {}", read("comm").trim(), read("oom_score_adj").trim())
         })
         .collect();
     // The kernel puts a thread of KVM's there too.
@@ -472,7 +471,11 @@ fn the_hosts_cgroup_is_where_the_bundle_says_and_holds_the_sandbox() {
     programs.sort();
     assert_eq!(
         programs,
-        ["bulkhead-proxy", "bulkhead-vmm", "containerd-shim"]
+        [
+            "bulkhead-proxy 321",
+            "bulkhead-vmm 321",
+            "containerd-shim -998"
+        ]
     );
     let current: u64 = fs::read_to_string(cgroup.join("memory.current"))
         .unwrap()

@@ -1,0 +1,347 @@
+//! What is left when the VMM, a stand-in or the guest's agent is killed at any step of a container's life. The build under test has fault
+//! points (`vmm/src/fault.rs`, `agent/src/fault.rs`), which the build that is installed must not have.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bulkhead_e2e::bundle::Bundle;
+use bulkhead_e2e::command::{Ended, fresh_id};
+use bulkhead_e2e::container::{bulkhead, reap_all, wait_for};
+use bulkhead_e2e::leaks::Host;
+use bulkhead_e2e::{dist, processes};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// How long a command may take at most, on an emulated CPU.
+const LIMIT_S: &str = "120";
+
+/// How long a container may be known as another than stopped at most: 5 seconds, were it not for the emulated CPU.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The steps of the VMM.
+const VMM: [&str; 12] = [
+    "vmm: vmm started",
+    "vmm: boot requested",
+    "vmm: memory mapped",
+    "vmm: vm created",
+    "vmm: kernel loaded",
+    "vmm: vcpus created",
+    "vmm: devices ready",
+    "vmm: first KVM_RUN",
+    "vmm: init started",
+    "vmm: agent ready",
+    "vmm: shutdown requested",
+    "vmm: ended",
+];
+
+/// The steps of the server at which it has a guest.
+const SERVER: [&str; 12] = [
+    "server: agent called",
+    "server: agent greeted",
+    "server: container created",
+    "server: container started",
+    "server: process described",
+    "server: process executed",
+    "server: process exited",
+    "server: process deleted",
+    "server: signal delivered",
+    "server: container exited",
+    "server: deletion asked",
+    "server: sandbox ends",
+];
+
+/// The steps of a stand-in.
+const PROXY: [&str; 7] = [
+    "proxy: forked",
+    "proxy: set up",
+    "proxy: told to go",
+    "proxy: connected",
+    "proxy: attaching streams",
+    "proxy: process ended",
+    "proxy: output written",
+];
+
+/// The steps of the agent, each with the command that fails of it; none where nobody waits for the guest any more.
+const AGENT: [(&str, &str); 21] = [
+    ("cgroups", "create"),
+    ("share", "create"),
+    ("dialling", "create"),
+    ("serving", "create"),
+    ("create-asked", "create"),
+    ("create-forked", "create"),
+    ("create-set-up", "create"),
+    ("start-asked", "start"),
+    ("start-executed", "start"),
+    ("exec-asked", "exec"),
+    ("exec-forked", "exec"),
+    ("exec-joined", "exec"),
+    ("exec-executed", "exec"),
+    ("signal-asked", "kill"),
+    ("init-ended", ""),
+    ("shutdown-asked", ""),
+    ("shutdown-killed", ""),
+    ("shutdown-released", ""),
+    // Not the agent itself, but its child that becomes the container's init.
+    ("init-forked", "create"),
+    ("init-root", "create"),
+    ("init-executes", "exec"),
+];
+
+/// The commands of a life, and what comes after the container's id.
+const LIFE: [(&[&str], &[&str]); 6] = [
+    (&["create"], &[]),
+    (&["start"], &[]),
+    (&["exec"], &["true"]),
+    (&["exec", "--detach"], &["true"]),
+    (&["kill"], &["KILL"]),
+    (&["delete"], &[]),
+];
+
+/// Which process ends where.
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    /// One of the host's, at a step of a process that this command of a life has started.
+    Host(&'static str, usize),
+    /// One of the guest's.
+    Guest(&'static str),
+}
+
+struct Sandbox {
+    bundle: Bundle,
+    id: String,
+    files: TempDir,
+    fault: Fault,
+}
+
+impl Sandbox {
+    fn new(fault: Fault) -> Self {
+        // Who stands for the container is to be ours to wait for.
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
+        let mut bundle = Bundle::busybox(&["sleep", "1000"]);
+        if let Fault::Guest(step) = fault {
+            let word = format!("BULKHEAD_FAULT={step}");
+            bundle.config["annotations"] = json!({"io.bulkhead.kernel_arguments": word});
+        }
+        bundle.write();
+        Self {
+            bundle,
+            id: fresh_id(),
+            files: tempfile::tempdir().unwrap(),
+            fault,
+        }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.files.path().join(name)
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.file(name)).unwrap_or_default()
+    }
+
+    /// Runs the command line with `before` and `after` around the id, for a bounded time. One that fails says why in one sentence.
+    fn run(&self, before: &[&str], after: &[&str], fault: Option<&str>) -> Ended {
+        let mut command = Command::new("timeout");
+        command.args(["-k", "5", LIMIT_S]).arg(bulkhead());
+        command.args(before);
+        if before == ["create"] {
+            command.arg("--bundle").arg(self.bundle.path());
+            command.arg("--pid-file").arg(self.file("pid"));
+        }
+        command.arg(&self.id).args(after);
+        if let Some(fault) = fault {
+            command
+                .env("BULKHEAD_FAULT", fault)
+                .env("BULKHEAD_FAULT_LOG", self.file("fault"));
+        }
+        // Not pipes, which what lives on would hold open.
+        let output = |name: &str| Stdio::from(File::create(self.file(name)).unwrap());
+        let status = command
+            .stdin(Stdio::null())
+            .stdout(output("stdout"))
+            .stderr(output("stderr"))
+            .status()
+            .unwrap();
+        let ended = Ended {
+            code: status.code().unwrap_or(-1),
+            stdout: self.read("stdout"),
+            stderr: self.read("stderr"),
+        };
+        let sentences = ended.stderr.lines().count();
+        assert!(
+            ended.code == 0 && sentences == 0
+                || ended.code < 124
+                    && sentences == 1
+                    && ended.stderr.starts_with("error: bulkhead ")
+                || ended.code == 255 && sentences == 1,
+            "{:?}, {before:?}: {ended:?}",
+            self.fault
+        );
+        ended
+    }
+
+    /// What `state` says; `gone` where there is no container.
+    fn status(&self) -> String {
+        let ended = self.run(&["state"], &[], None);
+        if ended.code != 0 {
+            assert!(
+                ended.stderr.contains("does not exist"),
+                "{:?}: {ended:?}",
+                self.fault
+            );
+            return "gone".into();
+        }
+        let state: Value = serde_json::from_str(&ended.stdout).unwrap();
+        state["status"].as_str().unwrap().to_owned()
+    }
+
+    fn has_ended(&self) -> bool {
+        ["stopped", "gone"].contains(&self.status().as_str())
+    }
+
+    /// Waits until it has stopped, or is not there.
+    fn await_end(&self) {
+        let began = Instant::now();
+        loop {
+            if self.has_ended() {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "{:?}: it has not", self.fault);
+        }
+    }
+
+    /// Leads it through its life up to the first command that fails of its machine's end. Returns those that failed.
+    fn live(&self) -> Vec<&'static str> {
+        let mut failed = Vec::new();
+        for (n, (before, after)) in LIFE.into_iter().enumerate() {
+            let fault = match self.fault {
+                Fault::Host(step, at) if at == n => Some(step),
+                _ => None,
+            };
+            if self.run(before, after, fault).code != 0 {
+                failed.push(before[0]);
+                if self.has_ended() {
+                    break;
+                }
+            }
+            if before == ["kill"] {
+                self.await_end();
+            }
+        }
+        failed
+    }
+
+    /// Checks that the container has stopped, that who waits for it knows, and that nothing is left of it once it is deleted.
+    fn end(self, host: &Host) {
+        self.await_end();
+        if let Ok(pid) = self.read("pid").parse() {
+            processes::wait_for_end(&[pid]);
+            let code = wait_for(Pid::from_raw(pid.cast_signed()));
+            assert_ne!(code, 0, "{:?}", self.fault);
+        }
+        self.run(&["delete", "--force"], &[], None).expect_code(0);
+        if let Fault::Host(step, _) = self.fault {
+            assert_eq!(self.read("fault").lines().next(), Some(step));
+        }
+        reap_all();
+        drop(self);
+        host.assert_nothing_new();
+    }
+}
+
+/// A life with a fault, and its end. Returns the commands that failed.
+fn check(fault: Fault) -> Vec<&'static str> {
+    let host = Host::now();
+    let sandbox = Sandbox::new(fault);
+    let failed = sandbox.live();
+    sandbox.end(&host);
+    failed
+}
+
+#[test]
+fn a_vmm_that_is_killed_at_any_of_its_steps_leaves_nothing() {
+    for step in VMM {
+        let failed = check(Fault::Host(step, 0));
+        let late = ["vmm: shutdown requested", "vmm: ended"].contains(&step);
+        assert_eq!(failed.is_empty(), late, "{step}: {failed:?}");
+    }
+}
+
+#[test]
+fn a_vmm_that_is_killed_at_any_step_of_its_server_leaves_nothing() {
+    for step in SERVER {
+        let step = format!("children at {step}");
+        check(Fault::Host(step.leak(), 0));
+    }
+}
+
+#[test]
+fn a_stand_in_that_is_killed_at_any_of_its_steps_takes_its_container_along() {
+    for step in PROXY {
+        check(Fault::Host(step, 0));
+    }
+}
+
+#[test]
+fn a_stand_in_of_an_executed_process_that_is_killed_at_any_of_its_steps_takes_nothing_else_along() {
+    let host = Host::now();
+    let sandbox = Sandbox::new(Fault::Host(PROXY[0], 3));
+    for (before, after) in &LIFE[..2] {
+        sandbox.run(before, after, None).expect_code(0);
+    }
+    let (before, after) = LIFE[3];
+    for (n, step) in PROXY.into_iter().enumerate() {
+        let code = sandbox.run(before, after, Some(step)).code;
+        assert_eq!(code, if n < 2 { 255 } else { 0 }, "{step}");
+        // All that is left of this one is for us to take away.
+        let began = Instant::now();
+        while sandbox.read("fault").lines().count() <= n {
+            assert!(began.elapsed() < PATIENCE, "{step} is not reached");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(sandbox.status(), "running");
+    }
+    sandbox.run(&["exec"], &["true"], None).expect_code(0);
+    sandbox.run(&["kill"], &["KILL"], None).expect_code(0);
+    sandbox.end(&host);
+}
+
+#[test]
+fn an_agent_that_ends_at_any_of_its_steps_leaves_nothing() {
+    for (step, command) in AGENT {
+        let failed = check(Fault::Guest(step));
+        let first = failed.first().copied().unwrap_or_default();
+        assert_eq!(first, command, "{step}: {failed:?}");
+    }
+}
+
+#[test]
+fn a_process_that_ends_on_its_way_into_a_container_takes_nothing_else_along() {
+    for step in ["joiner-forked", "joiner-joined"] {
+        assert_eq!(check(Fault::Guest(step)), ["exec", "exec"], "{step}");
+    }
+}
+
+#[test]
+fn what_is_installed_has_no_fault_points() {
+    let installed = std::env::var_os("BULKHEAD_INSTALLED").unwrap();
+    for name in [
+        "bin/bulkhead",
+        "bin/bulkhead-vmm",
+        "bin/containerd-shim-bulkhead-v2",
+        "lib/bulkhead/initramfs.cpio",
+    ] {
+        let has = |folder: &Path| {
+            let bytes = fs::read(folder.join(name)).unwrap();
+            let mut windows = bytes.windows(14);
+            windows.any(|window| window == b"BULKHEAD_FAULT")
+        };
+        assert!(!has(Path::new(&installed)), "{name}");
+        assert!(has(&dist()), "the build under test, {name}");
+    }
+}
