@@ -212,15 +212,16 @@ impl Containers {
         let what = || "cannot make the container's init";
         let (mine, theirs) = handshake::pair().what(what)?;
         let socket = handshake::Agent::new(mine).what(what)?;
-        let trees = Trees::prepare(plan)?;
+        let ends = ends.borrow();
+        let trees = Trees::prepare(plan, init::first_free(&ends))?;
         if let Some(maps) = &plan.id_maps {
-            user_namespace::give_stdio(&ends.borrow(), maps)?;
+            user_namespace::give_streams(&ends, maps)?;
         }
         let job = Job {
             id,
             plan,
             trees: &trees,
-            stdio: ends.borrow(),
+            ends,
             terminal,
             socket: theirs.as_fd(),
         };
@@ -415,12 +416,11 @@ impl Containers {
     /// Gives a stream connection its place.
     pub fn attach(&self, header: &StreamHeader, connection: Connection) -> Result<()> {
         let container = self.find(&header.container_id)?;
-        let kind = header.kind.enum_value_or_default();
         if header.exec_id.is_empty() {
-            container.init.streams.attach(kind, connection)
+            container.init.streams.attach(header, connection)
         } else {
             let exec = container.exec_task(&header.exec_id)?;
-            exec.streams.attach(kind, connection)
+            exec.streams.attach(header, connection)
         }
     }
 }

@@ -110,8 +110,9 @@ impl Container {
         let what = || "cannot make a process for the container";
         let (mine, theirs) = handshake::pair().what(what)?;
         let socket = handshake::Agent::new(mine).what(what)?;
+        let ends = ends.borrow();
         if let Some(maps) = &self.plan.id_maps {
-            user_namespace::give_stdio(&ends.borrow(), maps)?;
+            user_namespace::give_streams(&ends, maps)?;
         }
         let job = Job {
             id: &self.id,
@@ -120,7 +121,7 @@ impl Container {
             seccomp: self.plan.seccomp.as_deref(),
             namespaces: self.plan.namespaces,
             init: self.init.pidfd.as_fd(),
-            stdio: ends.borrow(),
+            ends,
             terminal,
             socket: theirs.as_fd(),
         };

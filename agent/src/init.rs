@@ -3,7 +3,7 @@
 //! It is the agent's own image: nothing here may touch the agent's runtime, log (its stderr is the container's), or
 //! return.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Result};
 use crate::mounts::{Rootfs, Trees, is_dev};
 use crate::process::{self, Program};
 use crate::spec::{CLONE_NEWTIME, Plan};
+use crate::streams::BorrowedEnds;
 use crate::sys::Fork;
 use crate::terminal::{Size, Terminal};
 use crate::{devices, fault, handshake, hooks, launch, sys, user_namespace};
@@ -27,9 +28,9 @@ pub struct Job<'a> {
     pub id: &'a str,
     /// What to do.
     pub plan: &'a Plan,
-    /// The child's ends of the standard streams; none is the null device.
-    pub stdio: [Option<BorrowedFd<'a>>; 3],
-    /// Size of the terminal to make in place of them.
+    /// The child's ends of the streams.
+    pub ends: BorrowedEnds<'a>,
+    /// Size of the terminal to make in place of the standard ones.
     pub terminal: Option<Size>,
     /// Mounts that the agent has made ready.
     pub trees: &'a Trees,
@@ -42,11 +43,16 @@ pub struct Job<'a> {
 /// (time_namespaces(7)).
 pub const MADE_BY_INIT: u64 = libc::CLONE_NEWCGROUP as u64 | CLONE_NEWTIME;
 
+/// The first number of a descriptor of the agent's that an init does not need for something else.
+pub fn first_free(ends: &BorrowedEnds<'_>) -> RawFd {
+    launch::first_free(ends, 1)
+}
+
 /// The child's whole life.
 pub fn run(job: &Job<'_>) -> ! {
     let _guard = launch::ExitOnUnwind;
     let [socket] =
-        match launch::arrange_descriptors(job.stdio, [job.socket], &job.trees.descriptors()) {
+        match launch::arrange_descriptors(&job.ends, [job.socket], &job.trees.descriptors()) {
             Ok(kept) => kept,
             Err(error) => {
                 handshake::send_failure(job.socket, &error);
@@ -187,16 +193,18 @@ fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
     fault::point("init-namespaces");
     let terminal = build_root(job, rootfs)?;
     fault::point("init-root");
-    match terminal {
-        Some(terminal) => {
-            handshake::send_terminal(socket, terminal.master.as_fd())
-                .what(|| "cannot report to the agent")?;
-            launch::replace_streams(terminal.slave.as_fd())?;
-            launch::take_terminal()?;
-        }
-        None => launch::use_containers_null(job.stdio)?,
+    launch::use_containers_null(&job.ends)?;
+    if let Some(terminal) = terminal {
+        handshake::send_terminal(socket, terminal.master.as_fd())
+            .what(|| "cannot report to the agent")?;
+        launch::replace_streams(terminal.slave.as_fd())?;
+        launch::take_terminal()?;
     }
-    process::become_process(&plan.process, plan.seccomp.as_deref())
+    process::become_process(
+        &plan.process,
+        job.ends.all().count(),
+        plan.seccomp.as_deref(),
+    )
 }
 
 /// The offsets go through the guest's procfs, as long as it is there.

@@ -20,6 +20,7 @@ use crate::error::{Context, Error, Result};
 use crate::process::{self, Program};
 use crate::seccomp::Filter;
 use crate::spec::Process;
+use crate::streams::BorrowedEnds;
 use crate::sys::{self, Fork};
 use crate::terminal::{Size, Terminal};
 use crate::{fault, handshake, launch, user_namespace};
@@ -39,9 +40,9 @@ pub struct Job<'a> {
     pub namespaces: u64,
     /// The container's init.
     pub init: BorrowedFd<'a>,
-    /// The child's ends of the standard streams; none is the null device.
-    pub stdio: [Option<BorrowedFd<'a>>; 3],
-    /// Size of the terminal to make in place of them.
+    /// The child's ends of the streams.
+    pub ends: BorrowedEnds<'a>,
+    /// Size of the terminal to make in place of the standard ones.
     pub terminal: Option<Size>,
     /// The children's end of the handshake.
     pub socket: BorrowedFd<'a>,
@@ -54,7 +55,7 @@ impl Job<'_> {
     }
 
     fn become_process(&self) -> Result<Program> {
-        process::become_process(self.process, self.seccomp)
+        process::become_process(self.process, self.ends.all().count(), self.seccomp)
     }
 }
 
@@ -63,7 +64,7 @@ pub fn run(job: &Job<'_>) -> ! {
     let _guard = launch::ExitOnUnwind;
     fault::point("joiner-forked");
     let kept = protect(job)
-        .and_then(|()| launch::arrange_descriptors(job.stdio, [job.socket, job.init], &[]));
+        .and_then(|()| launch::arrange_descriptors(&job.ends, [job.socket, job.init], &[]));
     let [socket, init] = match kept {
         Ok(kept) => kept,
         Err(error) => {
@@ -111,6 +112,7 @@ fn join(job: &Job<'_>, init: OwnedFd) -> Result<Joined> {
     }
     launch::join_keyring(job.id)?;
     launch::set_personality(job.personality)?;
+    launch::use_containers_null(&job.ends)?;
     let master = match job.terminal {
         Some(size) => {
             let root = nix::fcntl::open(
@@ -123,10 +125,7 @@ fn join(job: &Job<'_>, init: OwnedFd) -> Result<Joined> {
             launch::replace_streams(terminal.slave.as_fd())?;
             Some(terminal.master)
         }
-        None => {
-            launch::use_containers_null(job.stdio)?;
-            None
-        }
+        None => None,
     };
     let program = if job.becomes_late() {
         None

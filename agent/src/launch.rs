@@ -3,7 +3,7 @@
 //! A child is the agent's own image: nothing here may touch the agent's runtime, log (its stderr is the
 //! container's), or return.
 
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
@@ -11,6 +11,7 @@ use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::stat::Mode;
 
 use crate::error::{Context, Error, Result};
+use crate::streams::BorrowedEnds;
 use crate::{process, sys};
 
 /// Exit status of a child that did not get to the exec; the agent has the reason by then.
@@ -40,36 +41,51 @@ impl Drop for ExitOnUnwind {
     }
 }
 
-/// Puts the standard streams in their places (none is the null device) and `keep` behind them, and closes
-/// everything else but for `leave`, which are not of the first few: a connection of the agent that a waiting child held open would never end.
+/// The first number that neither the process's streams nor `kept` descriptors take.
+pub fn first_free(ends: &BorrowedEnds<'_>, kept: usize) -> RawFd {
+    FIRST.saturating_add(RawFd::try_from(ends.further.len() + kept).unwrap_or(RawFd::MAX))
+}
+
+/// Puts the streams in their places and `keep` behind them, which an exec closes, and closes everything else but for `leave`,
+/// which are from [`first_free`] on: a connection of the agent that a waiting child held open would never end.
 pub fn arrange_descriptors<const N: usize>(
-    stdio: [Option<BorrowedFd<'_>>; 3],
+    ends: &BorrowedEnds<'_>,
     keep: [BorrowedFd<'_>; N],
     leave: &[RawFd],
 ) -> Result<[OwnedFd; N]> {
     let what = || "cannot arrange the container's descriptors";
     let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).what(what)?;
-    for (number, stream) in stdio.iter().enumerate() {
-        process::replace_stdio(stream.unwrap_or(null.as_fd()), number).what(what)?;
+    for (number, end) in ends.standard.iter().enumerate() {
+        process::replace_stdio(end.unwrap_or(null.as_fd()), number).what(what)?;
+    }
+    let further = ends.further.iter().map(|end| end.unwrap_or(null.as_fd()));
+    let first_kept = first_free(ends, 0);
+    let first_free = first_free(ends, N);
+    // First out of the way of all places, then each to its own.
+    let mut aside = Vec::with_capacity(ends.further.len() + N);
+    for fd in further.chain(keep) {
+        aside.push(fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(first_free)).what(what)?);
     }
     // Closed below, or replaced: this owner must not close what takes its number.
     let _ = null.into_raw_fd();
-    let first_free = FIRST + RawFd::try_from(N).unwrap_or(0);
-    // First out of the way of all places, then each to its own.
-    let mut places = [FIRST; N];
-    for (place, fd) in places.iter_mut().zip(keep) {
-        *place = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(first_free)).what(what)?;
-    }
-    for (number, place) in (FIRST..).zip(&mut places) {
+    for (number, fd) in (FIRST..).zip(aside) {
+        let flags = if number < first_kept {
+            0
+        } else {
+            libc::O_CLOEXEC
+        };
         // SAFETY: `number` is none of the standard streams; whatever the agent had there belongs to objects that
         // this process never drops.
-        Errno::result(unsafe { libc::dup3(*place, number, libc::O_CLOEXEC) }).what(what)?;
-        *place = number;
+        Errno::result(unsafe { libc::dup3(fd, number, flags) }).what(what)?;
     }
     // SAFETY: as above: the owners of these descriptors are never dropped in this process.
     unsafe { sys::close_from(first_free, leave) }.what(what)?;
-    // SAFETY: these are the duplicates just made, and nothing else here owns them.
-    Ok(places.map(|place| unsafe { OwnedFd::from_raw_fd(place) }))
+    let mut numbers = first_kept..;
+    Ok(keep.map(|_| {
+        let number = numbers.next().unwrap_or(first_kept);
+        // SAFETY: these are the duplicates just made, one for each of `keep`, and nothing else here owns them.
+        unsafe { OwnedFd::from_raw_fd(number) }
+    }))
 }
 
 /// Undoes what the agent did to its signals.
@@ -127,16 +143,13 @@ pub fn take_terminal() -> Result<()> {
 }
 
 /// Puts the container's null device in the place of streams that nobody asked for.
-pub fn use_containers_null(stdio: [Option<BorrowedFd<'_>>; 3]) -> Result<()> {
+pub fn use_containers_null(ends: &BorrowedEnds<'_>) -> Result<()> {
     let Some(null) = process::container_null() else {
         return Ok(());
     };
-    let absent = stdio
-        .iter()
-        .enumerate()
-        .filter(|(_, stream)| stream.is_none());
-    for (number, _) in absent {
-        process::replace_stdio(null.as_fd(), number)
+    for (number, _) in (0..).zip(ends.all()).filter(|(_, end)| end.is_none()) {
+        // SAFETY: at `number` is the null device that `arrange_descriptors` has put there, and nobody owns it.
+        Errno::result(unsafe { libc::dup2(null.as_raw_fd(), number) })
             .what(|| "cannot open the container's /dev/null")?;
     }
     Ok(())

@@ -5,7 +5,7 @@
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -34,8 +34,13 @@ pub struct Program {
     env: Vec<CString>,
 }
 
-/// Does everything to this process that the spec's `process` says, except the exec. The root is the container's.
-pub fn become_process(process: &Process, seccomp: Option<&Filter>) -> Result<Program> {
+/// Does everything to this process that the spec's `process` says, except the exec. The root is the container's, and the
+/// first `streams` descriptors are its streams.
+pub fn become_process(
+    process: &Process,
+    streams: usize,
+    seccomp: Option<&Filter>,
+) -> Result<Program> {
     set_limits(process)?;
     if let Some((class, level)) = process.io_priority {
         crate::sys::set_io_priority(class, level).what(|| "process.ioPriority")?;
@@ -69,7 +74,7 @@ pub fn become_process(process: &Process, seccomp: Option<&Filter>) -> Result<Pro
     };
     drop_bounding(&process.capabilities.bounding)?;
     nix::sys::prctl::set_keepcaps(true).what(|| "cannot keep capabilities")?;
-    own_stdio(process.uid);
+    own_streams(process.uid, streams);
     let groups: Vec<Gid> = process.groups.iter().copied().map(Gid::from_raw).collect();
     setgroups(&groups).what(|| "process.user.additionalGids")?;
     let (uid, gid) = (Uid::from_raw(process.uid), Gid::from_raw(process.gid));
@@ -220,11 +225,12 @@ fn path_variable(process: &Process) -> &str {
         .map_or("", |(_, value)| value)
 }
 
-/// Lets the user open /dev/stdout and its like, which opens the pipe or terminal anew. Where it is not allowed
+/// Lets the user open /dev/stdout, /dev/fd/3 and their like, which opens the pipe or terminal anew. Where it is not allowed
 /// (/dev/null on a read-only mount), it is not needed.
-fn own_stdio(uid: u32) {
-    let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
-    for fd in [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()] {
+fn own_streams(uid: u32, count: usize) {
+    for (number, _) in (0..).zip(0..count) {
+        // SAFETY: the process's streams are open until it ends.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
         let Ok(stat) = nix::sys::stat::fstat(fd) else {
             continue;
         };

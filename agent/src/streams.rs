@@ -1,31 +1,29 @@
-//! The standard streams of a process: pipes (or a terminal) on one side, connections of the host on the other.
+//! The streams of a process: pipes, sockets or a terminal on one side, connections of the host on the other.
 //!
 //! A connection takes the place that its [`StreamHeader`] names. Each direction has one bounded buffer, so a slow
 //! reader slows the writer; end of file passes on as a shutdown of one half. An output counts as drained when the
 //! process has ended, or its end of the pipe is closed everywhere, and the last byte was handed to the connection.
 
+mod pumps;
+
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use bulkhead_protocol::MAX_STREAM_HEADER;
-use bulkhead_protocol::agent::{Stdio, StreamHeader, StreamKind};
-use nix::errno::Errno;
+use bulkhead_protocol::agent::{Flow, Stdio, StreamHeader, StreamKind};
+use bulkhead_protocol::{FIRST_DESCRIPTOR, MAX_DESCRIPTORS, MAX_STREAM_HEADER};
 use nix::fcntl::OFlag;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::pipe2;
 use protobuf::Message;
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, Interest};
-use tokio::net::unix::pipe;
+use tokio::io::{AsyncRead, AsyncReadExt, Interest};
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::terminal::Size;
 use crate::transport::Connection;
-
-/// As much as a pipe holds: one read empties it.
-const BUFFER: usize = 64 * 1024;
+use pumps::End;
 
 /// Why a stream's header was not accepted.
 #[derive(Debug, thiserror::Error)]
@@ -54,15 +52,56 @@ pub async fn read_header(
     Ok(StreamHeader::parse_from_bytes(&header)?)
 }
 
-/// The process's ends of its standard streams; `None` is the null device.
+/// The process's ends of its streams, the standard ones first; `None` is the null device.
 #[derive(Debug, Default)]
-pub struct ProcessEnds([Option<OwnedFd>; 3]);
+pub struct ProcessEnds {
+    standard: [Option<OwnedFd>; 3],
+    further: Vec<Option<OwnedFd>>,
+}
+
+/// The same, borrowed.
+#[derive(Debug)]
+pub struct BorrowedEnds<'a> {
+    /// Standard input, output and error.
+    pub standard: [Option<BorrowedFd<'a>>; 3],
+    /// Those from 3 on.
+    pub further: Vec<Option<BorrowedFd<'a>>>,
+}
 
 impl ProcessEnds {
+    /// For a child.
+    pub fn borrow(&self) -> BorrowedEnds<'_> {
+        fn borrow(end: &Option<OwnedFd>) -> Option<BorrowedFd<'_>> {
+            end.as_ref().map(AsFd::as_fd)
+        }
+        BorrowedEnds {
+            standard: self.standard.each_ref().map(borrow),
+            further: self.further.iter().map(borrow).collect(),
+        }
+    }
+}
+
+impl<'a> BorrowedEnds<'a> {
     /// In the order of their numbers.
-    pub fn borrow(&self) -> [Option<BorrowedFd<'_>>; 3] {
-        let [stdin, stdout, stderr] = &self.0;
-        [stdin, stdout, stderr].map(|end| end.as_ref().map(AsFd::as_fd))
+    pub fn all(&self) -> impl Iterator<Item = Option<BorrowedFd<'a>>> {
+        self.standard.iter().chain(&self.further).copied()
+    }
+}
+
+/// Where a connection goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    kind: StreamKind,
+    /// The number of a [`StreamKind::DESCRIPTOR`].
+    descriptor: u32,
+}
+
+impl From<StreamKind> for Place {
+    fn from(kind: StreamKind) -> Self {
+        Self {
+            kind,
+            descriptor: 0,
+        }
     }
 }
 
@@ -75,12 +114,12 @@ pub struct Streams {
     /// Whether the process has ended.
     ended: watch::Sender<bool>,
     /// The terminal, for as long as its stream has it open.
-    terminal: Mutex<Weak<Pty>>,
+    terminal: Mutex<Weak<End>>,
 }
 
 #[derive(Debug, Default)]
 struct Places {
-    waiting: Vec<(StreamKind, oneshot::Sender<Connection>)>,
+    waiting: Vec<(Place, oneshot::Sender<Connection>)>,
     inputs: Vec<AbortHandle>,
     outputs: Vec<AbortHandle>,
 }
@@ -102,8 +141,13 @@ impl Drop for Outstanding {
 }
 
 impl Streams {
-    /// Makes the pipes that `stdio` asks for. A terminal's place is made by [`Streams::add_terminal`].
+    /// Makes the pipes and sockets that `stdio` asks for. A terminal's place is made by [`Streams::add_terminal`].
     pub fn open(stdio: &Stdio) -> Result<(Self, ProcessEnds)> {
+        if stdio.descriptors.len() > MAX_DESCRIPTORS {
+            return Err(Error::Request(format!(
+                "stdio.descriptors: more than {MAX_DESCRIPTORS}"
+            )));
+        }
         let streams = Self {
             places: Mutex::default(),
             outstanding: Arc::new(watch::Sender::new(0)),
@@ -111,58 +155,94 @@ impl Streams {
             terminal: Mutex::default(),
         };
         let mut ends = ProcessEnds::default();
-        if stdio.terminal {
-            return Ok((streams, ends));
-        }
-        let what = || "cannot make the container's pipes";
-        let [stdin, stdout, stderr] = &mut ends.0;
-        if stdio.stdin {
-            let (read, write) = pipe2(OFlag::O_CLOEXEC).what(what)?;
-            let sender = pipe::Sender::from_owned_fd(write).what(what)?;
-            streams.add_input(StreamKind::STDIN, |connection| input(connection, sender));
-            *stdin = Some(read);
-        }
-        for (wanted, kind, end) in [
-            (stdio.stdout, StreamKind::STDOUT, stdout),
-            (stdio.stderr, StreamKind::STDERR, stderr),
-        ] {
-            if wanted {
-                let (read, write) = pipe2(OFlag::O_CLOEXEC).what(what)?;
-                let receiver = pipe::Receiver::from_owned_fd(read).what(what)?;
-                let ended = streams.ended.subscribe();
-                streams.add_output(kind, |connection, guard| {
-                    output(connection, receiver, guard, ended)
-                });
-                *end = Some(write);
+        let wanted = [
+            (stdio.stdin, StreamKind::STDIN, Flow::INWARD),
+            (stdio.stdout, StreamKind::STDOUT, Flow::OUTWARD),
+            (stdio.stderr, StreamKind::STDERR, Flow::OUTWARD),
+        ];
+        for (end, (wanted, kind, flow)) in ends.standard.iter_mut().zip(wanted) {
+            if wanted && !stdio.terminal {
+                *end = streams.make(kind.into(), flow)?;
             }
+        }
+        for (descriptor, flow) in (FIRST_DESCRIPTOR..).zip(&stdio.descriptors) {
+            let flow = flow.enum_value().map_err(|number| {
+                Error::Request(format!("stdio.descriptors: {number} is no flow"))
+            })?;
+            let place = Place {
+                kind: StreamKind::DESCRIPTOR,
+                descriptor,
+            };
+            ends.further.push(streams.make(place, flow)?);
         }
         Ok((streams, ends))
     }
 
+    /// Makes one stream and its place; returns the process's end.
+    fn make(&self, place: Place, flow: Flow) -> Result<Option<OwnedFd>> {
+        let what = || "cannot make the container's streams";
+        let theirs = match flow {
+            Flow::NOWHERE => return Ok(None),
+            Flow::INWARD => {
+                let (theirs, ours) = pipe2(OFlag::O_CLOEXEC).what(what)?;
+                let end = End::new(ours, Interest::WRITABLE).what(what)?;
+                self.add_input(place, |connection| pumps::input(connection, end));
+                theirs
+            }
+            Flow::OUTWARD => {
+                let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).what(what)?;
+                let end = End::new(ours, Interest::READABLE).what(what)?;
+                let ended = self.ended.subscribe();
+                self.add_output(place, |connection, guard| {
+                    pumps::output(connection, end, guard, ended)
+                });
+                theirs
+            }
+            Flow::BOTH_WAYS => {
+                let (ours, theirs) = socketpair(
+                    AddressFamily::Unix,
+                    SockType::Stream,
+                    None,
+                    SockFlag::SOCK_CLOEXEC,
+                )
+                .what(what)?;
+                let end = End::new(ours, Interest::READABLE | Interest::WRITABLE).what(what)?;
+                let ended = self.ended.subscribe();
+                self.add_output(place, |connection, guard| {
+                    pumps::both(connection, end, guard, ended)
+                });
+                theirs
+            }
+        };
+        Ok(Some(theirs))
+    }
+
     /// Makes the place of a terminal.
     pub fn add_terminal(&self, master: OwnedFd) -> Result<()> {
-        let master = Arc::new(Pty::new(master).what(|| "cannot use the container's terminal")?);
+        let master = End::new(master, Interest::READABLE | Interest::WRITABLE)
+            .what(|| "cannot use the container's terminal")?;
+        let master = Arc::new(master);
         *self.terminal.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&master);
-        self.add_output(StreamKind::TERMINAL, |connection, guard| {
-            terminal(connection, master, guard)
+        self.add_output(StreamKind::TERMINAL.into(), |connection, guard| {
+            pumps::terminal(connection, master, guard)
         });
         Ok(())
     }
 
-    fn add_input<F>(&self, kind: StreamKind, pump: impl FnOnce(oneshot::Receiver<Connection>) -> F)
+    fn add_input<F>(&self, place: Place, pump: impl FnOnce(oneshot::Receiver<Connection>) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let (sender, receiver) = oneshot::channel();
         let task = tokio::spawn(pump(receiver)).abort_handle();
         let mut places = self.places();
-        places.waiting.push((kind, sender));
+        places.waiting.push((place, sender));
         places.inputs.push(task);
     }
 
     fn add_output<F>(
         &self,
-        kind: StreamKind,
+        place: Place,
         pump: impl FnOnce(oneshot::Receiver<Connection>, Outstanding) -> F,
     ) where
         F: Future<Output = ()> + Send + 'static,
@@ -171,7 +251,7 @@ impl Streams {
         let guard = Outstanding::new(&self.outstanding);
         let task = tokio::spawn(pump(receiver, guard)).abort_handle();
         let mut places = self.places();
-        places.waiting.push((kind, sender));
+        places.waiting.push((place, sender));
         places.outputs.push(task);
     }
 
@@ -181,14 +261,18 @@ impl Streams {
     }
 
     /// Gives a connection its place. Refused if the process has no such stream, or it is taken.
-    pub fn attach(&self, kind: StreamKind, connection: Connection) -> Result<()> {
+    pub fn attach(&self, header: &StreamHeader, connection: Connection) -> Result<()> {
+        let wanted = Place {
+            kind: header.kind.enum_value_or_default(),
+            descriptor: header.descriptor,
+        };
         let mut places = self.places();
-        let place = places
+        let index = places
             .waiting
             .iter()
-            .position(|(waiting, _)| *waiting == kind);
-        let refused = || Error::setup(Kind::NotFound, format!("no free {kind:?} stream"));
-        let (_, place) = places.waiting.swap_remove(place.ok_or_else(refused)?);
+            .position(|(waiting, _)| *waiting == wanted);
+        let refused = || Error::setup(Kind::NotFound, format!("no free stream {wanted:?}"));
+        let (_, place) = places.waiting.swap_remove(index.ok_or_else(refused)?);
         // Fails for the input of a process that has ended: the connection, closed, says so.
         let _ = place.send(connection);
         Ok(())
@@ -202,7 +286,7 @@ impl Streams {
             .unwrap_or_else(PoisonError::into_inner)
             .upgrade()
             .ok_or_else(|| Error::State("the process has no terminal".to_owned()))?;
-        crate::sys::set_terminal_size(master.0.get_ref().as_fd(), size.columns, size.rows)
+        crate::sys::set_terminal_size(master.as_fd(), size.columns, size.rows)
             .what(|| "cannot set the terminal's size")
     }
 
@@ -238,158 +322,11 @@ impl Drop for Streams {
     }
 }
 
-async fn input(connection: oneshot::Receiver<Connection>, mut pipe: pipe::Sender) {
-    let Ok(mut connection) = connection.await else {
-        return;
-    };
-    let mut buffer = vec![0; BUFFER];
-    // End of file, a broken connection and a process that reads no more all end in the same way: the pipe's and the
-    // connection's other sides see it closed.
-    while let Ok(length @ 1..) = connection.read(&mut buffer).await {
-        if pipe
-            .write_all(buffer.get(..length).unwrap_or_default())
-            .await
-            .is_err()
-        {
-            return;
-        }
-    }
-}
-
-async fn output(
-    connection: oneshot::Receiver<Connection>,
-    mut pipe: pipe::Receiver,
-    guard: Outstanding,
-    mut ended: watch::Receiver<bool>,
-) {
-    let Ok(mut connection) = connection.await else {
-        return;
-    };
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        let length = if *ended.borrow_and_update() {
-            // Not through the runtime, whose knowledge of the pipe may be older than the end of the process.
-            match nix::unistd::read(pipe.as_fd(), &mut buffer) {
-                Ok(length) => Ok(length),
-                Err(Errno::EINTR) => continue,
-                // All that the process wrote is handed over; what it left in the background has lost its reader, as under
-                // conmon and containerd's shim. Without an end here the host could not tell that this was all.
-                Err(Errno::EAGAIN) => break,
-                Err(errno) => Err(errno.into()),
-            }
-        } else {
-            tokio::select! {
-                length = pipe.read(&mut buffer) => length,
-                Ok(()) = ended.changed() => continue,
-            }
-        };
-        let Ok(length @ 1..) = length else {
-            break;
-        };
-        if connection
-            .write_all(buffer.get(..length).unwrap_or_default())
-            .await
-            .is_err()
-        {
-            return;
-        }
-    }
-    drop((pipe, buffer));
-    finish(connection, guard).await;
-}
-
-/// Ends the sending half, then waits for the host to close: a full close from here could overtake data that the
-/// host has not read yet.
-async fn finish(mut connection: Connection, guard: Outstanding) {
-    if connection.shutdown().await.is_err() {
-        return;
-    }
-    drop(guard);
-    let mut byte = [0; 1];
-    while let Ok(1..) = connection.read(&mut byte).await {}
-}
-
-async fn terminal(connection: oneshot::Receiver<Connection>, master: Arc<Pty>, guard: Outstanding) {
-    let Ok(connection) = connection.await else {
-        return;
-    };
-    let (mut from_host, mut to_host) = tokio::io::split(connection);
-    let typed = async {
-        let mut buffer = vec![0; 4096];
-        while let Ok(length @ 1..) = from_host.read(&mut buffer).await {
-            if master
-                .write_all(buffer.get(..length).unwrap_or_default())
-                .await
-                .is_err()
-            {
-                break;
-            }
-        }
-        // The end of the typing is not the end of the terminal.
-        std::future::pending::<()>().await;
-    };
-    let shown = async {
-        let mut buffer = vec![0; BUFFER];
-        // A read fails (EIO) once nobody has the other side open.
-        while let Ok(length @ 1..) = master.read(&mut buffer).await {
-            if to_host
-                .write_all(buffer.get(..length).unwrap_or_default())
-                .await
-                .is_err()
-            {
-                return false;
-            }
-        }
-        true
-    };
-    let drained = tokio::select! {
-        drained = shown => drained,
-        () = typed => false,
-    };
-    drop(master);
-    if drained {
-        finish(from_host.unsplit(to_host), guard).await;
-    }
-}
-
-/// A terminal's master.
-struct Pty(AsyncFd<OwnedFd>);
-
-impl Pty {
-    /// The descriptor must not block, and was opened so.
-    fn new(master: OwnedFd) -> io::Result<Self> {
-        crate::sys::watch_fd(master, Interest::READABLE | Interest::WRITABLE).map(Self)
-    }
-
-    async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0
-            .async_io(Interest::READABLE, |fd| Ok(nix::unistd::read(fd, buffer)?))
-            .await
-    }
-
-    async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            let written = self
-                .0
-                .async_io(Interest::WRITABLE, |fd| Ok(nix::unistd::write(fd, bytes)?))
-                .await?;
-            bytes = bytes.get(written..).unwrap_or_default();
-        }
-        Ok(())
-    }
-}
-
-impl std::fmt::Debug for Pty {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Pty")
-            .field(&self.0.get_ref().as_raw_fd())
-            .finish()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::unix::pipe;
 
     fn encoded(header: &StreamHeader) -> Vec<u8> {
         let message = header.write_to_bytes().unwrap();
@@ -439,8 +376,21 @@ mod tests {
     }
 
     async fn host_side(streams: &Streams, kind: StreamKind) -> tokio::net::UnixStream {
+        attached(streams, kind, 0).await
+    }
+
+    async fn attached(
+        streams: &Streams,
+        kind: StreamKind,
+        descriptor: u32,
+    ) -> tokio::net::UnixStream {
         let (host, guest) = tokio::net::UnixStream::pair().unwrap();
-        streams.attach(kind, Connection::Unix(guest)).unwrap();
+        let header = StreamHeader {
+            kind: kind.into(),
+            descriptor,
+            ..Default::default()
+        };
+        streams.attach(&header, Connection::Unix(guest)).unwrap();
         host
     }
 
@@ -452,7 +402,7 @@ mod tests {
         };
         let (streams, ends) = Streams::open(&stdio).unwrap();
         let mut host = host_side(&streams, StreamKind::STDOUT).await;
-        let [_, stdout, _] = ends.0;
+        let [_, stdout, _] = ends.standard;
         let writer = std::thread::spawn(move || {
             use std::io::Write;
             let mut stdout = std::fs::File::from(stdout.unwrap());
@@ -503,7 +453,11 @@ mod tests {
             StreamKind::STREAM_KIND_UNSPECIFIED,
         ] {
             let (_, guest) = tokio::net::UnixStream::pair().unwrap();
-            assert!(streams.attach(kind, Connection::Unix(guest)).is_err());
+            let header = StreamHeader {
+                kind: kind.into(),
+                ..Default::default()
+            };
+            assert!(streams.attach(&header, Connection::Unix(guest)).is_err());
         }
     }
 
@@ -517,10 +471,89 @@ mod tests {
         let mut host = host_side(&streams, StreamKind::STDIN).await;
         host.write_all(b"hello").await.unwrap();
         host.shutdown().await.unwrap();
-        let [stdin, ..] = ends.0;
+        let [stdin, ..] = ends.standard;
         let mut stdin = pipe::Receiver::from_owned_fd(stdin.unwrap()).unwrap();
         let mut received = Vec::new();
         stdin.read_to_end(&mut received).await.unwrap();
         assert_eq!(received, b"hello");
+    }
+
+    #[tokio::test]
+    async fn each_direction_of_a_socket_ends_by_itself() {
+        let stdio = Stdio {
+            descriptors: vec![Flow::BOTH_WAYS.into()],
+            ..Default::default()
+        };
+        for process_first in [true, false] {
+            let (streams, mut ends) = Streams::open(&stdio).unwrap();
+            let mut host = attached(&streams, StreamKind::DESCRIPTOR, 3).await;
+            let end = std::os::unix::net::UnixStream::from(ends.further.remove(0).unwrap());
+            end.set_nonblocking(true).unwrap();
+            let mut process = tokio::net::UnixStream::from_std(end).unwrap();
+            let (first, second) = if process_first {
+                (&mut process, &mut host)
+            } else {
+                (&mut host, &mut process)
+            };
+            first.write_all(b"question").await.unwrap();
+            first.shutdown().await.unwrap();
+            let mut received = String::new();
+            second.read_to_string(&mut received).await.unwrap();
+            assert_eq!(received, "question");
+            second.write_all(b"answer").await.unwrap();
+            second.shutdown().await.unwrap();
+            let mut received = String::new();
+            first.read_to_string(&mut received).await.unwrap();
+            assert_eq!(received, "answer");
+            streams.drained().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn the_peer_of_a_socket_that_the_process_has_closed_is_told() {
+        let stdio = Stdio {
+            descriptors: vec![Flow::BOTH_WAYS.into()],
+            ..Default::default()
+        };
+        let (streams, ends) = Streams::open(&stdio).unwrap();
+        let mut host = attached(&streams, StreamKind::DESCRIPTOR, 3).await;
+        drop(ends);
+        assert_eq!(host.read(&mut [0; 1]).await.unwrap(), 0);
+        while host.write_all(&[0; 4096]).await.is_ok() {}
+    }
+
+    #[tokio::test]
+    async fn what_a_process_leaves_in_the_background_loses_its_socket() {
+        let stdio = Stdio {
+            descriptors: vec![Flow::BOTH_WAYS.into()],
+            ..Default::default()
+        };
+        let (streams, mut ends) = Streams::open(&stdio).unwrap();
+        let mut host = attached(&streams, StreamKind::DESCRIPTOR, 3).await;
+        let mut left = std::os::unix::net::UnixStream::from(ends.further.remove(0).unwrap());
+        std::io::Write::write_all(&mut left, b"last").unwrap();
+        streams.process_ended();
+        let mut received = String::new();
+        host.read_to_string(&mut received).await.unwrap();
+        assert_eq!(received, "last");
+        streams.drained().await;
+        let error = std::io::Write::write_all(&mut left, b"x").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn descriptors_are_bounded_and_of_a_known_kind() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let _context = runtime.enter();
+        let of = |flow: i32, count| Stdio {
+            descriptors: vec![protobuf::EnumOrUnknown::from_i32(flow); count],
+            ..Default::default()
+        };
+        assert!(Streams::open(&of(1, MAX_DESCRIPTORS)).is_ok());
+        assert!(Streams::open(&of(0, MAX_DESCRIPTORS + 1)).is_err());
+        assert!(Streams::open(&of(9, 1)).is_err());
     }
 }

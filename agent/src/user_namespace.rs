@@ -3,7 +3,7 @@
 //! The init is born with every capability in that namespace and none outside, so the agent, which has all, writes its
 //! id maps and sets what may need privileges of the guest. Meanwhile the init waits ([`crate::handshake`]).
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use nix::fcntl::{OFlag, open};
@@ -14,6 +14,7 @@ use nix::unistd::{Gid, Pid, Uid, fchown, setgroups, setresgid, setresuid};
 use crate::error::{Context, Result};
 use crate::process;
 use crate::spec::{IdMaps, Plan};
+use crate::streams::BorrowedEnds;
 use crate::sys::{self, Fork};
 
 /// Lets an init in: maps, where the namespace is new, limits, score. The rest it does itself.
@@ -45,10 +46,10 @@ fn write_maps(pid: Pid, maps: &IdMaps, field: &str) -> Result<()> {
 
 /// Gives the streams to the namespace's root, so that the init can give them to the user: outside of the namespace
 /// nobody's files are its own.
-pub fn give_stdio(stdio: &[Option<BorrowedFd<'_>>; 3], maps: &IdMaps) -> Result<()> {
+pub fn give_streams(ends: &BorrowedEnds<'_>, maps: &IdMaps) -> Result<()> {
     let owner = maps.uids.outside(0).map(Uid::from_raw);
     let group = maps.gids.outside(0).map(Gid::from_raw);
-    for stream in stdio.iter().flatten() {
+    for stream in ends.all().flatten() {
         fchown(stream, owner, group).what(|| "cannot give the container its streams")?;
     }
     Ok(())

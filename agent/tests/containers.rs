@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bed;
+mod descriptors;
 mod life;
 
 use std::fs;
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use bed::{AGENT_MODE, Bed, all_pipes};
 use bulkhead_protocol::agent::{HelloRequest, ShutdownRequest, Stdio, StreamKind};
+use descriptors::*;
 use futures::FutureExt;
 use life::*;
 use serde_json::json;
@@ -179,6 +181,11 @@ tests![
     processes_that_join_have_their_cpus,
     a_terminal_of_unknown_size_has_the_specs,
     processes_join_a_container_of_every_kind_of_namespace,
+    descriptors_are_there_by_their_numbers,
+    descriptors_carry_bytes_whole_and_end,
+    descriptors_leave_room_for_what_an_init_needs_itself,
+    a_reader_of_a_descriptor_that_goes_away_ends_the_writer,
+    an_exit_comes_after_the_last_byte_of_every_descriptor,
 ];
 
 async fn output_errors_and_exit_code_come_back() {

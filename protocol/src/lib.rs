@@ -10,13 +10,19 @@ mod generated {
 pub use generated::{agent, agent_ttrpc};
 
 /// Version of this API. The two ends refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Vsock port on the host (CID 2) that the agent dials once it is ready to serve.
 pub const CONTROL_PORT: u32 = 1024;
 
 /// Vsock port on which the agent accepts the connections that carry standard streams.
 pub const STREAM_PORT: u32 = 1025;
+
+/// Most descriptors that a process may have beyond its standard streams.
+pub const MAX_DESCRIPTORS: usize = 64;
+
+/// Number of the first of them.
+pub const FIRST_DESCRIPTOR: u32 = 3;
 
 /// Longest encoded `StreamHeader`, in bytes.
 pub const MAX_STREAM_HEADER: u32 = 1024;

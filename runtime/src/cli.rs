@@ -5,6 +5,7 @@ mod check;
 mod client;
 mod create;
 mod describe;
+mod descriptors;
 mod events;
 mod exec;
 mod inspect;

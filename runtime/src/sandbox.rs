@@ -35,7 +35,7 @@ use crate::sizing::Size;
 use crate::spec::Bundle;
 use crate::standin;
 use crate::state::{self, StateDir};
-use crate::stdio::{Stdio, TerminalSize};
+use crate::stdio::{Flow, Stdio, TerminalSize};
 use crate::timeline::Timeline;
 
 pub use boot::BootError;
@@ -89,6 +89,10 @@ pub struct CreateOptions {
     pub terminal_size: Option<TerminalSize>,
     /// Whether systemd makes the host's cgroup.
     pub systemd_cgroup: bool,
+    /// What the init has from descriptor 3 on.
+    pub descriptors: Vec<Flow>,
+    /// How many of them, the first, are those of the `LISTEN_FDS` protocol (`sd_listen_fds(3)`).
+    pub listen_fds: usize,
 }
 
 impl CreateOptions {
@@ -150,7 +154,8 @@ impl Sandbox {
     pub async fn create(self: &Arc<Self>, create: Create) -> Result<u32, SandboxError> {
         let id = ContainerId::new(create.id)?;
         let bundle = Bundle::load(&create.bundle)?;
-        let Adapted { spec, binds } = adapt(&bundle, &id)?;
+        let Adapted { mut spec, binds } = adapt(&bundle, &id)?;
+        tell_of_listen_fds(&mut spec, create.options.listen_fds);
         self.timeline.mark("server: spec validated");
         let size = Size::of(&bundle.spec, &self.params.config)?;
         let hook_state = HookState {
@@ -243,7 +248,10 @@ impl Sandbox {
         self.watch_stand_in(container.clone(), "", options.proxy)?;
         self.run_create_hooks(container, pid).await?;
         let agent = machine.agent().await?;
-        let stdio = container.init.stdio.for_agent(options.terminal_size);
+        let stdio = container
+            .init
+            .stdio
+            .for_agent(options.terminal_size, &options.descriptors);
         let answer = agent
             .create(id.as_str(), &container.bundle, spec_json, stdio)
             .await;
@@ -624,6 +632,17 @@ impl Sandbox {
     fn debug_file(&self, suffix: &str) -> Option<PathBuf> {
         let directory: &Path = self.params.config.debug_directory.as_deref()?;
         Some(directory.join(format!("{}-{suffix}.log", self.params.id)))
+    }
+}
+
+/// Tells the container's init, as runc does, of the descriptors that a service manager has passed.
+fn tell_of_listen_fds(spec: &mut Spec, count: usize) {
+    if let Some(process) = spec.process_mut()
+        && count > 0
+    {
+        let mut env = process.env().clone().unwrap_or_default();
+        env.extend([format!("LISTEN_FDS={count}"), "LISTEN_PID=1".to_owned()]);
+        process.set_env(Some(env));
     }
 }
 

@@ -7,9 +7,12 @@
 //!
 //! A process with a terminal has one stream for all three, in `stdin` and `stdout`.
 //!
+//! For descriptors beyond these three the Task API has no field; the command line names them beside it ([`Flow`]).
+//!
 //! containerd's own forms (paths of FIFOs, `fifo://`, `binary://`, `file://`) are for the server to attach.
 
 use bulkhead_protocol::agent;
+use protobuf::EnumOrUnknown;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -91,8 +94,8 @@ impl Stdio {
         })
     }
 
-    /// What the agent is told; `size` is the terminal's, in columns and rows.
-    pub fn for_agent(self, size: Option<TerminalSize>) -> agent::Stdio {
+    /// What the agent is told; `size` is the terminal's, in columns and rows, `descriptors` are those beyond these streams.
+    pub fn for_agent(self, size: Option<TerminalSize>, descriptors: &[Flow]) -> agent::Stdio {
         let TerminalSize { width, height } = size.unwrap_or_default();
         agent::Stdio {
             stdin: self.stdin == Attach::Client,
@@ -101,8 +104,35 @@ impl Stdio {
             terminal: self.terminal,
             terminal_width: width,
             terminal_height: height,
+            descriptors: descriptors.iter().map(|flow| flow.of_agent()).collect(),
             ..Default::default()
         }
+    }
+}
+
+/// Where the bytes of a descriptor beyond the standard streams go. The client attaches each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Flow {
+    /// Nowhere: `/dev/null`.
+    Nowhere,
+    /// To the process.
+    Inward,
+    /// From the process.
+    Outward,
+    /// Both ways, each with an end of its own.
+    BothWays,
+}
+
+impl Flow {
+    fn of_agent(self) -> EnumOrUnknown<agent::Flow> {
+        let flow = match self {
+            Self::Nowhere => agent::Flow::NOWHERE,
+            Self::Inward => agent::Flow::INWARD,
+            Self::Outward => agent::Flow::OUTWARD,
+            Self::BothWays => agent::Flow::BOTH_WAYS,
+        };
+        flow.into()
     }
 }
 
@@ -134,7 +164,7 @@ mod tests {
             false,
         );
         assert_eq!(parsed, Ok(stdio));
-        let told = stdio.for_agent(None);
+        let told = stdio.for_agent(None, &[]);
         assert!(!told.stdin && told.stdout && told.stderr && !told.terminal);
     }
 

@@ -1,7 +1,7 @@
-//! Standard streams: each is a vsock connection of its own, with back-pressure and half-close.
+//! Streams of a process: each is a vsock connection of its own, with back-pressure and half-close.
 //!
 //! A client connects to the VMM's hybrid vsock socket, asks for the agent's stream port, says which stream it wants and
-//! then moves bytes. The pumps block and are meant for a thread each: descriptors inherited as standard streams are shared
+//! then moves bytes. The pumps block and are meant for a thread each: descriptors that are inherited are shared
 //! with strangers, so they can't be switched to non-blocking mode.
 
 use std::io::{self, Read, Write};
@@ -35,6 +35,8 @@ pub struct Stream<'a> {
     pub exec_id: &'a str,
     /// Which of its streams.
     pub kind: StreamKind,
+    /// The number of a [`StreamKind::DESCRIPTOR`] in the process; 0 for others.
+    pub descriptor: u32,
 }
 
 /// Connects to the guest's end of `stream` through the VMM's socket at `vsock`.
@@ -74,6 +76,7 @@ fn header(stream: &Stream) -> io::Result<Vec<u8>> {
         container_id: stream.container_id.to_owned(),
         exec_id: stream.exec_id.to_owned(),
         kind: stream.kind.into(),
+        descriptor: stream.descriptor,
         ..Default::default()
     };
     let body = message.write_to_bytes().map_err(io::Error::other)?;
@@ -194,6 +197,7 @@ mod tests {
         container_id: "c",
         exec_id: "e",
         kind: StreamKind::STDOUT,
+        descriptor: 0,
     };
 
     /// A VMM's socket whose guest is `guest`, called with the connection after the header.

@@ -7,11 +7,11 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
@@ -19,7 +19,7 @@ use async_trait::async_trait;
 use bulkhead_protocol::agent::{
     CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest,
     DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse, ExecProcessRequest,
-    ExecProcessResponse, HelloRequest, HelloResponse, ShutdownRequest, ShutdownResponse,
+    ExecProcessResponse, Flow, HelloRequest, HelloResponse, ShutdownRequest, ShutdownResponse,
     SignalProcessRequest, SignalProcessResponse, StartContainerRequest, StartContainerResponse,
     StreamHeader, StreamKind, WaitProcessRequest, WaitProcessResponse,
 };
@@ -34,8 +34,9 @@ use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 use ttrpc::{Code, get_status};
 
-/// By process and kind.
-type Streams = Arc<(Mutex<HashMap<(String, i32), UnixStream>>, Condvar)>;
+/// A process, a kind, and the number of a descriptor.
+type Place = (String, i32, u32);
+type Streams = Arc<(Mutex<HashMap<Place, UnixStream>>, Condvar)>;
 
 fn main() {
     let mode = std::env::var("FAKE_VMM").unwrap_or_default();
@@ -112,8 +113,8 @@ fn serve_vsock(path: &Path, streams: &Streams) {
             stream.read_exact(&mut body).unwrap();
             let header = StreamHeader::parse_from_bytes(&body).unwrap();
             let (map, arrived) = &*streams;
-            let name = (header.exec_id, header.kind.value());
-            map.lock().unwrap().insert(name, stream);
+            let place = (header.exec_id, header.kind.value(), header.descriptor);
+            map.lock().unwrap().insert(place, stream);
             arrived.notify_all();
         }
     });
@@ -158,7 +159,9 @@ fn futures_stream(
 /// The container's init, by an empty name, or an exec'd process.
 struct Process {
     args: Vec<String>,
-    wanted: Vec<(String, i32)>,
+    env: Vec<(String, String)>,
+    wanted: Vec<Place>,
+    descriptors: Vec<Flow>,
     pid: Option<u32>,
     exit: watch::Sender<Option<u32>>,
 }
@@ -175,21 +178,34 @@ type Processes = Arc<Mutex<HashMap<String, Process>>>;
 impl FakeAgent {
     fn add(&self, exec_id: &str, process: &Value, stdio: &bulkhead_protocol::agent::Stdio) {
         let args = process["args"].as_array().unwrap();
+        let env = process["env"].as_array().into_iter().flatten();
         let wanted = [
             (stdio.stdin, StreamKind::STDIN),
             (stdio.stdout, StreamKind::STDOUT),
             (stdio.stderr, StreamKind::STDERR),
         ];
+        let flows = stdio.descriptors.iter();
+        let descriptors: Vec<Flow> = flows.map(|flow| flow.enum_value().unwrap()).collect();
+        let standard = wanted.iter().filter(|w| w.0).map(|w| (w.1, 0));
+        let further = (3..)
+            .zip(&descriptors)
+            .filter(|(_, flow)| **flow != Flow::NOWHERE)
+            .map(|(number, _)| (StreamKind::DESCRIPTOR, number));
         let process = Process {
             args: args
                 .iter()
                 .map(|arg| arg.as_str().unwrap().to_owned())
                 .collect(),
-            wanted: wanted
-                .iter()
-                .filter(|w| w.0 && self.mode != "deaf")
-                .map(|w| (exec_id.to_owned(), w.1.value()))
+            env: env
+                .filter_map(|pair| pair.as_str()?.split_once('='))
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .collect(),
+            wanted: standard
+                .chain(further)
+                .filter(|_| self.mode != "deaf")
+                .map(|(kind, number)| (exec_id.to_owned(), kind.value(), number))
+                .collect(),
+            descriptors,
             pid: None,
             exit: watch::Sender::new(None),
         };
@@ -212,23 +228,41 @@ fn execute(exec_id: &str, processes: &Processes, streams: &Streams) -> ttrpc::Re
     if process.exit.borrow().is_some() {
         return Ok(());
     }
-    let mut stdio = |kind: StreamKind| {
-        let name = (exec_id.to_owned(), kind.value());
-        match streams.remove(&name) {
-            Some(stream) => Stdio::from(OwnedFd::from(stream)),
-            None => Stdio::null(),
+    let mut end = |kind: StreamKind, number| {
+        let place = (exec_id.to_owned(), kind.value(), number);
+        let null = || {
+            std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/null")
+        };
+        match streams.remove(&place) {
+            Some(stream) => OwnedFd::from(stream),
+            None => null().unwrap().into(),
         }
     };
+    // Two steps, so that none takes the place of another that is still to be moved.
+    let mut descriptors = Vec::new();
+    for (number, _) in (3..).zip(&process.descriptors) {
+        let end = end(StreamKind::DESCRIPTOR, number);
+        let aside = nix::fcntl::fcntl(&end, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(100));
+        // SAFETY: the call has just made this descriptor.
+        descriptors.push(unsafe { OwnedFd::from_raw_fd(aside.unwrap()) });
+    }
     let mut command = Command::new(&process.args[0]);
     command
         .args(&process.args[1..])
-        .stdin(stdio(StreamKind::STDIN))
-        .stdout(stdio(StreamKind::STDOUT))
-        .stderr(stdio(StreamKind::STDERR));
+        .envs(process.env.clone())
+        .stdin(end(StreamKind::STDIN, 0))
+        .stdout(end(StreamKind::STDOUT, 0))
+        .stderr(end(StreamKind::STDERR, 0));
     // The processes of a guest end with it.
-    // SAFETY: one system call between fork and exec.
+    // SAFETY: system calls between fork and exec, on descriptors that the closure owns and on numbers.
     unsafe {
-        command.pre_exec(|| {
+        command.pre_exec(move || {
+            for (number, fd) in (3..).zip(&descriptors) {
+                nix::errno::Errno::result(nix::libc::dup2(fd.as_raw_fd(), number))?;
+            }
             Ok(nix::sys::prctl::set_pdeathsig(
                 nix::sys::signal::Signal::SIGKILL,
             )?)

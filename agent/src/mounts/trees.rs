@@ -18,9 +18,6 @@ use crate::paths;
 use crate::spec::{Mount, MountIds, Plan};
 use crate::{sys, user_namespace};
 
-/// Below are the numbers that an init uses itself.
-const FIRST_DESCRIPTOR: RawFd = 4;
-
 /// Copies of mounts, attached nowhere.
 #[derive(Debug)]
 pub struct Trees {
@@ -30,11 +27,11 @@ pub struct Trees {
 }
 
 impl Trees {
-    /// Copies what the init of this container can't.
-    pub fn prepare(plan: &Plan) -> Result<Self> {
+    /// Copies what the init of this container can't. Numbers below `first_free` are the init's own.
+    pub fn prepare(plan: &Plan, first_free: RawFd) -> Result<Self> {
         let unprivileged = plan.id_maps.is_some();
         let root = if unprivileged {
-            Some(out_of_the_way(root(plan)?.1)?)
+            Some(out_of_the_way(root(plan)?.1, first_free)?)
         } else {
             None
         };
@@ -50,7 +47,7 @@ impl Trees {
             if let Some(ids) = &mount.ids {
                 map_ids(tree.as_fd(), ids, mount)?;
             }
-            out_of_the_way(tree).map(Some)
+            out_of_the_way(tree, first_free).map(Some)
         };
         Ok(Self {
             root,
@@ -73,11 +70,11 @@ impl Trees {
     }
 }
 
-fn out_of_the_way(tree: OwnedFd) -> Result<OwnedFd> {
-    if tree.as_raw_fd() >= FIRST_DESCRIPTOR {
+fn out_of_the_way(tree: OwnedFd, first_free: RawFd) -> Result<OwnedFd> {
+    if tree.as_raw_fd() >= first_free {
         return Ok(tree);
     }
-    let moved = fcntl(&tree, FcntlArg::F_DUPFD_CLOEXEC(FIRST_DESCRIPTOR))
+    let moved = fcntl(&tree, FcntlArg::F_DUPFD_CLOEXEC(first_free))
         .what(|| "cannot arrange descriptors")?;
     // SAFETY: the call has just made this descriptor, and nobody else knows it.
     Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(moved) })

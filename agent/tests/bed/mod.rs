@@ -494,10 +494,20 @@ impl Bed {
 
     /// Opens one of a process's streams.
     pub async fn stream_of(&self, id: &str, exec_id: &str, kind: StreamKind) -> UnixStream {
+        self.open(id, exec_id, kind, 0).await
+    }
+
+    /// Opens the stream of one of a process's descriptors beyond the standard ones.
+    pub async fn descriptor(&self, id: &str, exec_id: &str, number: u32) -> UnixStream {
+        self.open(id, exec_id, StreamKind::DESCRIPTOR, number).await
+    }
+
+    async fn open(&self, id: &str, exec_id: &str, kind: StreamKind, descriptor: u32) -> UnixStream {
         let header = StreamHeader {
             container_id: id.to_owned(),
             exec_id: exec_id.to_owned(),
             kind: kind.into(),
+            descriptor,
             ..Default::default()
         };
         let header = header.write_to_bytes().unwrap();

@@ -1,19 +1,21 @@
 //! A process's streams in this process: each stream a thread that moves its bytes, and the process followed to its end.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use anyhow::Context;
 use bulkhead_protocol::agent::StreamKind;
 use bulkhead_runtime::id::ContainerId;
-use bulkhead_runtime::stdio::{Attach, Stdio};
+use bulkhead_runtime::stdio::{Attach, Flow, Stdio};
 use bulkhead_runtime::streams::{self, Stream};
+use nix::sys::socket::{Shutdown, shutdown};
 use tokio::sync::oneshot;
 
 use super::client::{Server, ServerError};
+use super::descriptors::{Descriptor, Descriptors};
 use super::signals::{Signal, Signals};
 use super::terminal;
 
@@ -44,14 +46,29 @@ pub struct Streams {
     drained: Vec<oneshot::Receiver<()>>,
 }
 
+/// The process whose streams are attached.
+#[derive(Clone)]
+struct Target {
+    vsock: PathBuf,
+    id: ContainerId,
+    exec_id: String,
+}
+
 impl Streams {
-    /// Gives each stream of a process a thread that connects it to the standard stream of ours and moves its bytes.
+    /// Gives each stream of a process a thread that connects it to the standard stream, or the further descriptor, of ours and
+    /// moves its bytes.
     pub fn attach(
         stdio: Stdio,
+        descriptors: Descriptors,
         vsock: &Path,
         id: &ContainerId,
         exec_id: &str,
     ) -> anyhow::Result<Self> {
+        let target = Target {
+            vsock: vsock.to_path_buf(),
+            id: id.clone(),
+            exec_id: exec_id.to_owned(),
+        };
         let mut streams = Self::default();
         let wanted: &[_] = if stdio.terminal {
             &[(Attach::Client, StreamKind::TERMINAL)]
@@ -64,7 +81,18 @@ impl Streams {
         };
         for &(attach, kind) in wanted {
             if attach == Attach::Client {
-                streams.add(kind, vsock, id, exec_id)?;
+                let connect = target.connect(kind, 0);
+                let is_output = kind != StreamKind::STDIN;
+                streams.add(connect, is_output, move |socket| pump(kind, socket))?;
+            }
+        }
+        for descriptor in descriptors {
+            if descriptor.flow != Flow::Nowhere {
+                let connect = target.connect(StreamKind::DESCRIPTOR, descriptor.number);
+                let is_output = descriptor.flow != Flow::Inward;
+                streams.add(connect, is_output, move |socket| {
+                    pump_descriptor(descriptor, socket)
+                })?;
             }
         }
         Ok(streams)
@@ -72,33 +100,29 @@ impl Streams {
 
     fn add(
         &mut self,
-        kind: StreamKind,
-        vsock: &Path,
-        id: &ContainerId,
-        exec_id: &str,
+        connect: impl FnOnce() -> anyhow::Result<UnixStream> + Send + 'static,
+        is_output: bool,
+        pump: impl FnOnce(UnixStream) -> io::Result<u64> + Send + 'static,
     ) -> anyhow::Result<()> {
-        let (vsock, id, exec_id) = (vsock.to_path_buf(), id.clone(), exec_id.to_owned());
         let (attached, attached_receiver) = oneshot::channel();
         let (drained, drained_receiver) = oneshot::channel();
-        thread::Builder::new()
-            .stack_size(PUMP_STACK)
-            .spawn(move || {
-                // Who waits for these may be gone, and the process with it in a moment.
-                match connect(&vsock, &id, &exec_id, kind) {
-                    Ok(socket) => {
-                        let _ = attached.send(Ok(()));
-                        // A closed end, ours or the guest's, is an end like any other.
-                        let _ = pump(kind, socket);
-                    }
-                    Err(error) => {
-                        let _ = attached.send(Err(error));
-                    }
+        spawn(move || {
+            // Who waits for these may be gone, and the process with it in a moment.
+            match connect() {
+                Ok(socket) => {
+                    let _ = attached.send(Ok(()));
+                    // A closed end, ours or the guest's, is an end like any other.
+                    let _ = pump(socket);
                 }
-                let _ = drained.send(());
-            })
-            .context("cannot start a thread")?;
+                Err(error) => {
+                    let _ = attached.send(Err(error));
+                }
+            }
+            let _ = drained.send(());
+        })
+        .context("cannot start a thread")?;
         self.attached.push(attached_receiver);
-        if kind != StreamKind::STDIN {
+        if is_output {
             self.drained.push(drained_receiver);
         }
         Ok(())
@@ -128,19 +152,29 @@ impl Streams {
     }
 }
 
-fn connect(
-    vsock: &Path,
-    id: &ContainerId,
-    exec_id: &str,
-    kind: StreamKind,
-) -> anyhow::Result<UnixStream> {
-    let stream = Stream {
-        container_id: id.as_str(),
-        exec_id,
-        kind,
-    };
-    streams::attach(vsock, &stream)
-        .with_context(|| format!("cannot attach {kind:?} of the container"))
+impl Target {
+    fn connect(
+        &self,
+        kind: StreamKind,
+        descriptor: u32,
+    ) -> impl FnOnce() -> anyhow::Result<UnixStream> + Send + use<> {
+        let target = self.clone();
+        move || {
+            let stream = Stream {
+                container_id: target.id.as_str(),
+                exec_id: &target.exec_id,
+                kind,
+                descriptor,
+            };
+            streams::attach(&target.vsock, &stream)
+                .with_context(|| format!("cannot attach {kind:?} of the container"))
+        }
+    }
+}
+
+fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let builder = thread::Builder::new().stack_size(PUMP_STACK);
+    builder.spawn(work).map(drop)
 }
 
 fn pump(kind: StreamKind, socket: UnixStream) -> io::Result<u64> {
@@ -150,10 +184,26 @@ fn pump(kind: StreamKind, socket: UnixStream) -> io::Result<u64> {
         StreamKind::STDERR => streams::pump_out(&socket, io::stderr().as_fd()),
         _ => {
             let typed = socket.try_clone()?;
-            thread::Builder::new()
-                .stack_size(PUMP_STACK)
-                .spawn(move || streams::pump_in(io::stdin().as_fd(), &typed))?;
+            spawn(move || drop(streams::pump_in(io::stdin().as_fd(), &typed)))?;
             streams::pump_out(&socket, io::stdout().as_fd())
+        }
+    }
+}
+
+/// Closes the descriptor at the end: others may wait for that of its last holder.
+fn pump_descriptor(descriptor: Descriptor, socket: UnixStream) -> io::Result<u64> {
+    let Descriptor { flow, fd, .. } = descriptor;
+    match flow {
+        Flow::Nowhere => Ok(0),
+        Flow::Inward => streams::pump_in(fd.as_fd(), &socket),
+        Flow::Outward => streams::pump_out(&socket, fd.as_fd()),
+        Flow::BothWays => {
+            let (inward, here) = (socket.try_clone()?, fd.try_clone()?);
+            spawn(move || drop(streams::pump_in(here.as_fd(), &inward)))?;
+            let moved = streams::pump_out(&socket, fd.as_fd())?;
+            // The peer learns of the end of what the process writes and may go on itself.
+            shutdown(fd.as_raw_fd(), Shutdown::Write)?;
+            Ok(moved)
         }
     }
 }

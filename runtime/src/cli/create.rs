@@ -25,6 +25,7 @@ use thiserror::Error;
 
 use super::attach::{Streams, follow, own_stdio};
 use super::client::{Server, ServerError};
+use super::descriptors::Descriptors;
 use super::known::block_on;
 use super::proxy::{IdMaps, Job, Proxy};
 use super::signals::Signals;
@@ -49,7 +50,7 @@ pub struct CreateArgs {
     /// Accepted for runc's sake: the guest has its own keyrings
     #[arg(long, hide = true)]
     no_new_keyring: bool,
-    /// Number of further descriptors to pass; none can be carried into a VM
+    /// Number of further descriptors to hand over, from 3 on: pipes, connected stream sockets, files or terminals
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
     /// Name of the container
@@ -115,18 +116,20 @@ struct Prepared {
     id: ContainerId,
     bundle: PathBuf,
     spec: Spec,
+    descriptors: Descriptors,
 }
 
 impl Prepared {
     /// Checks the arguments and the bundle.
     fn new(args: &CreateArgs) -> anyhow::Result<Self> {
-        no_descriptors(args.preserve_fds)?;
+        let descriptors = Descriptors::for_init(args.preserve_fds)?;
         let id = ContainerId::new(args.id.as_str())?;
         let Bundle { dir, spec, .. } = Bundle::load(&absolute(&args.bundle)?)?;
         Ok(Self {
             id,
             bundle: dir,
             spec,
+            descriptors,
         })
     }
 
@@ -142,6 +145,22 @@ impl Prepared {
             width: u32::try_from(size.width()).ok()?,
             height: u32::try_from(size.height()).ok()?,
         })
+    }
+
+    /// What the server is told; `size` is that of our own terminal.
+    fn options(
+        &self,
+        invocation: &Invocation,
+        descriptors: &Descriptors,
+        size: Option<TerminalSize>,
+    ) -> CreateOptions {
+        CreateOptions {
+            proxy: None,
+            terminal_size: size.or_else(|| self.console_size()),
+            systemd_cgroup: invocation.systemd_cgroup,
+            descriptors: descriptors.flows(),
+            listen_fds: descriptors.listen_fds,
+        }
     }
 
     fn launch(
@@ -163,20 +182,9 @@ impl Prepared {
     }
 }
 
-/// Refuses descriptors that can't be passed.
-pub fn no_descriptors(count: u32) -> anyhow::Result<()> {
-    if count == 0 {
-        return Ok(());
-    }
-    bail!(
-        "--preserve-fds {count}: open files of the host can't be carried into a VM, only standard streams and terminals; \
-         leave it out, or mount what the container needs"
-    )
-}
-
 /// A container that outlives the command.
 fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::Result<i32> {
-    let prepared = Prepared::new(args)?;
+    let mut prepared = Prepared::new(args)?;
     let pair = match (prepared.terminal(), &args.console_socket) {
         (true, None) => bail!(
             "process.terminal is true, and a container in the background has no terminal without --console-socket: \
@@ -203,21 +211,20 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
     } else {
         own_stdio()
     };
-    let made = Proxy::fork(&Job {
+    let descriptors = std::mem::take(&mut prepared.descriptors);
+    let mut options = prepared.options(invocation, &descriptors, None);
+    let made = Proxy::fork(Job {
         state: &state,
         id: &prepared.id,
         exec_id: "",
         stdio,
+        descriptors,
         terminal: pair.as_ref().map(|(pair, _)| pair.slave()),
         namespaces: namespaces(&prepared.spec),
         id_maps: id_maps(&prepared.spec),
     })
     .and_then(|proxy| {
-        let options = CreateOptions {
-            proxy: Some(proxy.pid),
-            terminal_size: prepared.console_size(),
-            systemd_cgroup: invocation.systemd_cgroup,
-        };
+        options.proxy = Some(proxy.pid);
         block_on(async {
             let server = Server::new(connection, prepared.id.as_str(), "")?;
             let made = make(&server, &prepared, stdio, &options, &pair, args, start).await;
@@ -289,7 +296,7 @@ async fn make(
 fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     let timeline = Timeline::default();
     timeline.mark("client: started");
-    let prepared = Prepared::new(&args.create)?;
+    let mut prepared = Prepared::new(&args.create)?;
     let raw = prepared.terminal().then(Raw::enter).transpose()?;
     let launched = prepared.launch(invocation, !args.keep, args.timeline.is_some())?;
     timeline.mark("client: server started");
@@ -306,7 +313,12 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
         .build();
     let result = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
         let result = runtime.block_on(session(
-            connection, &state, &prepared, args, invocation, &timeline,
+            connection,
+            &state,
+            &mut prepared,
+            args,
+            invocation,
+            &timeline,
         ));
         // A pump may still wait for our standard input; the process's end is its end.
         runtime.shutdown_background();
@@ -362,13 +374,14 @@ fn exit_code(outcome: Outcome) -> anyhow::Result<i32> {
 async fn session(
     connection: UnixStream,
     state: &StateDir,
-    prepared: &Prepared,
+    prepared: &mut Prepared,
     args: &RunArgs,
     invocation: &Invocation,
     timeline: &Timeline,
 ) -> anyhow::Result<Outcome> {
     let mut signals = Signals::catch()?;
-    let server = Server::new(connection, prepared.id.as_str(), "")?;
+    let id = prepared.id.clone();
+    let server = Server::new(connection, id.as_str(), "")?;
     let result = container(
         &server,
         &mut signals,
@@ -390,7 +403,7 @@ async fn container(
     server: &Server<'_>,
     signals: &mut Signals,
     state: &StateDir,
-    prepared: &Prepared,
+    prepared: &mut Prepared,
     args: &RunArgs,
     invocation: &Invocation,
     timeline: &Timeline,
@@ -400,11 +413,8 @@ async fn container(
     } else {
         (own_stdio(), None)
     };
-    let options = CreateOptions {
-        proxy: None,
-        terminal_size: size.or_else(|| prepared.console_size()),
-        systemd_cgroup: invocation.systemd_cgroup,
-    };
+    let descriptors = std::mem::take(&mut prepared.descriptors);
+    let options = prepared.options(invocation, &descriptors, size);
     let bundle = path_text(&prepared.bundle)?;
     let pid = tokio::select! {
         created = server.create(bundle, stdio, &options) => created?,
@@ -415,7 +425,7 @@ async fn container(
         write_pid_file(path, pid)?;
     }
     // The streams are attached while the program starts: the guest keeps what comes before.
-    let mut streams = Streams::attach(stdio, &state.vsock(), &prepared.id, "")?;
+    let mut streams = Streams::attach(stdio, descriptors, &state.vsock(), &prepared.id, "")?;
     server.start().await?;
     timeline.mark("client: container started");
 

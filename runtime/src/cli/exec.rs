@@ -15,7 +15,8 @@ use thiserror::Error;
 
 use super::attach::{Streams, follow, own_stdio};
 use super::client::Server;
-use super::create::{no_descriptors, write_pid_file};
+use super::create::write_pid_file;
+use super::descriptors::Descriptors;
 use super::known::{Known, block_on};
 use super::proxy::{IdMaps, Job, Proxy};
 use super::signals::Signals;
@@ -63,14 +64,14 @@ pub struct ExecArgs {
     /// Capability to add
     #[arg(short, long, value_name = "CAP")]
     cap: Vec<String>,
-    /// Number of further descriptors to pass; none can be carried into a VM
+    /// Number of further descriptors to hand over, from 3 on: pipes, connected stream sockets, files or terminals
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
     /// Cgroup below the container's; only its own is possible
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<String>,
-    /// Accepted for runc's sake: a VM that stands still executes nothing all the same
-    #[arg(long, hide = true)]
+    /// Without effect: the VM of a paused container stands still, so that nothing can be executed in it before a resume
+    #[arg(long)]
     ignore_paused: bool,
     /// Name of the container
     id: String,
@@ -95,7 +96,7 @@ pub fn exec(invocation: &Invocation, args: &ExecArgs) -> anyhow::Result<i32> {
 }
 
 fn run(invocation: &Invocation, args: &ExecArgs) -> anyhow::Result<i32> {
-    no_descriptors(args.preserve_fds)?;
+    let descriptors = Descriptors::for_exec(args.preserve_fds)?;
     if let Some(path) = args.cgroup.iter().find(|path| *path != "/") {
         bail!(
             "--cgroup {path}: a process of a container in a VM runs in the container's own cgroup; leave it out"
@@ -103,16 +104,15 @@ fn run(invocation: &Invocation, args: &ExecArgs) -> anyhow::Result<i32> {
     }
     let known = Known::find(invocation, &args.id)?;
     let process = process(&known, args)?;
-    let terminal = process.get("terminal").and_then(Value::as_bool) == Some(true);
     if args.detach {
-        detached(&known, args, process, terminal)
+        detached(&known, args, process, descriptors)
     } else {
         if args.console_socket.is_some() {
             bail!(
                 "--console-socket is for a process in the background: add --detach or leave it out"
             );
         }
-        foreground(&known, args, process, terminal)
+        foreground(&known, args, process, descriptors)
     }
 }
 
@@ -222,6 +222,10 @@ fn with_options(mut process: Map<String, Value>, options: &ExecOptions) -> anyho
     Ok(serde_json::to_vec(&process)?)
 }
 
+fn has_terminal(process: &Map<String, Value>) -> bool {
+    process.get("terminal").and_then(Value::as_bool) == Some(true)
+}
+
 /// The description's own `consoleSize`.
 fn console_size(process: &Map<String, Value>) -> Option<TerminalSize> {
     let size = process.get("consoleSize")?;
@@ -236,8 +240,9 @@ fn foreground(
     known: &Known,
     args: &ExecArgs,
     process: Map<String, Value>,
-    terminal: bool,
+    descriptors: Descriptors,
 ) -> anyhow::Result<i32> {
+    let terminal = has_terminal(&process);
     let raw = terminal.then(Raw::enter).transpose()?;
     let (stdio, size) = if terminal {
         (Stdio::TERMINAL, terminal::size(io::stdin().as_fd()))
@@ -247,6 +252,7 @@ fn foreground(
     let options = ExecOptions {
         proxy: None,
         terminal_size: size.or_else(|| console_size(&process)),
+        descriptors: descriptors.flows(),
     };
     let json = with_options(process, &options)?;
     let exec_id = exec_id();
@@ -264,7 +270,13 @@ fn foreground(
         if let Some(path) = &args.pid_file {
             write_pid_file(path, pid)?;
         }
-        let mut streams = Streams::attach(stdio, &known.state.vsock(), &known.id, &exec_id)?;
+        let mut streams = Streams::attach(
+            stdio,
+            descriptors,
+            &known.state.vsock(),
+            &known.id,
+            &exec_id,
+        )?;
         let code = follow(&server, &mut signals, &mut streams).await?;
         if i32::try_from(code) == Ok(NotExecuted::EXIT_CODE)
             && let Some(reason) = known.record().ok().and_then(|record| record.failure)
@@ -286,8 +298,9 @@ fn detached(
     known: &Known,
     args: &ExecArgs,
     process: Map<String, Value>,
-    terminal: bool,
+    descriptors: Descriptors,
 ) -> anyhow::Result<i32> {
+    let terminal = has_terminal(&process);
     let pair = match (terminal, &args.console_socket) {
         (true, None) => bail!(
             "a process in the background has no terminal without --console-socket: name one, or leave --tty out"
@@ -308,11 +321,13 @@ fn detached(
     let connection = known
         .connect()?
         .context("cannot exec in a stopped container: container not running")?;
-    let proxy = Proxy::fork(&Job {
+    let flows = descriptors.flows();
+    let proxy = Proxy::fork(Job {
         state: &known.state,
         id: &known.id,
         exec_id: &exec_id,
         stdio,
+        descriptors,
         terminal: pair.as_ref().map(|(pair, _)| pair.slave()),
         namespaces: CloneFlags::empty(),
         id_maps: IdMaps::default(),
@@ -320,6 +335,7 @@ fn detached(
     let options = ExecOptions {
         proxy: Some(proxy.pid),
         terminal_size: console_size(&process),
+        descriptors: flows,
     };
     let json = with_options(process, &options)?;
     block_on(async {

@@ -1,6 +1,6 @@
 //! The process of the host that stands for a process of a container: its pid is the one in pid files.
 //!
-//! It holds the standard streams that the command has inherited, passes on signals, and exits with the container's code, so
+//! It holds the streams that the command has inherited, passes on signals, and exits with the container's code, so
 //! that whoever waits for it (conmon, containerd's shim for runc) learns what runc would tell. It is forked from the command
 //! before that has any thread, waits until the container is made, and stays when the command has gone.
 
@@ -19,6 +19,7 @@ use nix::unistd::{ForkResult, fork, setsid};
 
 use super::attach::{Streams, follow};
 use super::client::Server;
+use super::descriptors::Descriptors;
 use super::signals::Signals;
 use super::terminal;
 
@@ -36,6 +37,8 @@ pub struct Job<'a> {
     pub exec_id: &'a str,
     /// Which streams it attaches.
     pub stdio: Stdio,
+    /// Those beyond the standard ones.
+    pub descriptors: Descriptors,
     /// The slave of its terminal.
     pub terminal: Option<BorrowedFd<'a>>,
     /// Namespaces that it makes for itself: those that a client looks at in `/proc/<pid>/ns`.
@@ -64,7 +67,7 @@ pub struct Proxy {
 impl Proxy {
     /// Forks it. Call it while there is one thread, and before there is a runtime: what tokio keeps for signals is not for
     /// two processes.
-    pub fn fork(job: &Job) -> anyhow::Result<Self> {
+    pub fn fork(job: Job) -> anyhow::Result<Self> {
         let (ready_reader, ready_writer) = io::pipe()?;
         let (go_reader, go_writer) = io::pipe()?;
         let own = std::fs::File::open("/proc/self/ns/pid")?;
@@ -115,15 +118,17 @@ impl IdMaps {
 }
 
 /// The proxy's whole life.
-fn main(job: &Job, mut ready: PipeWriter, mut go: PipeReader) -> i32 {
+fn main(job: Job, mut ready: PipeWriter, mut go: PipeReader) -> i32 {
     fault::point("proxy: forked");
-    let keep = [
-        Some(ready.as_raw_fd()),
-        Some(go.as_raw_fd()),
-        job.terminal.map(|fd| fd.as_raw_fd()),
-    ];
+    let own = [ready.as_raw_fd(), go.as_raw_fd()];
+    let terminal = job.terminal.map(|fd| fd.as_raw_fd());
+    let keep = own
+        .into_iter()
+        .chain(terminal)
+        .chain(job.descriptors.numbers());
+    let keep = keep.collect();
     // Before anybody knows the pid: a signal that comes early is kept until there is who to pass it on to.
-    let prepared = set_up(job, keep).and_then(|()| {
+    let prepared = set_up(&job, keep).and_then(|()| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
@@ -153,7 +158,7 @@ fn main(job: &Job, mut ready: PipeWriter, mut go: PipeReader) -> i32 {
     code
 }
 
-fn set_up(job: &Job, keep: [Option<RawFd>; 3]) -> anyhow::Result<()> {
+fn set_up(job: &Job, keep: Vec<RawFd>) -> anyhow::Result<()> {
     close_others(keep)?;
     // Nobody looks at its name but users.
     let _ = nix::sys::prctl::set_name(c"bulkhead-proxy");
@@ -185,8 +190,7 @@ fn set_up(job: &Job, keep: [Option<RawFd>; 3]) -> anyhow::Result<()> {
 }
 
 /// Closes what the command had open: connections and pipes whose other ends wait for their end.
-fn close_others(keep: [Option<RawFd>; 3]) -> io::Result<()> {
-    let mut keep: Vec<RawFd> = keep.into_iter().flatten().collect();
+fn close_others(mut keep: Vec<RawFd>) -> io::Result<()> {
     keep.sort_unstable();
     let mut first: RawFd = 3;
     for last in keep.iter().map(|fd| fd - 1).chain([RawFd::MAX]) {
@@ -204,11 +208,17 @@ fn close_others(keep: [Option<RawFd>; 3]) -> io::Result<()> {
 }
 
 /// From the container's creation to its end.
-async fn stand(job: &Job<'_>, mut signals: Signals) -> anyhow::Result<i32> {
+async fn stand(job: Job<'_>, mut signals: Signals) -> anyhow::Result<i32> {
     let connection = bulkhead_runtime::sock::connect(&job.state.task_socket())?;
     let server = Server::new(connection, job.id.as_str(), job.exec_id)?;
     fault::point("proxy: connected");
-    let mut streams = Streams::attach(job.stdio, &job.state.vsock(), job.id, job.exec_id)?;
+    let mut streams = Streams::attach(
+        job.stdio,
+        job.descriptors,
+        &job.state.vsock(),
+        job.id,
+        job.exec_id,
+    )?;
     fault::point("proxy: attaching streams");
     if job.stdio.terminal
         && let Some(size) = terminal::size(io::stdin().as_fd())

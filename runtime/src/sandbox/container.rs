@@ -40,6 +40,8 @@ pub struct Exec {
     pub spec: Vec<u8>,
     /// Size of its terminal at the start.
     pub size: Option<crate::stdio::TerminalSize>,
+    /// What it has from descriptor 3 on.
+    pub descriptors: Vec<crate::stdio::Flow>,
     /// Its life.
     pub process: Arc<Process>,
     /// Set by who starts it, or sees that it will never be.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::container::{self, Signal};
 use super::process::{Exit, Process, Status};
 use super::{Sandbox, SandboxError, deliver};
-use crate::stdio::{Stdio, TerminalSize};
+use crate::stdio::{Flow, Stdio, TerminalSize};
 
 /// A process to execute.
 #[derive(Debug)]
@@ -33,6 +33,8 @@ pub struct ExecOptions {
     pub proxy: Option<u32>,
     /// Size of the terminal at the start.
     pub terminal_size: Option<TerminalSize>,
+    /// What the process has from descriptor 3 on.
+    pub descriptors: Vec<Flow>,
 }
 
 impl Sandbox {
@@ -56,6 +58,7 @@ impl Sandbox {
         let added = container::Exec {
             spec,
             size: options.terminal_size,
+            descriptors: options.descriptors,
             process,
             started: OnceLock::new(),
         };
@@ -107,7 +110,7 @@ impl Sandbox {
             cgroup.add(proxy)?;
         }
         let agent = machine.agent().await?;
-        let stdio = exec.process.stdio.for_agent(exec.size);
+        let stdio = exec.process.stdio.for_agent(exec.size, &exec.descriptors);
         let answer = agent
             .exec(container.id.as_str(), exec_id, exec.spec.clone(), stdio)
             .await;

@@ -2,8 +2,13 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::bundle::Bundle;
 use crate::dist;
@@ -83,6 +88,31 @@ pub fn run_with_input(bundle: &Bundle, input: &[u8]) -> Ended {
         scope.spawn(move || drop(stdin.write_all(input)));
         wait(child)
     })
+}
+
+/// Hands descriptors to a command, from 3 on. They are closed here when the command is dropped.
+///
+/// # Panics
+/// When they can't be duplicated.
+pub fn hand_over(command: &mut Command, descriptors: impl IntoIterator<Item = OwnedFd>) {
+    // Two steps, so that none takes the place of another that is still to be moved.
+    let aside: Vec<OwnedFd> = descriptors
+        .into_iter()
+        .map(|fd| {
+            let aside = fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(100)).unwrap();
+            // SAFETY: the call has just made this descriptor.
+            unsafe { OwnedFd::from_raw_fd(aside) }
+        })
+        .collect();
+    // SAFETY: system calls between fork and exec, on descriptors that the closure owns and on numbers.
+    unsafe {
+        command.pre_exec(move || {
+            for (number, fd) in (3..).zip(&aside) {
+                Errno::result(libc::dup2(fd.as_raw_fd(), number))?;
+            }
+            Ok(())
+        });
+    }
 }
 
 /// Starts a command with its output captured.

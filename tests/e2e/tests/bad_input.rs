@@ -377,7 +377,6 @@ fn a_wrong_command_line_is_refused() {
         &["kill"],
         &["kill", "nonesuch", "BOGUS"],
         &["list", "--format", "xml"],
-        &["run", "--preserve-fds", "3", "x"],
         &["update", "--memory", "much", "x"],
         &["update", "--l3-cache-schema", "L3:0=f", "x"],
         &["events", "--interval", "soon", "x"],
@@ -390,6 +389,81 @@ fn a_wrong_command_line_is_refused() {
             "{arguments:?}: says nothing"
         );
     }
+}
+
+#[test]
+fn a_descriptor_that_is_no_stream_is_refused_by_its_number_and_kind() {
+    use std::net::TcpListener;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::os::unix::net::{UnixDatagram, UnixListener};
+    let host = Host::now();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let open = |name: &str, flags: i32| {
+        let mut options = fs::File::options();
+        options.read(true).custom_flags(flags);
+        OwnedFd::from(options.open(name).unwrap())
+    };
+    let both_ways = |path| {
+        let mut options = fs::File::options();
+        OwnedFd::from(options.read(true).write(true).open(path).unwrap())
+    };
+    nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::write(path("file"), "").unwrap();
+    let epoll = nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::EPOLL_CLOEXEC);
+    let event = nix::sys::eventfd::EventFd::new().unwrap();
+    let memory = nix::sys::memfd::memfd_create(c"m", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+    let cases: Vec<(OwnedFd, &str)> = vec![
+        (
+            UnixListener::bind(path("socket")).unwrap().into(),
+            "a listening socket",
+        ),
+        (
+            TcpListener::bind("127.0.0.1:0").unwrap().into(),
+            "a listening socket",
+        ),
+        (
+            UnixDatagram::pair().unwrap().0.into(),
+            "a socket of messages",
+        ),
+        (
+            both_ways(path("fifo")),
+            "a pipe that is open for reading and writing",
+        ),
+        (
+            both_ways(path("file")),
+            "a file that is open for reading and writing",
+        ),
+        (
+            memory.unwrap(),
+            "a file that is open for reading and writing",
+        ),
+        (open("/", 0), "a directory"),
+        (open("/", libc::O_PATH), "O_PATH"),
+        (open("/dev/zero", 0), "a character device"),
+        (epoll.unwrap().0, "eventpoll"),
+        (event.into(), "eventfd"),
+    ];
+    let bundle = Bundle::busybox(&["true"]);
+    bundle.write();
+    let refused = |fd: Option<OwnedFd>, words: &[&str]| {
+        let mut command = bulkhead();
+        command
+            .args(["run", "--preserve-fds", "2", "-b"])
+            .arg(bundle.path())
+            .arg(fresh_id());
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let given = std::iter::once(reader.into()).chain(fd);
+        bulkhead_e2e::command::hand_over(&mut command, given);
+        assert_refused(words[1], &finish(&mut command), words);
+    };
+    for (fd, kind) in cases {
+        refused(Some(fd), &["descriptor 4", kind]);
+    }
+    // As runc says it.
+    refused(None, &["preserved-fd 1 (of 2)", "descriptor 4"]);
+    host.assert_nothing_new();
 }
 
 /// `bulkhead --config FILE run` of a bundle that is fine, with a configuration that isn't.

@@ -349,6 +349,12 @@ fn a_paused_container_stands_still_until_it_is_resumed() {
     let ended = container.exec(&["true"]);
     assert_eq!(ended.code, 255);
     assert!(ended.stderr.contains("paused"), "{}", ended.stderr);
+    let ignoring = container.command_with(&["exec", "--ignore-paused"], &["true"]);
+    assert_eq!(
+        (ignoring.code, ignoring.stderr),
+        (ended.code, ended.stderr),
+        "--ignore-paused makes a difference"
+    );
     container.command(&["pause"]).expect_code(1);
     // A signal waits until the container goes on.
     container.command_with(&["kill"], &["USR2"]).expect_code(0);
