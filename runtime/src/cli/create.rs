@@ -26,7 +26,7 @@ use thiserror::Error;
 use super::attach::{Streams, follow, own_stdio};
 use super::client::{Server, ServerError};
 use super::descriptors::Descriptors;
-use super::known::block_on;
+use super::known::{Remains, block_on};
 use super::proxy::{IdMaps, Job, Proxy};
 use super::signals::Signals;
 use super::terminal::{self, Pair, Raw};
@@ -246,11 +246,7 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
             drop(lifeline);
             let last_words = std::fs::read_to_string(state.server_log()).unwrap_or_default();
             let _ = child.wait();
-            // A server that ended in order has left neither.
-            let cgroup = state.load().ok().and_then(|record| record.cgroup);
-            let removed = state.remove_ended().map_err(anyhow::Error::from);
-            let emptied = cgroup.map_or(Ok(()), |cgroup| cgroup.remove());
-            let left = removed.and(emptied.map_err(anyhow::Error::from)).err();
+            let left = Remains::of(&state).remove().err();
             // A server that answers has said in its answer what there is to say; its log may hold warnings besides.
             let gone = matches!(error.downcast_ref(), Some(ServerError::Gone));
             let said = last_words.lines().next_back().filter(|_| gone);
@@ -332,18 +328,14 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     }
     drop(lifeline);
     let ended = child.wait().context("cannot wait for the sandbox server")?;
-    // The server leaves nothing, unless something made an end of it.
-    let cgroup = state.load().ok().and_then(|record| record.cgroup);
-    let removed = state.remove_ended();
+    let removed = Remains::of(&state).remove();
     timeline.mark("client: server ended");
     if let (Some(path), Some(server)) = (&args.timeline, server_timeline) {
         write_timeline(path, &timeline, server)?;
     }
-    let emptied = cgroup.map_or(Ok(()), |cgroup| cgroup.remove());
     // What went wrong first is what there is to know.
     let code = exit_code(result?)?;
     removed?;
-    emptied?;
     if !ended.success() {
         return Err(anyhow!(
             "the sandbox server failed ({ended}) after the container's end"

@@ -3,14 +3,13 @@
 use std::time::Duration;
 
 use anyhow::bail;
-use bulkhead_runtime::sandbox::Status;
 use clap::Args;
 use containerd_shim_protos::cgroups_v2::metrics::{Metrics, PSIData, PSIStats};
 use serde_json::{Value, json};
 
 use super::Invocation;
 use super::client::{Server, ServerError};
-use super::known::{Known, block_on};
+use super::known::Known;
 
 #[derive(Debug, Args)]
 pub struct EventsArgs {
@@ -30,25 +29,21 @@ pub fn events(invocation: &Invocation, args: &EventsArgs) -> anyhow::Result<i32>
         bail!("--interval must be more than zero");
     }
     let known = Known::find(invocation, &args.id)?;
-    if known.process_state()?.status == Status::Stopped {
-        bail!("container with id {} is not running", known.id);
-    }
-    let Some(connection) = known.connect()? else {
-        bail!("container with id {} is not running", known.id);
-    };
-    block_on(async {
-        let server = Server::new(connection, known.id.as_str(), "")?;
+    let watched = known.unless_stopped(async |server| {
         if args.stats {
             let metrics = server.stats().await?;
             return print(&event("stats", &args.id, Some(stats(&metrics))));
         }
         tokio::select! {
-            result = every(&server, args) => result,
-            result = ooms(&server, &args.id) => result,
+            result = every(server, args) => result,
+            result = ooms(server, &args.id) => result,
             // The container's end is the end of its events.
             _ = server.wait() => Ok(()),
         }
     })?;
+    if watched.is_none() {
+        bail!("container with id {} is not running", known.id);
+    }
     Ok(0)
 }
 

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
-use bulkhead_runtime::sandbox::Status;
 use bulkhead_runtime::state::Record;
 use clap::{Args, ValueEnum};
 use nix::unistd::{Uid, User};
@@ -196,10 +195,8 @@ fn table<const N: usize>(header: [String; N], rows: Vec<[String; N]>) -> String 
 /// Runs `bulkhead ps`: the processes of the host that stand for the container's.
 pub fn ps(invocation: &Invocation, args: &PsArgs) -> anyhow::Result<i32> {
     let known = Known::find(invocation, &args.id)?;
-    let pids = match known.process_state()?.status {
-        Status::Stopped => Vec::new(),
-        _ => known.call(async |server| server.pids().await)?,
-    };
+    let pids = known.unless_stopped(async |server| Ok(known.patiently(server.pids()).await??))?;
+    let pids = pids.unwrap_or_default();
     if args.format == Format::Json {
         super::say(&format!("{}\n", serde_json::to_string(&pids)?))?;
         return Ok(0);

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use bulkhead_runtime::host_cgroup::HostCgroup;
 use bulkhead_runtime::id::ContainerId;
 use bulkhead_runtime::sandbox::Status;
 use bulkhead_runtime::sock;
@@ -107,6 +108,11 @@ impl Known {
             return Ok(STOPPED);
         };
         let server = Server::new(connection, self.id.as_str(), "")?;
+        self.state_of(&server).await
+    }
+
+    /// The same of a server that is connected.
+    async fn state_of(&self, server: &Server<'_>) -> anyhow::Result<ProcessState> {
         match timeout(STATE_TIMEOUT, server.state()).await {
             Err(_) => Err(self.silent().into()),
             // A server that has not got so far as to know it, or forgets it now, is about to say so otherwise.
@@ -117,7 +123,7 @@ impl Known {
     }
 
     /// Awaits an answer of its server as long as that gives others.
-    async fn patiently<T>(&self, answer: impl Future<Output = T>) -> anyhow::Result<T> {
+    pub async fn patiently<T>(&self, answer: impl Future<Output = T>) -> anyhow::Result<T> {
         tokio::pin!(answer);
         loop {
             if let Ok(answer) = timeout(PATIENCE, &mut answer).await {
@@ -201,6 +207,23 @@ impl Known {
         self.wait_for_end(&end)
     }
 
+    /// Has a session with its server, unless the container has stopped.
+    pub fn unless_stopped<T>(
+        &self,
+        session: impl AsyncFnOnce(&Server<'_>) -> anyhow::Result<T>,
+    ) -> anyhow::Result<Option<T>> {
+        let Some(connection) = self.connect()? else {
+            return Ok(None);
+        };
+        block_on(async {
+            let server = Server::new(connection, self.id.as_str(), "")?;
+            if self.state_of(&server).await?.status == Status::Stopped {
+                return Ok(None);
+            }
+            session(&server).await.map(Some)
+        })
+    }
+
     /// Calls its server; that there is none is an error in the words for a stopped container.
     pub fn call<T>(
         &self,
@@ -213,6 +236,33 @@ impl Known {
             let server = Server::new(connection, self.id.as_str(), "")?;
             Ok(self.patiently(call(server)).await??)
         })
+    }
+}
+
+/// What is left of a sandbox when its server has ended: nothing, if that was in order. A server removes what is on record of it
+/// with the rest, so that who tells it to end looks before.
+#[derive(Debug)]
+pub struct Remains {
+    state: StateDir,
+    cgroup: Option<HostCgroup>,
+}
+
+impl Remains {
+    /// What there is now.
+    pub fn of(state: &StateDir) -> Self {
+        Self {
+            state: state.clone(),
+            cgroup: state.load().ok().and_then(|record| record.cgroup),
+        }
+    }
+
+    /// Removes it; the record last, by which it can be tried again.
+    pub fn remove(self) -> anyhow::Result<()> {
+        if let Some(cgroup) = self.cgroup {
+            cgroup.remove()?;
+        }
+        self.state.remove_ended()?;
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::Invocation;
-use super::known::{Known, Unknown};
+use super::known::{Known, Remains, Unknown};
 use super::signals;
 use bulkhead_runtime::sandbox::Status;
 
@@ -73,16 +73,12 @@ pub fn delete(invocation: &Invocation, args: &DeleteArgs) -> anyhow::Result<i32>
         Err(error) if args.force && error.is::<Unknown>() => return Ok(0),
         known => known?,
     };
-    let cgroup = known.state.load().ok().and_then(|record| record.cgroup);
+    let remains = Remains::of(&known.state);
     if args.force {
         known.end()?;
     } else {
         known.delete()?;
     }
-    // A server that ended in order has left nothing of this.
-    if let Some(cgroup) = cgroup {
-        cgroup.remove()?;
-    }
-    known.state.remove_ended()?;
+    remains.remove()?;
     Ok(0)
 }
