@@ -26,7 +26,7 @@ use thiserror::Error;
 use super::attach::{Streams, follow, own_stdio};
 use super::client::{Server, ServerError};
 use super::descriptors::Descriptors;
-use super::known::{Remains, block_on};
+use super::known::{block_on, clean_up};
 use super::proxy::{IdMaps, Job, Proxy};
 use super::signals::Signals;
 use super::terminal::{self, Pair, Raw};
@@ -246,7 +246,8 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
             drop(lifeline);
             let last_words = std::fs::read_to_string(state.server_log()).unwrap_or_default();
             let _ = child.wait();
-            let left = Remains::of(&state).remove().err();
+            // A server that ended in order has left no record, and nothing else.
+            let left = clean_up(&state, state.load().ok()).err();
             // A server that answers has said in its answer what there is to say; its log may hold warnings besides.
             let gone = matches!(error.downcast_ref(), Some(ServerError::Gone));
             let said = last_words.lines().next_back().filter(|_| gone);
@@ -328,14 +329,15 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     }
     drop(lifeline);
     let ended = child.wait().context("cannot wait for the sandbox server")?;
-    let removed = Remains::of(&state).remove();
+    // The server leaves nothing, unless something made an end of it.
+    let cleaned = clean_up(&state, state.load().ok());
     timeline.mark("client: server ended");
     if let (Some(path), Some(server)) = (&args.timeline, server_timeline) {
         write_timeline(path, &timeline, server)?;
     }
     // What went wrong first is what there is to know.
     let code = exit_code(result?)?;
-    removed?;
+    cleaned?;
     if !ended.success() {
         return Err(anyhow!(
             "the sandbox server failed ({ended}) after the container's end"

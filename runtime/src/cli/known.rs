@@ -10,7 +10,6 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use bulkhead_runtime::host_cgroup::HostCgroup;
 use bulkhead_runtime::id::ContainerId;
 use bulkhead_runtime::sandbox::Status;
 use bulkhead_runtime::sock;
@@ -239,31 +238,13 @@ impl Known {
     }
 }
 
-/// What is left of a sandbox when its server has ended: nothing, if that was in order. A server removes what is on record of it
-/// with the rest, so that who tells it to end looks before.
-#[derive(Debug)]
-pub struct Remains {
-    state: StateDir,
-    cgroup: Option<HostCgroup>,
-}
-
-impl Remains {
-    /// What there is now.
-    pub fn of(state: &StateDir) -> Self {
-        Self {
-            state: state.clone(),
-            cgroup: state.load().ok().and_then(|record| record.cgroup),
-        }
+/// Removes what a server has left that did not end in order. What was on `record` tells what that is; it goes last, so that another
+/// try finds it.
+pub fn clean_up(state: &StateDir, record: Option<Record>) -> anyhow::Result<()> {
+    if let Some(cgroup) = record.and_then(|record| record.cgroup) {
+        cgroup.remove()?;
     }
-
-    /// Removes it; the record last, by which it can be tried again.
-    pub fn remove(self) -> anyhow::Result<()> {
-        if let Some(cgroup) = self.cgroup {
-            cgroup.remove()?;
-        }
-        self.state.remove_ended()?;
-        Ok(())
-    }
+    Ok(state.remove_ended()?)
 }
 
 const STOPPED: ProcessState = ProcessState {

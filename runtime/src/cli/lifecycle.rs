@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::Invocation;
-use super::known::{Known, Remains, Unknown};
+use super::known::{Known, Unknown, clean_up};
 use super::signals;
 use bulkhead_runtime::sandbox::Status;
 
@@ -73,12 +73,13 @@ pub fn delete(invocation: &Invocation, args: &DeleteArgs) -> anyhow::Result<i32>
         Err(error) if args.force && error.is::<Unknown>() => return Ok(0),
         known => known?,
     };
-    let remains = Remains::of(&known.state);
+    // A server that ends in order takes it along.
+    let record = known.state.load().ok();
     if args.force {
         known.end()?;
     } else {
         known.delete()?;
     }
-    remains.remove()?;
+    clean_up(&known.state, record)?;
     Ok(0)
 }
