@@ -213,6 +213,11 @@ impl Sandbox {
             pid: options.proxy.unwrap_or(0),
             status: Status::Creating,
             cgroup: cgroup.clone(),
+            poststop: container
+                .hooks
+                .as_ref()
+                .and_then(|hooks| hooks.poststop().clone())
+                .unwrap_or_default(),
             failure: None,
         };
         let machine = self
@@ -388,7 +393,7 @@ impl Sandbox {
     }
 
     /// Signals a process, or all of the container. To one that stands still SIGKILL comes at once and everything else when
-    /// it is resumed.
+    /// it is resumed; a guest that does not take a SIGKILL of its container's is killed itself.
     pub async fn signal(
         &self,
         id: &str,
@@ -422,7 +427,21 @@ impl Sandbox {
                 resumed?;
             }
         }
-        deliver(machine, id, &signal).await?;
+        let delivery = deliver(machine, id, &signal);
+        if signal.number == libc::SIGKILL.unsigned_abs() && exec_id.is_empty() {
+            match tokio::time::timeout(KILL_TIMEOUT, delivery).await {
+                Ok(delivered) => delivered?,
+                Err(_) => {
+                    // What is to die dies, whatever its guest is doing.
+                    tracing::warn!("the guest does not answer and is killed with its container");
+                    container.lost(KILLED_EXIT_CODE);
+                    self.note(&container);
+                    machine.vmm().kill();
+                }
+            }
+        } else {
+            delivery.await?;
+        }
         self.timeline.mark("server: signal delivered");
         Ok(())
     }

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use nix::fcntl::{Flock, FlockArg};
+use oci_spec::runtime::Hook;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -68,6 +69,9 @@ pub struct Record {
     pub status: Status,
     /// The host's cgroup.
     pub cgroup: Option<HostCgroup>,
+    /// The spec's poststop hooks, which are to run even if the server can't.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub poststop: Vec<Hook>,
     /// Why the sandbox ended, if not by its container's exit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
@@ -134,6 +138,11 @@ impl StateDir {
         }
         let lock = self.lock()?;
         self.remove_locked(&lock)
+    }
+
+    /// Whether this is what a server has left that did not end in order.
+    pub fn is_left(&self) -> bool {
+        self.path.symlink_metadata().is_ok() && sock::connect(&self.task_socket()).is_err()
     }
 
     /// Removes the directory of a server that has ended. The id may have been claimed anew since; then what is there is
@@ -294,6 +303,7 @@ mod tests {
             pid: 7,
             status: Status::Running,
             cgroup: None,
+            poststop: vec![],
             failure: Some("the VM crashed".into()),
         };
         state.save(&record).unwrap();

@@ -387,6 +387,9 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: SignalProcessRequest,
     ) -> ttrpc::Result<SignalProcessResponse> {
+        if self.mode == "unwilling" {
+            std::future::pending::<()>().await;
+        }
         if self.mode == "undying" {
             return Ok(SignalProcessResponse::default());
         }

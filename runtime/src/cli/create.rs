@@ -18,6 +18,7 @@ use bulkhead_runtime::spec::Bundle;
 use bulkhead_runtime::state::StateDir;
 use bulkhead_runtime::stdio::{Stdio, TerminalSize};
 use bulkhead_runtime::timeline::{Record, Timeline};
+use bulkhead_vmm::fault;
 use clap::Args;
 use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
@@ -206,6 +207,7 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         lifeline,
         ..
     } = prepared.launch(invocation, false, false)?;
+    fault::point("client: server started");
     let stdio = if pair.is_some() {
         Stdio::TERMINAL
     } else {
@@ -224,6 +226,7 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         id_maps: id_maps(&prepared.spec),
     })
     .and_then(|proxy| {
+        fault::point("client: stand-in forked");
         options.proxy = Some(proxy.pid);
         block_on(async {
             let server = Server::new(connection, prepared.id.as_str(), "")?;
@@ -233,12 +236,14 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
             }
             made
         })?;
+        fault::point("client: container made");
         proxy
             .go()
             .context("the process that stands for the container's has gone")
     });
     match made {
         Ok(()) => {
+            fault::point("client: stand-in stands");
             keep(lifeline)?;
             Ok(0)
         }
@@ -277,6 +282,7 @@ async fn make(
     let pid = server
         .create(path_text(&prepared.bundle)?, stdio, options)
         .await?;
+    fault::point("client: container created");
     if let Some((pair, socket)) = pair {
         pair.send_master(socket)?;
     }

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use anyhow::{Context, bail};
 use bulkhead_runtime::sandbox::{ExecOptions, OPTIONS};
 use bulkhead_runtime::stdio::{Stdio, TerminalSize};
+use bulkhead_vmm::fault;
 use clap::Args;
 use nix::sched::CloneFlags;
 use serde_json::{Map, Value, json};
@@ -266,7 +267,9 @@ fn foreground(
         let mut signals = Signals::catch()?;
         let server = Server::new(connection, known.id.as_str(), &exec_id)?;
         server.exec(json, stdio).await?;
+        fault::point("client: process described");
         let pid = server.start().await?;
+        fault::point("client: process started");
         if let Some(path) = &args.pid_file {
             write_pid_file(path, pid)?;
         }
@@ -341,10 +344,12 @@ fn detached(
     block_on(async {
         let server = Server::new(connection, known.id.as_str(), &exec_id)?;
         server.exec(json, stdio).await?;
+        fault::point("client: process described");
         if let Some((pair, socket)) = &pair {
             pair.send_master(socket)?;
         }
         let pid = server.start().await?;
+        fault::point("client: process started");
         if let Some(path) = &args.pid_file {
             write_pid_file(path, pid)?;
         }

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use bulkhead_runtime::hooks::{self, HookState};
 use bulkhead_runtime::id::ContainerId;
 use bulkhead_runtime::sandbox::Status;
 use bulkhead_runtime::sock;
@@ -238,13 +239,31 @@ impl Known {
     }
 }
 
-/// Removes what a server has left that did not end in order. What was on `record` tells what that is; it goes last, so that another
-/// try finds it.
+/// Removes what a server has left that did not end in order, once the hooks have run that it did not run. What was on `record` tells
+/// what that is; it goes last, so that another try finds it.
 pub fn clean_up(state: &StateDir, record: Option<Record>) -> anyhow::Result<()> {
-    if let Some(cgroup) = record.and_then(|record| record.cgroup) {
-        cgroup.remove()?;
+    if let Some(record) = record {
+        if !record.poststop.is_empty() && state.is_left() {
+            block_on(run_poststop_hooks(&record))?;
+        }
+        if let Some(cgroup) = record.cgroup {
+            cgroup.remove()?;
+        }
     }
     Ok(state.remove_ended()?)
+}
+
+async fn run_poststop_hooks(record: &Record) -> anyhow::Result<()> {
+    let annotations = Some(record.annotations.clone()).filter(|all| !all.is_empty());
+    let hook_state = HookState {
+        oci_version: record.oci_version.clone(),
+        id: record.id.clone(),
+        bundle: record.bundle.clone(),
+        annotations,
+    };
+    let list = Some(&record.poststop);
+    hooks::run_all("poststop", list, &hook_state, Status::Stopped, None, None).await;
+    Ok(())
 }
 
 const STOPPED: ProcessState = ProcessState {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::bed::{Bed, PATIENCE, finish, text};
 
@@ -91,6 +91,12 @@ fn assert_told(output: &Output, what: &str) {
 fn live(fault: &str, faulty: Option<&[&str]>) -> Vec<String> {
     let bed = Bed::new(&["/bin/sleep", "1000"]).unwrap();
     let log = bed.path("fault");
+    let ended = bed.path("ended");
+    bed.spec(|spec| {
+        spec["process"]["args"] = json!(["/bin/sleep", "1000"]);
+        let hook = json!({"path": "/bin/touch", "args": ["touch", ended]});
+        spec["hooks"] = json!({ "poststop": [hook] });
+    });
     let mut failed = Vec::new();
     let mut waiting = None;
     for words in LIFE {
@@ -132,6 +138,9 @@ fn live(fault: &str, faulty: Option<&[&str]>) -> Vec<String> {
         assert!(said.lines().count() <= 1, "{fault}: {said}");
     }
     bed.await_clean();
+    // Before it is on record nothing has been done that a hook could undo.
+    let early = ["server: started", "server: spec validated"].contains(&fault);
+    assert_eq!(ended.exists(), !early, "{fault}");
     let reached = fs::read_to_string(&log).unwrap_or_default();
     assert_eq!(reached.is_empty(), fault.is_empty(), "{fault}");
     failed
@@ -222,6 +231,34 @@ fn a_client_that_is_killed_at_any_step_takes_its_sandbox_along() {
         assert_eq!(output.status.signal(), Some(9), "{step}");
         bed.await_clean();
     }
+    // In the background too, until it has let the container stay.
+    for step in [
+        "client: server started",
+        "client: stand-in forked",
+        "client: container created",
+        "client: container made",
+        "client: stand-in stands",
+    ] {
+        let bed = Bed::new(&["/bin/true"]).unwrap();
+        let output = finish(bed.bulkhead().args(CREATE).env("BULKHEAD_FAULT", step));
+        assert_eq!(output.status.signal(), Some(9), "{step}");
+        bed.await_clean();
+    }
+}
+
+#[test]
+fn a_client_that_is_killed_on_its_way_into_a_container_leaves_that_alone() {
+    let Some(bed) = running("") else { return };
+    for step in ["client: process described", "client: process started"] {
+        for detach in [&["--detach"][..], &[]] {
+            let mut exec = bed.bulkhead();
+            exec.arg("exec").args(detach).args(["c1", "/bin/true"]);
+            let output = finish(exec.env("BULKHEAD_FAULT", step));
+            assert_eq!(output.status.signal(), Some(9), "{step}");
+            assert_eq!(status(&bed), "running");
+        }
+    }
+    delete_at_once(&bed, Duration::from_secs(5));
 }
 
 /// A container that runs.
@@ -285,11 +322,24 @@ fn a_container_whose_stand_in_has_ended_has_stopped_even_if_its_server_does_not_
 }
 
 #[test]
-fn a_vmm_or_a_stand_in_that_does_nothing_is_deleted_at_once() {
+fn a_vmm_that_does_nothing_is_deleted_at_once() {
     let Some(bed) = running("") else { return };
     stop(bed.pid_of("fake-vmm"));
     assert_eq!(status(&bed), "running");
     delete_at_once(&bed, Duration::from_secs(5));
+}
+
+#[test]
+fn a_guest_that_does_not_let_its_container_be_killed_is_killed_with_it() {
+    let Some(bed) = running("unwilling") else {
+        return;
+    };
+    let killed = bed.about(&["kill", "c1", "KILL"]);
+    assert!(killed.status.success(), "{}", text(&killed.stderr));
+    await_end(&bed, "kill");
+    let deleted = bed.about(&["delete", "c1"]);
+    assert!(deleted.status.success(), "{}", text(&deleted.stderr));
+    bed.await_clean();
 }
 
 #[test]
@@ -336,13 +386,13 @@ fn the_hosts_oom_killer_sees_the_vmm_as_it_would_see_the_container_and_spares_th
             return;
         };
         bed.spec(|spec| {
-            spec["process"]["args"] = serde_json::json!(["/bin/sleep", "1000"]);
+            spec["process"]["args"] = json!(["/bin/sleep", "1000"]);
             if let Some(given) = given {
                 spec["process"]["oomScoreAdj"] = given.into();
             }
             let hook = format!("cat /proc/self/oom_score_adj > {:?}", bed.path("hook"));
-            let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", hook]});
-            spec["hooks"] = serde_json::json!({ "createRuntime": [hook] });
+            let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", hook]});
+            spec["hooks"] = json!({ "createRuntime": [hook] });
         });
         let created = bed.about(CREATE);
         assert!(created.status.success(), "{}", text(&created.stderr));

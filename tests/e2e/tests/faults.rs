@@ -13,6 +13,7 @@ use bulkhead_e2e::command::{Ended, fresh_id};
 use bulkhead_e2e::container::{bulkhead, reap_all, wait_for};
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::{dist, processes};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -324,6 +325,26 @@ fn an_agent_that_ends_at_any_of_its_steps_leaves_nothing() {
 fn a_process_that_ends_on_its_way_into_a_container_takes_nothing_else_along() {
     for step in ["joiner-forked", "joiner-joined"] {
         assert_eq!(check(Fault::Guest(step)), ["exec", "exec"], "{step}");
+    }
+}
+
+#[test]
+fn what_answers_nothing_is_deleted_by_force() {
+    // The stand-in is `bulkhead` itself.
+    for program in ["containerd-shim-bulkhead-v2", "bulkhead-vmm", "bulkhead"] {
+        let host = Host::now();
+        let sandbox = Sandbox::new(Fault::Guest("none"));
+        for (before, after) in &LIFE[..2] {
+            sandbox.run(before, after, None).expect_code(0);
+        }
+        let pids = processes::named(program);
+        assert_eq!(pids.len(), 1, "{program}");
+        kill(Pid::from_raw(pids[0].cast_signed()), Signal::SIGSTOP).unwrap();
+        assert_eq!(sandbox.status(), "running", "{program}");
+        sandbox
+            .run(&["delete", "--force"], &[], None)
+            .expect_code(0);
+        sandbox.end(&host);
     }
 }
 
