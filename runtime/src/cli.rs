@@ -8,6 +8,7 @@ mod describe;
 mod descriptors;
 mod events;
 mod exec;
+mod foreground;
 mod inspect;
 mod known;
 mod lifecycle;

@@ -22,8 +22,11 @@ use super::terminal;
 /// Stack of a thread that only moves bytes.
 const PUMP_STACK: usize = 128 * 1024;
 
-/// Which of our standard streams are worth a connection.
-pub fn own_stdio() -> Stdio {
+/// Who attaches the streams of a process that has ours: which of them are worth a connection, unless it has a terminal.
+pub fn own_stdio(terminal: bool) -> Stdio {
+    if terminal {
+        return Stdio::TERMINAL;
+    }
     let attach = |fd: BorrowedFd| {
         if streams::is_null(fd) {
             Attach::Nobody

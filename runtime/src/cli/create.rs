@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -27,10 +27,11 @@ use thiserror::Error;
 use super::attach::{Streams, follow, own_stdio};
 use super::client::{Server, ServerError};
 use super::descriptors::Descriptors;
+use super::foreground::Foreground;
 use super::known::{block_on, clean_up};
 use super::proxy::{IdMaps, Job, Proxy};
 use super::signals::Signals;
-use super::terminal::{self, Pair, Raw};
+use super::terminal::Pair;
 use super::{Invocation, absolute};
 
 /// What `create` and `run` share.
@@ -186,20 +187,12 @@ impl Prepared {
 /// A container that outlives the command.
 fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::Result<i32> {
     let mut prepared = Prepared::new(args)?;
-    let pair = match (prepared.terminal(), &args.console_socket) {
-        (true, None) => bail!(
-            "process.terminal is true, and a container in the background has no terminal without --console-socket: \
-             name one, or set it to false"
-        ),
-        (false, Some(_)) => bail!(
-            "--console-socket is for a terminal, and process.terminal is false: set it to true or leave the flag out"
-        ),
-        (true, Some(path)) => {
-            let socket = terminal::console_socket(path)?;
-            Some((Pair::open(prepared.console_size())?, socket))
-        }
-        (false, None) => None,
-    };
+    let pair = Pair::for_background(
+        "process.terminal",
+        prepared.terminal(),
+        args.console_socket.as_deref(),
+        prepared.console_size(),
+    )?;
     let Launched {
         mut child,
         connection,
@@ -208,11 +201,7 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         ..
     } = prepared.launch(invocation, false, false)?;
     fault::point("client: server started");
-    let stdio = if pair.is_some() {
-        Stdio::TERMINAL
-    } else {
-        own_stdio()
-    };
+    let stdio = own_stdio(pair.is_some());
     let descriptors = std::mem::take(&mut prepared.descriptors);
     let mut options = prepared.options(invocation, &descriptors, None);
     let made = Proxy::fork(Job {
@@ -221,7 +210,7 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         exec_id: "",
         stdio,
         descriptors,
-        terminal: pair.as_ref().map(|(pair, _)| pair.slave()),
+        terminal: pair.as_ref().map(Pair::slave),
         namespaces: namespaces(&prepared.spec),
         id_maps: id_maps(&prepared.spec),
     })
@@ -275,7 +264,7 @@ async fn make(
     prepared: &Prepared,
     stdio: Stdio,
     options: &CreateOptions,
-    pair: &Option<(Pair, UnixStream)>,
+    pair: &Option<Pair>,
     args: &CreateArgs,
     start: bool,
 ) -> anyhow::Result<()> {
@@ -283,8 +272,8 @@ async fn make(
         .create(path_text(&prepared.bundle)?, stdio, options)
         .await?;
     fault::point("client: container created");
-    if let Some((pair, socket)) = pair {
-        pair.send_master(socket)?;
+    if let Some(pair) = pair {
+        pair.send_master()?;
     }
     if let Some(path) = &args.pid_file {
         write_pid_file(path, pid)?;
@@ -299,8 +288,8 @@ async fn make(
 fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     let timeline = Timeline::default();
     timeline.mark("client: started");
-    let mut prepared = Prepared::new(&args.create)?;
-    let raw = prepared.terminal().then(Raw::enter).transpose()?;
+    let prepared = Prepared::new(&args.create)?;
+    let foreground = Foreground::enter(prepared.terminal())?;
     let launched = prepared.launch(invocation, !args.keep, args.timeline.is_some())?;
     timeline.mark("client: server started");
     let Launched {
@@ -311,23 +300,16 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
         timeline: server_timeline,
     } = launched;
 
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    let result = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
-        let result = runtime.block_on(session(
-            connection,
-            &state,
-            &mut prepared,
-            args,
-            invocation,
-            &timeline,
-        ));
-        // A pump may still wait for our standard input; the process's end is its end.
-        runtime.shutdown_background();
-        result
-    });
-    drop(raw);
+    let session = Session {
+        invocation,
+        args,
+        prepared,
+        state: &state,
+        timeline: &timeline,
+        stdio: foreground.stdio,
+        size: foreground.size,
+    };
+    let result = foreground.run(async |signals| session.run(connection, signals).await);
     timeline.mark("client: container deleted");
     if args.keep && matches!(result, Ok(Outcome::Exited(_))) {
         keep(lifeline)?;
@@ -370,77 +352,69 @@ fn exit_code(outcome: Outcome) -> anyhow::Result<i32> {
     i32::try_from(code).context("the container's exit code is none")
 }
 
-/// Everything between the server's start and its end.
-async fn session(
-    connection: UnixStream,
-    state: &StateDir,
-    prepared: &mut Prepared,
-    args: &RunArgs,
-    invocation: &Invocation,
-    timeline: &Timeline,
-) -> anyhow::Result<Outcome> {
-    let mut signals = Signals::catch()?;
-    let id = prepared.id.clone();
-    let server = Server::new(connection, id.as_str(), "")?;
-    let result = container(
-        &server,
-        &mut signals,
-        state,
-        prepared,
-        args,
-        invocation,
-        timeline,
-    )
-    .await;
-    let exited = matches!(result, Ok(Outcome::Exited(_)));
-    if !(args.keep && exited) {
-        server.shutdown(!exited).await;
-    }
-    result
+/// A container in the foreground, from its server's start to its end.
+struct Session<'a> {
+    invocation: &'a Invocation,
+    args: &'a RunArgs,
+    prepared: Prepared,
+    state: &'a StateDir,
+    timeline: &'a Timeline,
+    stdio: Stdio,
+    size: Option<TerminalSize>,
 }
 
-async fn container(
-    server: &Server<'_>,
-    signals: &mut Signals,
-    state: &StateDir,
-    prepared: &mut Prepared,
-    args: &RunArgs,
-    invocation: &Invocation,
-    timeline: &Timeline,
-) -> anyhow::Result<Outcome> {
-    let (stdio, size) = if prepared.terminal() {
-        (Stdio::TERMINAL, terminal::size(io::stdin().as_fd()))
-    } else {
-        (own_stdio(), None)
-    };
-    let descriptors = std::mem::take(&mut prepared.descriptors);
-    let options = prepared.options(invocation, &descriptors, size);
-    let bundle = path_text(&prepared.bundle)?;
-    let pid = tokio::select! {
-        created = server.create(bundle, stdio, &options) => created?,
-        signal = signals.end() => return Ok(Outcome::Signalled(signal)),
-    };
-    timeline.mark("client: container created");
-    if let Some(path) = &args.create.pid_file {
-        write_pid_file(path, pid)?;
+impl Session<'_> {
+    async fn run(
+        mut self,
+        connection: UnixStream,
+        signals: &mut Signals,
+    ) -> anyhow::Result<Outcome> {
+        let id = self.prepared.id.clone();
+        let server = Server::new(connection, id.as_str(), "")?;
+        let result = self.container(&server, signals).await;
+        let exited = matches!(result, Ok(Outcome::Exited(_)));
+        if !(self.args.keep && exited) {
+            server.shutdown(!exited).await;
+        }
+        result
     }
-    // The streams are attached while the program starts: the guest keeps what comes before.
-    let mut streams = Streams::attach(stdio, descriptors, &state.vsock(), &prepared.id, "")?;
-    server.start().await?;
-    timeline.mark("client: container started");
 
-    let code = follow(server, signals, &mut streams).await?;
-    timeline.mark("client: container exited");
-    if let Some(reason) = state.load().ok().and_then(|record| record.failure) {
-        let exit_code = i32::try_from(code).unwrap_or(super::FAILURE);
-        return Err(Lost { reason, exit_code }.into());
+    async fn container(
+        &mut self,
+        server: &Server<'_>,
+        signals: &mut Signals,
+    ) -> anyhow::Result<Outcome> {
+        let (prepared, timeline, stdio) = (&mut self.prepared, self.timeline, self.stdio);
+        let descriptors = std::mem::take(&mut prepared.descriptors);
+        let options = prepared.options(self.invocation, &descriptors, self.size);
+        let bundle = path_text(&prepared.bundle)?;
+        let pid = tokio::select! {
+            created = server.create(bundle, stdio, &options) => created?,
+            signal = signals.end() => return Ok(Outcome::Signalled(signal)),
+        };
+        timeline.mark("client: container created");
+        if let Some(path) = &self.args.create.pid_file {
+            write_pid_file(path, pid)?;
+        }
+        // The streams are attached while the program starts: the guest keeps what comes before.
+        let mut streams =
+            Streams::attach(stdio, descriptors, &self.state.vsock(), &prepared.id, "")?;
+        server.start().await?;
+        timeline.mark("client: container started");
+
+        let code = follow(server, signals, &mut streams).await?;
+        timeline.mark("client: container exited");
+        if let Some(reason) = self.state.load().ok().and_then(|record| record.failure) {
+            let exit_code = i32::try_from(code).unwrap_or(super::FAILURE);
+            return Err(Lost { reason, exit_code }.into());
+        }
+        streams.written(signals).await;
+        timeline.mark("client: output written");
+        if !self.args.keep {
+            server.delete().await?;
+        }
+        Ok(Outcome::Exited(code))
     }
-    streams.written(signals).await;
-    timeline.mark("client: output written");
-    if !args.keep {
-        server.delete().await?;
-    }
-    Ok(Outcome::Exited(code))
 }
 
 /// The namespaces of the spec that a process of the host can have as well, for those who look at them from outside.

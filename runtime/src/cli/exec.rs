@@ -1,13 +1,11 @@
 //! `bulkhead exec`: another process in a running container.
 
-use std::io;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use anyhow::{Context, bail};
 use bulkhead_runtime::sandbox::{ExecOptions, OPTIONS};
-use bulkhead_runtime::stdio::{Stdio, TerminalSize};
+use bulkhead_runtime::stdio::TerminalSize;
 use bulkhead_vmm::fault;
 use clap::Args;
 use nix::sched::CloneFlags;
@@ -18,10 +16,10 @@ use super::attach::{Streams, follow, own_stdio};
 use super::client::Server;
 use super::create::write_pid_file;
 use super::descriptors::Descriptors;
+use super::foreground::Foreground;
 use super::known::{Known, block_on};
 use super::proxy::{IdMaps, Job, Proxy};
-use super::signals::Signals;
-use super::terminal::{self, Pair, Raw};
+use super::terminal::Pair;
 use super::{Invocation, absolute};
 
 #[derive(Debug, Args)]
@@ -243,16 +241,11 @@ fn foreground(
     process: Map<String, Value>,
     descriptors: Descriptors,
 ) -> anyhow::Result<i32> {
-    let terminal = has_terminal(&process);
-    let raw = terminal.then(Raw::enter).transpose()?;
-    let (stdio, size) = if terminal {
-        (Stdio::TERMINAL, terminal::size(io::stdin().as_fd()))
-    } else {
-        (own_stdio(), None)
-    };
+    let foreground = Foreground::enter(has_terminal(&process))?;
+    let stdio = foreground.stdio;
     let options = ExecOptions {
         proxy: None,
-        terminal_size: size.or_else(|| console_size(&process)),
+        terminal_size: foreground.size.or_else(|| console_size(&process)),
         descriptors: descriptors.flows(),
     };
     let json = with_options(process, &options)?;
@@ -260,11 +253,7 @@ fn foreground(
     let connection = known
         .connect()?
         .context("cannot exec in a stopped container: container not running")?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let result = runtime.block_on(async {
-        let mut signals = Signals::catch()?;
+    let code = foreground.run(async |signals| {
         let server = Server::new(connection, known.id.as_str(), &exec_id)?;
         server.exec(json, stdio).await?;
         fault::point("client: process described");
@@ -280,21 +269,18 @@ fn foreground(
             &known.id,
             &exec_id,
         )?;
-        let code = follow(&server, &mut signals, &mut streams).await?;
+        let code = follow(&server, signals, &mut streams).await?;
         if i32::try_from(code) == Ok(NotExecuted::EXIT_CODE)
             && let Some(reason) = known.record().ok().and_then(|record| record.failure)
         {
             bail!(reason);
         }
-        streams.written(&mut signals).await;
+        streams.written(signals).await;
         // The server forgets it with its container anyway.
         let _ = server.delete().await;
-        Ok::<_, anyhow::Error>(code)
-    });
-    // A pump may still wait for our standard input; the process's end is its end.
-    runtime.shutdown_background();
-    drop(raw);
-    Ok(i32::try_from(result?).unwrap_or(NotExecuted::EXIT_CODE))
+        Ok(code)
+    })?;
+    Ok(i32::try_from(code).unwrap_or(NotExecuted::EXIT_CODE))
 }
 
 fn detached(
@@ -303,23 +289,13 @@ fn detached(
     process: Map<String, Value>,
     descriptors: Descriptors,
 ) -> anyhow::Result<i32> {
-    let terminal = has_terminal(&process);
-    let pair = match (terminal, &args.console_socket) {
-        (true, None) => bail!(
-            "a process in the background has no terminal without --console-socket: name one, or leave --tty out"
-        ),
-        (false, Some(_)) => bail!("--console-socket is for a terminal: add --tty or leave it out"),
-        (true, Some(path)) => {
-            let socket = terminal::console_socket(path)?;
-            Some((Pair::open(console_size(&process))?, socket))
-        }
-        (false, None) => None,
-    };
-    let stdio = if terminal {
-        Stdio::TERMINAL
-    } else {
-        own_stdio()
-    };
+    let pair = Pair::for_background(
+        "--tty",
+        has_terminal(&process),
+        args.console_socket.as_deref(),
+        console_size(&process),
+    )?;
+    let stdio = own_stdio(pair.is_some());
     let exec_id = exec_id();
     let connection = known
         .connect()?
@@ -331,7 +307,7 @@ fn detached(
         exec_id: &exec_id,
         stdio,
         descriptors,
-        terminal: pair.as_ref().map(|(pair, _)| pair.slave()),
+        terminal: pair.as_ref().map(Pair::slave),
         namespaces: CloneFlags::empty(),
         id_maps: IdMaps::default(),
     })?;
@@ -345,8 +321,8 @@ fn detached(
         let server = Server::new(connection, known.id.as_str(), &exec_id)?;
         server.exec(json, stdio).await?;
         fault::point("client: process described");
-        if let Some((pair, socket)) = &pair {
-            pair.send_master(socket)?;
+        if let Some(pair) = &pair {
+            pair.send_master()?;
         }
         let pid = server.start().await?;
         fault::point("client: process started");

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use bulkhead_runtime::sock;
 use bulkhead_runtime::stdio::TerminalSize;
 use nix::pty::{OpenptyResult, openpty};
@@ -61,23 +61,44 @@ fn make_raw(fd: BorrowedFd, before: &Termios) -> nix::Result<()> {
     tcsetattr(fd, SetArg::TCSANOW, &raw)
 }
 
-/// Connects to the socket that is to take a terminal's master.
-pub fn console_socket(path: &Path) -> anyhow::Result<UnixStream> {
-    sock::connect(path)
-        .with_context(|| format!("cannot connect to the console socket {}", path.display()))
-}
-
 /// A pair between a client, which gets the master, and the process that stands for the container's, which moves bytes
 /// between the slave and the guest. The terminal that the container sees is the guest's; this one only passes on.
 #[derive(Debug)]
 pub struct Pair {
     master: OwnedFd,
     slave: OwnedFd,
+    /// The client's.
+    socket: UnixStream,
 }
 
 impl Pair {
-    /// Makes one of that size.
-    pub fn open(size: Option<TerminalSize>) -> anyhow::Result<Self> {
+    /// Makes one for a process in the background if that is to have a terminal, which `field` says: then there has to be a socket
+    /// that takes the master, and else not.
+    pub fn for_background(
+        field: &str,
+        terminal: bool,
+        console_socket: Option<&Path>,
+        size: Option<TerminalSize>,
+    ) -> anyhow::Result<Option<Self>> {
+        match (terminal, console_socket) {
+            (true, None) => bail!(
+                "{field} asks for a terminal, and one in the background needs a --console-socket: name it, or leave the \
+                 terminal out"
+            ),
+            (false, Some(_)) => bail!(
+                "--console-socket is for a terminal, and {field} asks for none: ask for one or leave the flag out"
+            ),
+            (false, None) => Ok(None),
+            (true, Some(path)) => {
+                let socket = sock::connect(path).with_context(|| {
+                    format!("cannot connect to the console socket {}", path.display())
+                })?;
+                Self::open(size, socket).map(Some)
+            }
+        }
+    }
+
+    fn open(size: Option<TerminalSize>, socket: UnixStream) -> anyhow::Result<Self> {
         let OpenptyResult { master, slave } =
             openpty(None, None).context("cannot make a terminal")?;
         for end in [&master, &slave] {
@@ -98,14 +119,18 @@ impl Pair {
             unsafe { set_window_size(slave.as_raw_fd(), &size) }
                 .context("cannot set the new terminal's size")?;
         }
-        Ok(Self { master, slave })
+        Ok(Self {
+            master,
+            slave,
+            socket,
+        })
     }
 
-    /// Sends the master over a [`console_socket`], as runc does.
-    pub fn send_master(&self, socket: &UnixStream) -> anyhow::Result<()> {
+    /// Sends the master over the console socket, as runc does.
+    pub fn send_master(&self) -> anyhow::Result<()> {
         let fds = [self.master.as_raw_fd()];
         sendmsg::<()>(
-            socket.as_raw_fd(),
+            self.socket.as_raw_fd(),
             &[IoSlice::new(b"/dev/ptmx")],
             &[ControlMessage::ScmRights(&fds)],
             MsgFlags::MSG_NOSIGNAL,
