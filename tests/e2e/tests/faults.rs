@@ -1,4 +1,4 @@
-//! What is left when the VMM, a stand-in or the guest's agent is killed at any step of a container's life. The build under test has fault
+//! What is left when the server, the VMM, a stand-in or the guest's agent is killed at any step of a container's life. The build under test has fault
 //! points (`vmm/src/fault.rs`, `agent/src/fault.rs`), which the build that is installed must not have.
 
 #![allow(clippy::unwrap_used)]
@@ -278,6 +278,21 @@ fn a_vmm_that_is_killed_at_any_step_of_its_server_leaves_nothing() {
     for step in SERVER {
         let step = format!("children at {step}");
         check(Fault::Host(step.leak(), 0));
+    }
+}
+
+#[test]
+fn a_server_that_is_killed_leaves_nothing() {
+    // Its other steps are gone through without a guest, by the server's own tests.
+    for step in [
+        "server: cgroup made",
+        "server: mounts made",
+        "server: container created",
+        "server: container exited",
+        "server: sandbox ends",
+        "server: VM ended",
+    ] {
+        check(Fault::Host(step, 0));
     }
 }
 
