@@ -376,7 +376,7 @@ async fn paths_are_masked_and_read_only() {
          echo 1 2>&1 > /proc/sys/kernel/panic",
     );
     spec["linux"]["maskedPaths"] = json!(["/secrets", "/secret", "/nowhere", "/data/fixed/below"]);
-    spec["linux"]["readonlyPaths"] = json!(["/data", "/nowhere", "/proc/sys"]);
+    spec["linux"]["readonlyPaths"] = json!(["data", "/nowhere", "/proc/sys"]);
     let outcome = bed.run(&spec).await;
     assert!(!outcome.stdout.contains("secret\n"), "{}", outcome.stdout);
     let all = outcome.stdout + &outcome.stderr;
@@ -472,7 +472,7 @@ async fn a_proc_that_is_a_link_is_refused() {
     assert_eq!(code, Code::INVALID_ARGUMENT);
     assert_eq!(
         message,
-        "mounts[0] (/proc): proc must be mounted on an ordinary directory"
+        "mounts[0] (/proc): proc must be mounted on ordinary directory"
     );
 }
 

@@ -163,6 +163,14 @@ pub fn main() -> i32 {
         }
     };
     let name = arguments.command.name();
+    // Warnings; errors are what commands return.
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .without_time()
+        .with_target(false)
+        .init();
     let log = match Log::open(
         arguments.globals.log.as_deref(),
         arguments.globals.log_format,

@@ -15,7 +15,9 @@ pub fn start(config: &Config, id: &ContainerId) -> anyhow::Result<()> {
         "bulkhead_vmm",
         "containerd_shim_bulkhead_v2",
     ];
-    let filter = ours.map(|name| format!("{name}={level}")).join(",");
+    // What is strange about a bundle the client has told already.
+    let filter =
+        ours.map(|name| format!("{name}={level}")).join(",") + ",bulkhead_runtime::spec=error";
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_ansi(false);

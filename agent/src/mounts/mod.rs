@@ -241,7 +241,7 @@ impl<'a> Rootfs<'a> {
             Ok(_) => Err(Error::setup(
                 Kind::InvalidArgument,
                 format!(
-                    "{}: {fs} must be mounted on an ordinary directory",
+                    "{}: {fs} must be mounted on ordinary directory",
                     mount.field
                 ),
             )),

@@ -141,11 +141,8 @@ impl Plan {
                 id_maps.as_ref(),
             )?,
             devices: devices::from_spec(linux.devices().as_deref().unwrap_or_default())?,
-            masked_paths: absolute_paths(linux.masked_paths().as_deref(), "linux.maskedPaths")?,
-            readonly_paths: absolute_paths(
-                linux.readonly_paths().as_deref(),
-                "linux.readonlyPaths",
-            )?,
+            masked_paths: from_root(linux.masked_paths().as_deref()),
+            readonly_paths: from_root(linux.readonly_paths().as_deref()),
             hostname: named(spec.hostname()),
             domainname: named(spec.domainname()),
             sysctl: sysctl::from_spec(
@@ -195,12 +192,10 @@ impl Plan {
     }
 }
 
-fn absolute_paths(paths: Option<&[String]>, field: &str) -> Result<Vec<PathBuf>> {
-    let paths = paths.unwrap_or_default();
-    match paths.iter().position(|path| !Path::new(path).is_absolute()) {
-        Some(index) => Err(Error::spec(format!("{field}[{index}]"), "must be absolute")),
-        None => Ok(paths.iter().map(PathBuf::from).collect()),
-    }
+/// The spec wants absolute paths; relative ones begin at the container's root, as under runc.
+fn from_root(paths: Option<&[String]>) -> Vec<PathBuf> {
+    let paths = paths.unwrap_or_default().iter();
+    paths.map(|path| Path::new("/").join(path)).collect()
 }
 
 fn refuse_what_is_not_done(linux: &oci::Linux, process: &oci::Process) -> Result<()> {

@@ -353,11 +353,26 @@ fn masked_and_read_only_paths_hold() {
     }
     bundle.config["linux"]["maskedPaths"] =
         json!(["/masked-file", "/masked-dir", "/proc/kcore", "/not/there"]);
-    bundle.config["linux"]["readonlyPaths"] = json!(["/fixed-dir", "/proc/sys"]);
+    bundle.config["linux"]["readonlyPaths"] = json!(["fixed-dir", "/proc/sys"]);
     assert_same_as_runc(&bundle);
 }
 
-/// But for /dev/core, which runc links where the kernel has a /proc/kcore; the guest's has none.
+#[test]
+fn capabilities_that_nobody_knows_are_told_and_passed_over() {
+    let mut bundle = Bundle::shell("grep CapBnd /proc/self/status");
+    let sets = &mut bundle.config["process"]["capabilities"];
+    sets["bounding"] = json!(["CAP_NOT_YET", "CAP_KILL"]);
+    sets["effective"] = json!(["CAP_NOT_YET"]);
+    sets["permitted"] = json!([]);
+    for program in [bulkhead(), runtime("runc")] {
+        let ended = finish(run_command(program, &bundle).stdin(Stdio::null()));
+        let ended = ended.expect_code(0);
+        assert_eq!(ended.stdout, "CapBnd:\t0000000000000020\n");
+        let told = "ignoring unknown or unavailable capabilities: [CAP_NOT_YET]";
+        assert_eq!(ended.stderr.matches(told).count(), 1, "{}", ended.stderr);
+    }
+}
+
 #[test]
 fn a_seccomp_profile_holds() {
     for no_new_privs in [true, false] {
