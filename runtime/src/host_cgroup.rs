@@ -128,7 +128,11 @@ impl HostCgroup {
     /// Applies what of a container's resources is the host's to enforce: processors, I/O, and the memory of a guest of that
     /// size.
     pub fn apply(&self, resources: &LinuxResources, guest_mib: u64) -> Result<(), HostCgroupError> {
-        let resources = of_host(resources, guest_mib).map_err(|e| self.failed("limit", &e))?;
+        let mut resources = of_host(resources, guest_mib).map_err(|e| self.failed("limit", &e))?;
+        if self.systemd {
+            // libcgroups takes a weight for shares and a quota for one of a second there. The guest holds them.
+            resources.set_unified(None);
+        }
         let options = ControllerOpt {
             resources: &resources,
             disable_oom_killer: false,
@@ -236,6 +240,16 @@ fn of_host(resources: &LinuxResources, guest_mib: u64) -> Result<LinuxResources,
     host.set_devices(None);
     host.set_cpu(resources.cpu().clone());
     host.set_block_io(resources.block_io().clone());
+    let mut unified = resources.unified().clone().unwrap_or_default();
+    unified.retain(|file, _| {
+        let controllers = ["cpu.", "cpuset.", "io."];
+        // What leads out of the cgroup the guest refuses.
+        !file.contains('/')
+            && controllers
+                .iter()
+                .any(|controller| file.starts_with(controller))
+    });
+    host.set_unified(Some(unified).filter(|unified| !unified.is_empty()));
     Ok(host)
 }
 
@@ -292,7 +306,7 @@ mod tests {
     fn the_host_bounds_memory_by_the_guests_size_and_leaves_the_containers_limits_to_the_guest() {
         let resources: LinuxResources = serde_json::from_str(
             r#"{"memory":{"limit":1048576,"swap":2097152},"pids":{"limit":3},"cpu":{"quota":5000,"period":10000},
-               "unified":{"memory.high":"1"},"devices":[{"allow":false,"access":"rwm"}]}"#,
+               "unified":{"memory.high":"1","cpu.max":"500000 1000000","io.x/../../y":"1"},"devices":[{"allow":false,"access":"rwm"}]}"#,
         )
         .unwrap();
         let host = of_host(&resources, 128).unwrap();
@@ -300,6 +314,11 @@ mod tests {
         assert_eq!(memory.limit(), Some((128 + 64) << 20));
         assert_eq!(memory.swap(), None);
         assert_eq!(host.cpu(), resources.cpu());
-        assert!(host.pids().is_none() && host.unified().is_none() && host.devices().is_none());
+        let files: Vec<_> = host.unified().iter().flatten().collect();
+        assert_eq!(
+            files,
+            [(&"cpu.max".to_owned(), &"500000 1000000".to_owned())]
+        );
+        assert!(host.pids().is_none() && host.devices().is_none());
     }
 }
