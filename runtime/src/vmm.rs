@@ -195,18 +195,8 @@ impl Driver {
     async fn run(mut self, mut calls: mpsc::UnboundedReceiver<Call>) -> Ended {
         loop {
             tokio::select! {
-                call = calls.recv() => match call {
-                    Some(Call::Request(request, fds, sender)) => {
-                        if send(&self.socket, &request, &fds).await.is_err() {
-                            break;
-                        }
-                        self.waiting.push_back(sender);
-                    }
-                    Some(Call::Kill) | None => {
-                        let _ = self.process.0.kill();
-                        break;
-                    }
-                },
+                // What it has said is heard before its end is seen, which the socket need not show.
+                biased;
                 packet = receive(&self.socket) => match packet {
                     Ok(Message::Response(response)) => {
                         if let Some(sender) = self.waiting.pop_front() {
@@ -221,6 +211,19 @@ impl Driver {
                     Err(SocketError::Closed) => break,
                     Err(error) => {
                         self.last_word = Some((error.to_string(), vec![]));
+                        let _ = self.process.0.kill();
+                        break;
+                    }
+                },
+                _ = self.pidfd.readable() => break,
+                call = calls.recv() => match call {
+                    Some(Call::Request(request, fds, sender)) => {
+                        if send(&self.socket, &request, &fds).await.is_err() {
+                            break;
+                        }
+                        self.waiting.push_back(sender);
+                    }
+                    Some(Call::Kill) | None => {
                         let _ = self.process.0.kill();
                         break;
                     }
@@ -353,6 +356,18 @@ mod tests {
             vmm.ended().await
         });
         assert_eq!(ended.exit_code, None);
+    }
+
+    #[test]
+    fn an_end_is_seen_even_if_somebody_else_holds_the_socket() {
+        let program = program("sleep 5 & exit 3");
+        let began = std::time::Instant::now();
+        let ended = block_on(async {
+            let vmm = Vmm::spawn(&program, Stdio::inherit(), false).unwrap();
+            vmm.ended().await
+        });
+        assert_eq!(ended.exit_code, Some(3));
+        assert!(began.elapsed() < std::time::Duration::from_secs(4));
     }
 
     #[test]

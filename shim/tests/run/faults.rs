@@ -1,6 +1,7 @@
 //! What is left when a process of a sandbox is killed, or stops answering, at any step of a container's life.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
@@ -279,6 +280,39 @@ fn stop(pid: Pid) {
     while !stat().contains(") T ") {
         assert!(start.elapsed() < PATIENCE);
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn who_waits_for_a_process_is_told_why_it_is_lost() {
+    for (program, reason) in [
+        ("fake-vmm", "VMM was killed by SIGKILL"),
+        (SERVER_PROGRAM, "the sandbox server ended unexpectedly"),
+    ] {
+        let Some(bed) = running("") else { return };
+        let mut client = bed.bulkhead();
+        let mut client = client
+            .args(["exec", "c1", "/bin/sh", "-c", "echo ready; exec sleep 1000"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0; 6];
+        client
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut ready)
+            .unwrap();
+        kill(bed.pid_of(program), Signal::SIGKILL).unwrap();
+        let output = client.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(255));
+        assert_told(&output, program);
+        let said = text(&output.stderr);
+        assert!(said.contains(reason), "{said}");
+        await_end(&bed, program);
+        delete_at_once(&bed, Duration::from_secs(5));
     }
 }
 

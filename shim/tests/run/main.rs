@@ -206,7 +206,8 @@ fn a_killed_vmm_is_told_with_its_reason() {
     let code = output.status.code().unwrap();
     assert!([1, 255].contains(&code), "{code}");
     assert_sentence(&output, "VMM was killed by SIGKILL");
-    bed.assert_clean();
+    // What its program has started outlives it by a moment, as nothing does in a guest.
+    bed.await_clean();
 }
 
 #[test]
