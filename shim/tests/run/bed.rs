@@ -5,8 +5,9 @@ use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use bulkhead_e2e::{processes, watch};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -139,11 +140,11 @@ impl Bed {
         }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(!mounts.contains(state.to_str().unwrap()), "{mounts}");
-        assert_eq!(self.processes(), Vec::<String>::new());
+        assert_eq!(self.processes(), []);
     }
 
     /// Servers and VMMs of this bed: their command lines or working directories name it.
-    pub fn processes(&self) -> Vec<String> {
+    pub fn processes(&self) -> Vec<(u32, String)> {
         let mut found = Vec::new();
         for entry in fs::read_dir("/proc").unwrap().flatten() {
             let proc = entry.path();
@@ -153,20 +154,23 @@ impl Bed {
             let serves =
                 line.contains(" serve ") && line.contains(self.path("state").to_str().unwrap());
             if cwd.starts_with(self.path("state")) || serves {
-                found.push(line);
+                let pid = entry.file_name().to_str().unwrap().parse().unwrap();
+                found.push((pid, line));
             }
         }
         found
     }
 
+    /// Their pids.
+    pub fn pids(&self) -> Vec<u32> {
+        self.processes().into_iter().map(|(pid, _)| pid).collect()
+    }
+
     /// Waits until everything is gone that was left to itself.
     pub fn await_clean(&self) {
-        let start = Instant::now();
         let state = self.path("state/c1");
-        while state.exists() || !self.processes().is_empty() {
-            assert!(start.elapsed() < PATIENCE, "{:?} is left", self.processes());
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        watch::until(&self.path(""), &[], || !state.exists());
+        processes::wait_for_end(&self.pids());
         self.assert_clean();
     }
 
@@ -198,17 +202,8 @@ pub fn finish(command: &mut Command) -> Output {
         .stderr(files[1].try_clone().unwrap())
         .spawn()
         .unwrap();
-    let start = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            break status;
-        }
-        if start.elapsed() > PATIENCE {
-            child.kill().unwrap();
-            panic!("{command:?} does not end");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    processes::wait_for_end(&[child.id()]);
+    let status = child.wait().unwrap();
     let [stdout, stderr] = files.each_mut().map(|file| {
         let mut bytes = Vec::new();
         file.rewind().unwrap();

@@ -6,6 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
+use bulkhead_e2e::watch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -154,14 +155,9 @@ const PROMISE: Duration = Duration::from_secs(5);
 #[track_caller]
 fn await_end(bed: &Bed, what: &str) {
     let start = Instant::now();
-    loop {
-        let status = status(bed);
-        if ["stopped", "unknown"].contains(&status.as_str()) {
-            return;
-        }
-        assert!(start.elapsed() < PROMISE, "{what}: it is {status}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    let ended = || ["stopped", "unknown"].contains(&status(bed).as_str());
+    watch::until(&bed.path(""), &bed.pids(), ended);
+    assert!(start.elapsed() < PROMISE, "{what}: {:?}", start.elapsed());
 }
 
 fn root() -> bool {
@@ -279,7 +275,7 @@ fn stop(pid: Pid) {
     let stat = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     while !stat().contains(") T ") {
         assert!(start.elapsed() < PATIENCE);
-        std::thread::sleep(Duration::from_millis(1));
+        std::thread::yield_now();
     }
 }
 
@@ -391,9 +387,7 @@ fn a_guest_that_answers_nothing_is_deleted_at_once() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    while !bed.path("state/c1/vsock").exists() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    watch::until(&bed.path(""), &[], || bed.path("state/c1/vsock").exists());
     delete_at_once(&bed, Duration::from_secs(5));
     let created = create.wait_with_output().unwrap();
     assert_eq!(created.status.code(), Some(1));

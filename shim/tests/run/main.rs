@@ -14,7 +14,8 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use bed::{Bed, PATIENCE, bulkhead, text};
+use bed::{Bed, bulkhead, text};
+use bulkhead_e2e::watch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -166,9 +167,9 @@ fn a_signal_before_the_container_is_there_ends_the_start() {
     for mode in ["silent", "slow create"] {
         let bed = Bed::new(&["/bin/true"]).unwrap().mode(mode);
         let child = Running(Some(bed.command().spawn().unwrap()));
-        while !bed.path("state/c1/state.json").exists() {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        watch::until(&bed.path(""), &[], || {
+            bed.path("state/c1/state.json").exists()
+        });
         child.signal(Signal::SIGINT);
         assert_eq!(child.wait().code(), Some(130));
         bed.assert_clean();
@@ -527,11 +528,7 @@ fn a_container_whose_stand_in_is_killed_has_stopped_even_if_its_guest_does_not_s
         let state: Value = serde_json::from_slice(&output.stdout).unwrap();
         state["status"].clone()
     };
-    let start = Instant::now();
-    while state() != "stopped" {
-        assert!(start.elapsed() < PATIENCE, "it is {}", state());
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    watch::until(&bed.path(""), &bed.pids(), || state() == "stopped");
     let deleted = bed.about(&["delete", "c1"]);
     assert!(deleted.status.success(), "{}", text(&deleted.stderr));
     bed.await_clean();
@@ -555,16 +552,13 @@ fn a_stand_in_whose_pid_is_known_catches_signals() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let start = Instant::now();
-    let pid = loop {
+    let recorded = || {
         let record = fs::read(bed.path("state/c1/state.json")).unwrap_or_default();
         let record: Value = serde_json::from_slice(&record).unwrap_or_default();
-        if let Some(pid) = record["pid"].as_u64() {
-            break pid;
-        }
-        assert!(start.elapsed() < PATIENCE);
-        std::thread::sleep(Duration::from_millis(10));
+        record["pid"].as_u64()
     };
+    watch::until(&bed.path(""), &[], || recorded().is_some());
+    let pid = recorded().unwrap();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     create.kill().unwrap();
     create.wait().unwrap();

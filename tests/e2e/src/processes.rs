@@ -28,6 +28,15 @@ fn all(pick: impl Fn(u32) -> bool) -> Vec<u32> {
     pids.filter(|&pid| pick(pid)).collect()
 }
 
+/// A descriptor that is readable once a process has ended; none if it is gone already.
+pub fn open(pid: u32) -> Option<OwnedFd> {
+    // SAFETY: the call takes two integers and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Waits until all these processes have ended.
 ///
 /// # Panics
@@ -35,13 +44,9 @@ fn all(pick: impl Fn(u32) -> bool) -> Vec<u32> {
 #[track_caller]
 pub fn wait_for_end(pids: &[u32]) {
     for &pid in pids {
-        // SAFETY: the call takes two integers and touches no memory of ours.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        if fd < 0 {
+        let Some(pidfd) = open(pid) else {
             continue;
-        }
-        // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
-        let pidfd = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap()) };
+        };
         let mut polled = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
         let ended = poll(&mut polled, PollTimeout::from(DEADLINE_MS)).unwrap();
         assert_eq!(ended, 1, "process {pid} has not ended");

@@ -12,7 +12,7 @@ use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::{Ended, fresh_id};
 use bulkhead_e2e::container::{bulkhead, reap_all, wait_for};
 use bulkhead_e2e::leaks::Host;
-use bulkhead_e2e::{dist, processes};
+use bulkhead_e2e::{dist, processes, watch};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -315,11 +315,9 @@ fn a_stand_in_of_an_executed_process_that_is_killed_at_any_of_its_steps_takes_no
         let code = sandbox.run(before, after, Some(step)).code;
         assert_eq!(code, if n < 2 { 255 } else { 0 }, "{step}");
         // All that is left of this one is for us to take away.
-        let began = Instant::now();
-        while sandbox.read("fault").lines().count() <= n {
-            assert!(began.elapsed() < PATIENCE, "{step} is not reached");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        watch::until(sandbox.files.path(), &[], || {
+            sandbox.read("fault").lines().count() > n
+        });
         assert_eq!(sandbox.status(), "running");
     }
     sandbox.run(&["exec"], &["true"], None).expect_code(0);

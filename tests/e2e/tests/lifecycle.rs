@@ -12,7 +12,7 @@ use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::{Ended, finish};
 use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc, wait_for};
 use bulkhead_e2e::leaks::Host;
-use bulkhead_e2e::processes;
+use bulkhead_e2e::{processes, watch};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -29,16 +29,10 @@ fn exists(pid: Pid) -> bool {
     kill(pid, None).is_ok()
 }
 
-/// Reads a file that a container writes, until it holds `text`: inotify tells when it changes.
+/// Waits until a container has written `text`.
 #[track_caller]
 fn await_output(container: &Container, text: &str) {
-    use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-    let watch = Inotify::init(InitFlags::IN_CLOEXEC).unwrap();
-    let file = container.files().join("stdout");
-    watch.add_watch(&file, AddWatchFlags::IN_MODIFY).unwrap();
-    while !container.stdout().contains(text) {
-        watch.read_events().unwrap();
-    }
+    watch::until(container.files(), &[], || container.stdout().contains(text));
 }
 
 #[test]
