@@ -7,6 +7,7 @@ use bulkhead_protocol::GUEST_SHARE;
 use oci_spec::runtime::{Hooks, LinuxResources, Mount, Spec};
 
 use crate::id::ContainerId;
+use crate::mounts_below::{self, MountBelow};
 use crate::spec::{Bundle, SpecError};
 
 /// Name of the root filesystem in a container's part of the share.
@@ -48,6 +49,8 @@ pub struct Adapted {
     pub spec: Spec,
     /// What the host binds.
     pub binds: Vec<HostBind>,
+    /// What comes along with recursive ones.
+    pub mounts_below: Vec<MountBelow>,
 }
 
 /// Adapts `bundle` for the container `id`. Nothing is mounted yet; what is missing on the host is an error now.
@@ -65,10 +68,20 @@ pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
     if let Some(root) = spec.root_mut() {
         root.set_path(guest_dir.join(ROOTFS));
     }
+    let mut below = Vec::new();
     for (n, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         if is_bind(mount) {
             let bind = host_bind(mount, n, &bundle.dir)?;
             mount.set_source(Some(guest_dir.join(&bind.name)));
+            if bind.recursive && bind.directory {
+                let found = mounts_below::find(n, &bind.source).map_err(|error| {
+                    SpecError::field(
+                        format!("mounts[{n}].source"),
+                        format!("names {}: {error}", bind.source.display()),
+                    )
+                })?;
+                below.extend(found);
+            }
             binds.push(bind);
         }
     }
@@ -93,7 +106,11 @@ pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
         // An engine's default profile at most ([`crate::spec::is_default_profile`]): the guest has no AppArmor.
         process.set_apparmor_profile(None);
     }
-    Ok(Adapted { spec, binds })
+    Ok(Adapted {
+        spec,
+        binds,
+        mounts_below: below,
+    })
 }
 
 /// The guest's part of a container's resources: not which processors of the host it runs on (the guest has just as many), and

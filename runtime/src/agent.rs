@@ -8,11 +8,11 @@ use std::time::{Duration, SystemTime};
 
 use bulkhead_protocol::PROTOCOL_VERSION;
 use bulkhead_protocol::agent::{
-    ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, DeleteContainerRequest,
-    DeleteProcessRequest, ExecProcessRequest, HelloRequest, HelloResponse, PauseContainerRequest,
-    ResizeTerminalRequest, ResumeContainerRequest, ShutdownRequest, SignalProcessRequest,
-    StartContainerRequest, Stdio, UpdateContainerRequest, WaitOomRequest, WaitProcessRequest,
-    WaitProcessResponse,
+    self, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
+    DeleteContainerRequest, DeleteProcessRequest, ExecProcessRequest, HelloRequest, HelloResponse,
+    PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, ShutdownRequest,
+    SignalProcessRequest, StartContainerRequest, Stdio, UpdateContainerRequest, WaitOomRequest,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::AgentClient;
 use thiserror::Error;
@@ -20,6 +20,8 @@ use tokio::net::UnixStream;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
+
+use crate::mounts_below::MountBelow;
 
 /// How long an answer may take that has nothing to wait for. Generous: emulated machines are 20 times slower.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -138,12 +140,20 @@ impl Agent {
         bundle: &Path,
         spec_json: Vec<u8>,
         stdio: Stdio,
+        mounts_below: Vec<MountBelow>,
     ) -> Result<u32, AgentError> {
+        let mounts_below = mounts_below.into_iter().map(|below| agent::MountBelow {
+            mount: u32::try_from(below.mount).unwrap_or(u32::MAX),
+            path: below.path.to_string_lossy().into_owned(),
+            options: below.options,
+            ..Default::default()
+        });
         let request = CreateContainerRequest {
             container_id: id.to_owned(),
             bundle: bundle.to_string_lossy().into_owned(),
             spec_json,
             stdio: Some(stdio).into(),
+            mounts_below: mounts_below.collect(),
             ..Default::default()
         };
         let answer = limited(self.client.create_container(Context::default(), &request)).await?;

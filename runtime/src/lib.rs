@@ -13,6 +13,7 @@
 //! | [`hooks`] | the hooks that run on the host |
 //! | [`host_cgroup`], [`standin`] | how a sandbox shows on the host: its cgroup, and the processes that stand for the container's |
 //! | [`oom`] | whom of a sandbox the host's OOM killer takes |
+//! | [`mounts_below`] | what is mounted below a bind mount's source |
 //! | [`share`] | the sandbox's mount namespace and the shared directory tree |
 //! | [`sizing`] | vCPUs and memory of a guest |
 //! | [`vmm`] | one VMM process and its control socket |
@@ -33,6 +34,7 @@ pub mod hooks;
 pub mod host_cgroup;
 pub mod id;
 pub mod launch;
+pub mod mounts_below;
 pub mod oom;
 pub mod preflight;
 pub mod sandbox;

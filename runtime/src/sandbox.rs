@@ -30,6 +30,7 @@ use crate::config::Config;
 use crate::hooks::{self, HookState, RuntimeNamespaces};
 use crate::host_cgroup::{self, HostCgroup};
 use crate::id::ContainerId;
+use crate::mounts_below::MountBelow;
 use crate::oom;
 use crate::sizing::Size;
 use crate::spec::Bundle;
@@ -154,7 +155,11 @@ impl Sandbox {
     pub async fn create(self: &Arc<Self>, create: Create) -> Result<u32, SandboxError> {
         let id = ContainerId::new(create.id)?;
         let bundle = Bundle::load(&create.bundle)?;
-        let Adapted { mut spec, binds } = adapt(&bundle, &id)?;
+        let Adapted {
+            mut spec,
+            binds,
+            mounts_below,
+        } = adapt(&bundle, &id)?;
         tell_of_listen_fds(&mut spec, create.options.listen_fds);
         self.timeline.mark("server: spec validated");
         let size = Size::of(&bundle.spec, &self.params.config)?;
@@ -174,7 +179,14 @@ impl Sandbox {
         ));
         self.reserve(&container)?;
         let made = self
-            .make(&container, &bundle, size, &spec, &create.options)
+            .make(
+                &container,
+                &bundle,
+                size,
+                &spec,
+                mounts_below,
+                &create.options,
+            )
             .await;
         if made.is_err() {
             container.lost(LOST_EXIT_CODE);
@@ -199,6 +211,7 @@ impl Sandbox {
         bundle: &Bundle,
         size: Size,
         spec: &Spec,
+        mounts_below: Vec<MountBelow>,
         options: &CreateOptions,
     ) -> Result<u32, SandboxError> {
         let id = &container.id;
@@ -258,7 +271,13 @@ impl Sandbox {
             .stdio
             .for_agent(options.terminal_size, &options.descriptors);
         let answer = agent
-            .create(id.as_str(), &container.bundle, spec_json, stdio)
+            .create(
+                id.as_str(),
+                &container.bundle,
+                spec_json,
+                stdio,
+                mounts_below,
+            )
             .await;
         machine.explain(answer).await?;
         if let Some(cgroup) = self.cgroup.get() {

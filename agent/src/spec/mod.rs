@@ -17,6 +17,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bulkhead_protocol::agent::MountBelow;
 use oci_spec::runtime as oci;
 
 use crate::cgroup::Limits;
@@ -166,6 +167,11 @@ impl Plan {
 }
 
 impl Plan {
+    /// Adds the mounts that recursive bind mounts bring along.
+    pub fn add_mounts_below(&mut self, below: &[MountBelow]) -> Result<()> {
+        mounts::add_below(&mut self.mounts, below)
+    }
+
     /// `CLONE_NEW*` of the namespaces to make.
     pub fn made(&self) -> u64 {
         self.namespaces & !self.joined

@@ -1,7 +1,8 @@
 //! `mounts`.
 
-use std::path::{Component, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
+use bulkhead_protocol::agent::MountBelow;
 use oci_spec::runtime as oci;
 
 use crate::error::{Error, Result};
@@ -26,7 +27,7 @@ pub struct Mount {
 }
 
 /// An id-mapped mount's maps.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountIds {
     /// From the ids that the files have to those that are seen.
     pub maps: IdMaps,
@@ -94,6 +95,45 @@ fn planned_mount(index: usize, mount: &oci::Mount, id_maps: Option<&IdMaps>) -> 
     })
 }
 
+/// Puts what is mounted below the sources of bind mounts behind these, with attributes of its own and with what the bind mounts say of
+/// everything below them.
+pub(super) fn add_below(mounts: &mut Vec<Mount>, below: &[MountBelow]) -> Result<()> {
+    let mut added: Vec<Vec<Mount>> = mounts.iter().map(|_| Vec::new()).collect();
+    for below in below {
+        let index = below.mount as usize;
+        let path = Path::new(&below.path);
+        let inside = path
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)));
+        let (Some(above), Some(added)) = (mounts.get(index), added.get_mut(index)) else {
+            return Err(Error::spec("mounts_below", "names no mount"));
+        };
+        let Some(source) = above.source.as_ref().filter(|_| inside) else {
+            return Err(Error::spec("mounts_below", "is not below its mount"));
+        };
+        let mut options = MountOptions::parse(&below.options);
+        options.bind = true;
+        // What holds for everything below wins over the mount's own.
+        let (set, clear) = (above.options.set_recursive, above.options.clear_recursive);
+        options.set = (options.set & !(set | clear)) | set;
+        options.clear = (options.clear & !(set | clear)) | clear;
+        let propagation = above.options.propagation.iter();
+        options.propagation = propagation.copied().filter(|(_, below)| *below).collect();
+        let ids = above.ids.clone().filter(|ids| ids.recursive);
+        added.push(Mount {
+            field: above.field.clone(),
+            destination: above.destination.join(path),
+            fs: above.fs.clone(),
+            source: Some(source.join(path)),
+            options,
+            ids,
+        });
+    }
+    let all = std::mem::take(mounts).into_iter().zip(added);
+    mounts.extend(all.flat_map(|(mount, added)| std::iter::once(mount).chain(added)));
+    Ok(())
+}
+
 /// As runc 1.2, the first that knows them: both maps or none, bind mounts only, not recursive unless `ridmap` says so.
 fn mount_ids(
     mount: &oci::Mount,
@@ -125,4 +165,56 @@ fn mount_ids(
         maps,
         recursive: options.map_ids.unwrap_or(false),
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bind(options: &[&str]) -> Mount {
+        let options = options.iter().map(|option| (*option).to_owned());
+        Mount {
+            field: "mounts[0] (/volume)".to_owned(),
+            destination: "/volume".into(),
+            fs: "none".to_owned(),
+            source: Some("/share/volume".into()),
+            options: MountOptions::parse(&options.collect::<Vec<_>>()),
+            ids: None,
+        }
+    }
+
+    fn below(mount: u32, path: &str) -> MountBelow {
+        MountBelow {
+            mount,
+            path: path.to_owned(),
+            options: vec!["noexec".to_owned()],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn mounts_below_come_behind_theirs_with_what_is_recursive_of_it() {
+        let mut mounts = vec![
+            bind(&["rbind", "ro", "rnosuid", "rprivate", "slave"]),
+            bind(&["bind"]),
+        ];
+        add_below(&mut mounts, &[below(0, "a"), below(0, "a/b")]).unwrap();
+        let places: Vec<_> = mounts
+            .iter()
+            .map(|mount| mount.destination.to_str())
+            .collect();
+        let expected = ["/volume", "/volume/a", "/volume/a/b", "/volume"];
+        assert_eq!(places, expected.map(Some));
+        let options = ["bind", "noexec", "nosuid", "rprivate"].map(str::to_owned);
+        let options = MountOptions::parse(&options);
+        assert_eq!(mounts[2].options, options);
+        assert_eq!(mounts[2].source, Some("/share/volume/a/b".into()));
+    }
+
+    #[test]
+    fn mounts_below_that_lead_elsewhere_are_refused() {
+        for wrong in [below(1, "a"), below(0, "../a"), below(0, "/a")] {
+            assert!(add_below(&mut vec![bind(&["rbind"])], &[wrong]).is_err());
+        }
+    }
 }

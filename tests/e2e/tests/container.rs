@@ -5,7 +5,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use bulkhead_e2e::bundle::Bundle;
@@ -14,6 +14,7 @@ use bulkhead_e2e::command::{
 };
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::processes;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -325,6 +326,45 @@ fn mounts_of_the_config_are_there() {
         fs::read_to_string(volume.path().join("new")).unwrap(),
         "written\n"
     );
+}
+
+/// A tmpfs on the host, unmounted when it goes.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn on(place: PathBuf, flags: MsFlags) -> Self {
+        fs::create_dir(&place).unwrap();
+        mount(Some("e2e"), &place, Some("tmpfs"), flags, None::<&str>).unwrap();
+        Self(place)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn what_is_mounted_below_a_volume_is_a_mount_of_the_container_too() {
+    let volume = tempfile::tempdir().unwrap();
+    let noexec = Mounted::on(volume.path().join("a noexec"), MsFlags::MS_NOEXEC);
+    let _below = Mounted::on(noexec.0.join("below"), MsFlags::MS_NOATIME);
+    let _fixed = Mounted::on(volume.path().join("fixed"), MsFlags::MS_RDONLY);
+    for options in [
+        &["rbind", "ro"][..],
+        &["rbind", "rprivate"],
+        &["rbind", "rro", "rnosuid", "rnoatime"],
+        &["bind", "ro"],
+    ] {
+        let mut bundle = Bundle::shell(
+            "awk '$5 ~ \"^/volume/\" {print $5, $6}' /proc/self/mountinfo; cd /volume; \
+             for place in . 'a noexec' 'a noexec/below' fixed; do touch \"$place/x\"; echo $?; rm -f \"$place/x\"; done",
+        );
+        let mount = json!({"destination": "/volume", "source": volume.path(), "options": options});
+        bundle.config["mounts"].as_array_mut().unwrap().push(mount);
+        assert_same_as_runc(&bundle);
+    }
 }
 
 #[test]
