@@ -364,11 +364,6 @@ mod tests {
                 json!("sharing"),
                 "linux.rootfsPropagation",
             ),
-            (
-                "/linux/maskedPaths",
-                json!(["proc/kcore"]),
-                "linux.maskedPaths[0]",
-            ),
             ("/linux/namespaces", json!([]), "linux.namespaces"),
             (
                 "/linux/namespaces",

@@ -260,11 +260,6 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
             &["rootfsPropagation", "sideways"],
         ),
         (
-            "relative masked path",
-            |c| c["linux"]["maskedPaths"] = json!(["proc/kcore"]),
-            &["linux.maskedPaths"],
-        ),
-        (
             "unknown device type",
             |c| {
                 c["linux"]["devices"] =
