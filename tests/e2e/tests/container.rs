@@ -414,6 +414,56 @@ fn capabilities_that_nobody_knows_are_told_and_passed_over() {
 }
 
 #[test]
+fn kernel_parameters_scheduling_and_scores_are_those_of_the_config() {
+    let mut bundle = Bundle::shell(
+        "cat /proc/sys/kernel/msgmax /proc/sys/net/ipv4/ip_forward /proc/self/oom_score_adj; uname -m",
+    );
+    bundle.config["linux"]["sysctl"] =
+        json!({"kernel.msgmax": "12345", "net.ipv4.ip_forward": "1"});
+    bundle.config["process"]["oomScoreAdj"] = json!(77);
+    bundle.config["linux"]["personality"] = json!({"domain": "LINUX"});
+    assert_same_as_runc(&bundle);
+
+    // What runc 1.1 does not know yet.
+    let mut bundle = Bundle::shell(
+        "awk '{print \"policy\", $41, \"nice\", $19}' /proc/self/stat; ionice -p $$; uname -m",
+    );
+    bundle.config["process"]["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 5});
+    bundle.config["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 6});
+    bundle.config["linux"]["personality"] = json!({"domain": "LINUX32"});
+    let ended = run(&bundle).expect_code(0);
+    for expected in ["policy 3 nice 5", "best-effort: prio 6", "i686"] {
+        assert!(ended.stdout.contains(expected), "{}", ended.stdout);
+    }
+}
+
+#[test]
+fn a_guest_is_as_large_as_limits_or_annotations_say() {
+    // The guest's kernel keeps some for itself.
+    let mebibytes = |change: &dyn Fn(&mut serde_json::Value)| -> u64 {
+        let mut bundle = Bundle::shell("grep MemTotal /proc/meminfo; nproc");
+        change(&mut bundle.config);
+        let ended = run(&bundle).expect_code(0);
+        let mut words = ended.stdout.split_whitespace();
+        let kib: u64 = words.nth(1).unwrap().parse().unwrap();
+        assert_eq!(words.nth(1), Some("1"), "{}", ended.stdout);
+        kib >> 10
+    };
+    let one = |config: &mut serde_json::Value| {
+        config["annotations"] = json!({"io.bulkhead.vcpus": "1", "io.bulkhead.memory_mib": "100"});
+    };
+    let limited = |config: &mut serde_json::Value| {
+        config["linux"]["resources"] = json!({
+            "memory": {"limit": 134_217_728}, "cpu": {"quota": 50_000, "period": 100_000}
+        });
+    };
+    let annotated = mebibytes(&one);
+    assert!((60..100).contains(&annotated), "{annotated}");
+    let limit = mebibytes(&limited);
+    assert!((140..192).contains(&limit), "{limit}");
+}
+
+#[test]
 fn a_seccomp_profile_holds() {
     for no_new_privs in [true, false] {
         let mut bundle = Bundle::shell(
