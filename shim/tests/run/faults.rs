@@ -6,6 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
+use bulkhead_e2e::steps::PROXY;
 use bulkhead_e2e::watch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -35,17 +36,6 @@ const SERVER: [&str; 20] = [
     "server: container forgotten",
     "server: sandbox ends",
     "server: VM ended",
-];
-
-/// The steps of the process that stands for another.
-const PROXY: [&str; 7] = [
-    "proxy: forked",
-    "proxy: set up",
-    "proxy: told to go",
-    "proxy: connected",
-    "proxy: attaching streams",
-    "proxy: process ended",
-    "proxy: output written",
 ];
 
 const CREATE: &[&str] = &["create", "c1"];

@@ -1,6 +1,7 @@
 //! A container that a test drives through its life, command by command, under any runtime with runc's command line.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -22,6 +23,17 @@ pub fn bulkhead() -> PathBuf {
 /// Debian's runc, to compare with.
 pub fn runc() -> PathBuf {
     "runc".into()
+}
+
+/// A runtime under another command line: `script` is what a shell runs in its place, with the runtime's arguments. It lies in `folder`.
+///
+/// # Panics
+/// When it can't be written.
+pub fn wrapped(folder: &Path, name: &str, script: &str) -> PathBuf {
+    let wrapper = folder.join(name);
+    fs::write(&wrapper, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(&wrapper, Permissions::from_mode(0o755)).unwrap();
+    wrapper
 }
 
 /// A bundle that lives as long as its container, or longer.

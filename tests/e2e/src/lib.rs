@@ -15,6 +15,7 @@ pub mod initramfs;
 pub mod leaks;
 pub mod machine;
 pub mod processes;
+pub mod steps;
 pub mod watch;
 
 use std::path::PathBuf;

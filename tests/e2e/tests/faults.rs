@@ -12,6 +12,7 @@ use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::{Ended, fresh_id};
 use bulkhead_e2e::container::{bulkhead, reap_all, wait_for};
 use bulkhead_e2e::leaks::Host;
+use bulkhead_e2e::steps::PROXY;
 use bulkhead_e2e::{dist, processes, watch};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -54,17 +55,6 @@ const SERVER: [&str; 12] = [
     "server: container exited",
     "server: deletion asked",
     "server: sandbox ends",
-];
-
-/// The steps of a stand-in.
-const PROXY: [&str; 7] = [
-    "proxy: forked",
-    "proxy: set up",
-    "proxy: told to go",
-    "proxy: connected",
-    "proxy: attaching streams",
-    "proxy: process ended",
-    "proxy: output written",
 ];
 
 /// The steps of the agent, each with the command that fails of it; none where nobody waits for the guest any more.

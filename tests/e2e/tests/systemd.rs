@@ -3,26 +3,20 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc};
+use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc, wrapped};
 use serde_json::json;
 use tempfile::TempDir;
 
 /// A runtime that is always told to let systemd make the cgroups.
 fn with_systemd(folder: &TempDir, runtime: &Path) -> PathBuf {
-    let wrapper = folder.path().join(runtime.file_name().unwrap());
-    let script = format!(
-        "#!/bin/sh\nexec {} --systemd-cgroup \"$@\"\n",
-        runtime.display()
-    );
-    fs::write(&wrapper, script).unwrap();
-    fs::set_permissions(&wrapper, Permissions::from_mode(0o755)).unwrap();
-    wrapper
+    let name = runtime.file_name().unwrap().to_str().unwrap();
+    let script = format!("exec {} --systemd-cgroup \"$@\"", runtime.display());
+    wrapped(folder.path(), name, &script)
 }
 
 /// What systemd says of a unit.

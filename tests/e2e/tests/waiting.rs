@@ -2,27 +2,23 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::container::{Container, bulkhead, reap_all};
+use bulkhead_e2e::container::{Container, bulkhead, reap_all, wrapped};
 
 /// Every system call by which a thread can wait for time to pass.
 const CALLS: &str = "nanosleep,clock_nanosleep,select,pselect6,poll,ppoll,epoll_wait,epoll_pwait,epoll_pwait2,futex";
 
 /// `bulkhead` with all that it starts under strace; each run writes a file into `logs`.
 fn traced(logs: &Path) -> PathBuf {
-    let wrapper = logs.join("bulkhead");
     let script = format!(
-        "#!/bin/sh\nexec strace -DD -f -qq --seccomp-bpf -e trace={CALLS} -o {}/$$.log {} \"$@\"\n",
+        "exec strace -DD -f -qq --seccomp-bpf -e trace={CALLS} -o {}/$$.log {} \"$@\"",
         logs.display(),
         bulkhead().display()
     );
-    fs::write(&wrapper, script).unwrap();
-    fs::set_permissions(&wrapper, Permissions::from_mode(0o755)).unwrap();
-    wrapper
+    wrapped(logs, "bulkhead", &script)
 }
 
 /// Whether a line of strace's shows a sleep, or a wait that ended because its time was over.

@@ -43,7 +43,6 @@ const QUEUES_NEEDED: usize = 2;
 /// The device.
 #[derive(Debug)]
 pub struct Vsock {
-    guest_cid: u64,
     /// struct virtio_vsock_config (virtio 1.2, 5.10.4): the guest's CID.
     config: [u8; 8],
     listener: UnixListener,
@@ -62,7 +61,6 @@ impl Vsock {
     /// come before the guest's driver is ready wait.
     pub fn new(guest_cid: u64, listener: UnixListener, path: PathBuf) -> Self {
         Self {
-            guest_cid,
             config: guest_cid.to_le_bytes(),
             listener,
             path,
@@ -88,7 +86,6 @@ impl VirtioDevice for Vsock {
         1 << VIRTIO_RING_F_EVENT_IDX
     }
 
-    /// `struct virtio_vsock_config`: the guest's context identifier (virtio 1.2, 5.10.4).
     fn config(&self) -> &[u8] {
         &self.config
     }
@@ -114,7 +111,7 @@ impl VirtioDevice for Vsock {
         };
         let stop = EventFd::new(EFD_NONBLOCK).map_err(ActivateError::Worker)?;
         let worker = Worker::new(Parts {
-            guest_cid: self.guest_cid,
+            guest_cid: u64::from_le_bytes(self.config),
             listener: self.listener.try_clone().map_err(ActivateError::Worker)?,
             path: self.path.clone(),
             stop: stop.try_clone().map_err(ActivateError::Worker)?,
