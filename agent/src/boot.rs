@@ -15,7 +15,6 @@ use nix::unistd::{chdir, chroot, mkdir};
 use tracing::level_filters::LevelFilter;
 
 use crate::cgroup::Hierarchy;
-use crate::container::Ground;
 use crate::timeline::Timeline;
 
 /// Where the unified hierarchy is mounted.
@@ -101,8 +100,8 @@ fn log_level(command_line: &str) -> LevelFilter {
         .unwrap_or(LevelFilter::INFO)
 }
 
-/// What containers need: cgroups and the share.
-pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Ground> {
+/// What containers need and is the same in every guest.
+pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Hierarchy> {
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(
         Some("cgroup2"),
@@ -121,6 +120,11 @@ pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Ground>
     }
     make_dir("/run/bulkhead")?;
     make_dir(GUEST_SHARE)?;
+    Ok(hierarchy)
+}
+
+/// Mounts the share. Returns whether there is one.
+pub fn mount_share(timeline: &mut Timeline) -> bool {
     let share = mount(
         Some(SHARE_TAG),
         GUEST_SHARE,
@@ -138,10 +142,7 @@ pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Ground>
         // A guest without a share can still be asked for its version, and shut down; containers are refused.
         Err(errno) => tracing::warn!(%errno, "cannot mount the virtio-fs share {SHARE_TAG:?}"),
     }
-    Ok(Ground {
-        hierarchy,
-        share: share.is_ok(),
-    })
+    share.is_ok()
 }
 
 /// Lets the kernel read [`READ_AHEAD_KIB`] ahead in files of a file system.

@@ -11,6 +11,7 @@ pub mod container;
 pub mod control;
 pub mod device_filter;
 pub mod devices;
+pub mod entropy;
 pub mod error;
 pub mod exec;
 pub mod fault;

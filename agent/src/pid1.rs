@@ -1,9 +1,12 @@
 //! The life of PID 1, in order.
 
 use anyhow::Context;
-use bulkhead_protocol::{BOOT_MARK_INIT, BOOT_MARK_READY, CONTROL_PORT, STREAM_PORT};
+use bulkhead_protocol::{
+    BOOT_MARK_INIT, BOOT_MARK_PREPARED, BOOT_MARK_READY, CONTROL_PORT, STEP_PREPARED, STREAM_PORT,
+};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
+use crate::container::Ground;
 use crate::power::{self, Ports};
 use crate::timeline::Timeline;
 use crate::transport::{Connection, Listener};
@@ -38,7 +41,7 @@ fn live() -> anyhow::Result<()> {
     boot::start_log();
     // SAFETY: ignoring a signal installs no handler.
     unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) }.context("cannot ignore SIGPIPE")?;
-    let ground = boot::prepare_for_containers(&mut timeline)?;
+    let hierarchy = boot::prepare_for_containers(&mut timeline)?;
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -47,6 +50,13 @@ fn live() -> anyhow::Result<()> {
         .context("cannot make the runtime")?;
     runtime.block_on(async {
         let streams = Listener::bind_vsock(STREAM_PORT).context("cannot listen on vsock")?;
+        timeline.mark(STEP_PREPARED);
+        if let Some(ports) = &ports {
+            // Guests that are made from a template begin behind this.
+            ports.mark(BOOT_MARK_PREPARED);
+        }
+        let share = boot::mount_share(&mut timeline);
+        let ground = Ground { hierarchy, share };
         timeline.mark("dialling");
         if let Some(ports) = ports {
             ports.mark(BOOT_MARK_READY);

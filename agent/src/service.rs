@@ -23,7 +23,8 @@ use tokio::sync::Notify;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::container::Containers;
-use crate::error::{Error, Kind, Result};
+use crate::entropy;
+use crate::error::{Context, Error, Kind, Result};
 use crate::fault;
 use crate::hotplug;
 use crate::terminal::Size;
@@ -71,6 +72,9 @@ impl Agent for Service {
                 env!("CARGO_PKG_VERSION")
             ))
             .into());
+        }
+        if !request.seed.is_empty() {
+            seed(&request.seed)?;
         }
         set_clock(request.wall_clock_ns);
         self.greeted.store(true, Ordering::Relaxed);
@@ -303,6 +307,18 @@ async fn whole<T: Send + 'static>(
             "the agent failed; its console says why",
         ))
     })
+}
+
+/// A guest whose generator can't be seeded may draw the numbers of others: it is refused.
+fn seed(bytes: &[u8]) -> Result<()> {
+    let seed = bytes.try_into().map_err(|_| {
+        Error::Request(format!(
+            "seed: {} bytes, not {}",
+            bytes.len(),
+            bulkhead_protocol::SEED_LENGTH
+        ))
+    })?;
+    entropy::seed(seed).what(|| "the generator of random numbers")
 }
 
 /// Sets the wall clock if it is off by more than a second.

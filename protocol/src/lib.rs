@@ -10,7 +10,7 @@ mod generated {
 pub use generated::{agent, agent_ttrpc};
 
 /// Version of this API. The two ends refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Vsock port on the host (CID 2) that the agent dials once it is ready to serve.
 pub const CONTROL_PORT: u32 = 1024;
@@ -45,3 +45,13 @@ pub const BOOT_MARK_INIT: u8 = 1;
 
 /// Boot mark: the agent is about to dial the host.
 pub const BOOT_MARK_READY: u8 = 2;
+
+/// Boot mark: the agent has done everything that is the same in every guest. Templates are saved here, so what comes before it
+/// must know nothing of the sandbox, and keep nothing secret.
+pub const BOOT_MARK_PREPARED: u8 = 3;
+
+/// Name of that moment on the agent's timeline.
+pub const STEP_PREPARED: &str = "prepared";
+
+/// Length of the seed that a Hello brings, in bytes.
+pub const SEED_LENGTH: usize = 32;

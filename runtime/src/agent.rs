@@ -3,10 +3,11 @@
 //! Answers are a guest's and therefore not to be trusted: they carry numbers and a message for the user, nothing that the
 //! host acts on.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use bulkhead_protocol::PROTOCOL_VERSION;
 use bulkhead_protocol::agent::{
     self, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
     DeleteContainerRequest, DeleteProcessRequest, ExecProcessRequest, HelloRequest, HelloResponse,
@@ -15,6 +16,7 @@ use bulkhead_protocol::agent::{
     WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::AgentClient;
+use bulkhead_protocol::{PROTOCOL_VERSION, SEED_LENGTH};
 use thiserror::Error;
 use tokio::net::UnixStream;
 use ttrpc::asynchronous::Client;
@@ -54,6 +56,9 @@ pub enum AgentError {
     /// No answer within the time.
     #[error("the guest's agent did not answer in {} s", ANSWER_TIMEOUT.as_secs())]
     Timeout,
+    /// The host has no random numbers for the guest.
+    #[error("cannot seed the guest's random numbers from /dev/urandom: {0}")]
+    Seed(String),
     /// The connection is gone.
     #[error("the connection to the guest's agent is lost: {0}")]
     Lost(String),
@@ -117,10 +122,15 @@ impl Agent {
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .unwrap_or_default();
+        let mut seed = vec![0; SEED_LENGTH];
+        File::open("/dev/urandom")
+            .and_then(|mut random| random.read_exact(&mut seed))
+            .map_err(|error| AgentError::Seed(error.to_string()))?;
         let request = HelloRequest {
             protocol_version: PROTOCOL_VERSION,
             host_version: env!("CARGO_PKG_VERSION").to_owned(),
             wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+            seed,
             ..Default::default()
         };
         let hello = limited(agent.client.hello(Context::default(), &request)).await?;

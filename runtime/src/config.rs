@@ -22,6 +22,9 @@ pub const FILE_VARIABLE: &str = "BULKHEAD_CONFIG";
 /// Where the guest's files are when the programs are not installed under a prefix of their own.
 const SYSTEM_LIB_DIR: &str = "/usr/lib/bulkhead";
 
+/// Where templates are kept.
+const TEMPLATE_DIRECTORY: &str = "/var/cache/bulkhead";
+
 /// File name of the VMM.
 const VMM_PROGRAM: &str = "bulkhead-vmm";
 
@@ -41,6 +44,8 @@ pub struct Config {
     pub server: PathBuf,
     /// Directory of the sandboxes' state, unless `--root` names another.
     pub runtime_root: PathBuf,
+    /// Where templates of guests are kept, if any are.
+    pub template_directory: Option<PathBuf>,
     /// vCPUs of a guest.
     pub vcpus: u8,
     /// Memory of a guest whose spec sets no limit, in MiB.
@@ -96,6 +101,7 @@ struct File {
     vmm: Option<PathBuf>,
     server: Option<PathBuf>,
     runtime_root: Option<PathBuf>,
+    template_directory: Option<PathBuf>,
     vcpus: Option<u8>,
     memory_mib: Option<u64>,
     boot_timeout_s: Option<u64>,
@@ -133,6 +139,11 @@ impl Config {
                 message: one_line(&e, text),
             })?
         };
+        let template_directory = file
+            .template_directory
+            .unwrap_or_else(|| PathBuf::from(TEMPLATE_DIRECTORY));
+        let template_directory =
+            Some(template_directory).filter(|directory| !directory.as_os_str().is_empty());
         let value_error = |key, problem: String| ConfigError::Value {
             path: path.to_path_buf(),
             key,
@@ -144,6 +155,7 @@ impl Config {
             ("vmm", &file.vmm),
             ("server", &file.server),
             ("runtime_root", &file.runtime_root),
+            ("template_directory", &template_directory),
             ("debug_directory", &file.debug_directory),
         ] {
             if let Some(value) = value.as_deref().filter(|value| !value.is_absolute()) {
@@ -179,6 +191,7 @@ impl Config {
             runtime_root: file
                 .runtime_root
                 .unwrap_or_else(|| PathBuf::from("/run/bulkhead")),
+            template_directory,
             vcpus,
             memory_mib,
             boot_timeout: Duration::from_secs(file.boot_timeout_s.unwrap_or(60)),
@@ -241,6 +254,16 @@ mod tests {
         assert_eq!(config.kernel, Path::new("/usr/lib/bulkhead/vmlinux"));
         assert_eq!(config.boot_timeout, Duration::from_secs(60));
         assert!(!config.debug);
+        let templates = config.template_directory.as_deref();
+        assert_eq!(templates, Some(Path::new("/var/cache/bulkhead")));
+    }
+
+    #[test]
+    fn an_empty_template_directory_means_no_templates() {
+        let config = parse("template_directory = \"\"").unwrap();
+        assert_eq!(config.template_directory, None);
+        let error = parse("template_directory = \"templates\"").unwrap_err();
+        assert!(error.contains("`template_directory`"), "{error}");
     }
 
     #[test]

@@ -46,5 +46,6 @@ pub mod standin;
 pub mod state;
 pub mod stdio;
 pub mod streams;
+pub mod template;
 pub mod timeline;
 pub mod vmm;

@@ -74,6 +74,7 @@ pub struct Vmm {
     pid: u32,
     calls: mpsc::UnboundedSender<Call>,
     ended: watch::Receiver<Option<Ended>>,
+    template: watch::Receiver<Option<Result<(), String>>>,
 }
 
 /// A request on its way.
@@ -106,18 +107,25 @@ impl Vmm {
         let (socket, pidfd) = unsafe { (AsyncFd::register(socket), AsyncFd::register(pidfd)) };
         let (calls, receiver) = mpsc::unbounded_channel();
         let (sender, ended) = watch::channel(None);
+        let (template_sender, template) = watch::channel(None);
         let driver = Driver {
             socket: socket.map_err(|e| fail(e.into()))?,
             pidfd: pidfd.map_err(|e| fail(e.into()))?,
             process,
             waiting: VecDeque::new(),
+            template: template_sender,
             last_word: None,
         };
         tokio::spawn(async move {
             let end = driver.run(receiver).await;
             sender.send_replace(Some(end));
         });
-        Ok(Self { pid, calls, ended })
+        Ok(Self {
+            pid,
+            calls,
+            ended,
+            template,
+        })
     }
 
     /// Process id.
@@ -161,6 +169,17 @@ impl Vmm {
         }
     }
 
+    /// Waits until the template that was asked for is saved; the reason if it is not.
+    pub fn template_saved(&self) -> impl Future<Output = Result<(), String>> + use<> {
+        let mut template = self.template.clone();
+        async move {
+            match template.wait_for(Option::is_some).await.as_deref() {
+                Ok(Some(result)) => result.clone(),
+                _ => Err("the VM ended before".into()),
+            }
+        }
+    }
+
     /// Kills the process, whatever it does.
     pub fn kill(&self) {
         // A task that is gone has seen the end already.
@@ -187,6 +206,8 @@ struct Driver {
     process: Process,
     /// Who waits for an answer, in the order of the requests.
     waiting: VecDeque<oneshot::Sender<Response>>,
+    /// Who waits for the template.
+    template: watch::Sender<Option<Result<(), String>>>,
     /// What the VMM, or its socket, said of its end.
     last_word: Option<(String, Vec<TimelineEntry>)>,
 }
@@ -204,6 +225,9 @@ impl Driver {
                             let _ = sender.send(response);
                         }
                     }
+                    Ok(Message::Event(Event::Template { error })) => {
+                        self.template.send_replace(Some(error.map_or(Ok(()), Err)));
+                    }
                     Ok(Message::Event(Event::Ended { reason, timeline, .. })) => {
                         self.last_word = Some((reason, timeline));
                         break;
@@ -218,10 +242,15 @@ impl Driver {
                 _ = self.pidfd.readable() => break,
                 call = calls.recv() => match call {
                     Some(Call::Request(request, fds, sender)) => {
-                        if send(&self.socket, &request, &fds).await.is_err() {
-                            break;
+                        match send(&self.socket, &request, &fds).await {
+                            Ok(()) => self.waiting.push_back(sender),
+                            // It has ended by itself, and has something to say about that.
+                            Err(SocketError::Closed) => {}
+                            Err(error) => {
+                                let message = error.to_string();
+                                let _ = sender.send(Response::Error { message });
+                            }
                         }
-                        self.waiting.push_back(sender);
                     }
                     Some(Call::Kill) | None => {
                         let _ = self.process.0.kill();

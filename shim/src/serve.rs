@@ -89,6 +89,8 @@ async fn run(
     server.start().await?;
 
     let why = tokio::select! {
+        // A client that has asked may be gone before this is seen.
+        biased;
         () = shutdown.notified() => "asked to",
         () = cut(lifeline) => {
             sandbox.kill();

@@ -88,6 +88,7 @@ fn main() -> Result<ExitCode> {
         }),
         spare_slots: args.spare_slots,
         serial: args.serial,
+        save_template: false,
     };
     let mut fds = vec![kvm.as_fd(), kernel.as_fd(), initramfs.as_fd()];
     if args.serial {
@@ -98,7 +99,10 @@ fn main() -> Result<ExitCode> {
         exit_code,
         reason,
         timeline,
-    } = client.next_event()?;
+    } = client.next_event()?
+    else {
+        anyhow::bail!("another event than the end");
+    };
     let ended_at = monotonic_ns();
     let status = vmm.child.wait()?;
     eprintln!("ended: {reason}; process: {status}");

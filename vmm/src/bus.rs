@@ -27,6 +27,8 @@ pub enum Outcome {
     PowerOff,
     /// The reset line.
     Reset,
+    /// The agent is prepared: the place for a template.
+    Prepared,
 }
 
 /// The machine's buses.
@@ -109,7 +111,12 @@ impl Bus {
             (layout::I8042_COMMAND_PORT, _) if value == layout::I8042_RESET => {
                 return Outcome::Reset;
             }
-            (layout::BOOT_MARK_PORT, _) => self.boot_mark(value),
+            (layout::BOOT_MARK_PORT, _) => {
+                self.boot_mark(value);
+                if value == layout::BOOT_MARK_PREPARED {
+                    return Outcome::Prepared;
+                }
+            }
             (layout::SERIAL_PORT..=SERIAL_LAST, Some(serial)) => {
                 let register = (port - layout::SERIAL_PORT) as u8;
                 let mut serial = lock(serial);
@@ -152,6 +159,7 @@ impl Bus {
     fn boot_mark(&self, mark: u8) {
         match mark {
             layout::BOOT_MARK_INIT => self.timeline.mark("init started"),
+            layout::BOOT_MARK_PREPARED => self.timeline.mark("agent prepared"),
             layout::BOOT_MARK_READY => {
                 let first = self.timeline.mark("agent ready");
                 if first {
@@ -189,6 +197,7 @@ mod tests {
         assert_eq!(bus.write_port(0x64, &[0xfe]), Outcome::Reset);
         assert_eq!(bus.write_port(0x64, &[0xd1]), Outcome::Continue);
         assert_eq!(bus.write_port(0x600, &[]), Outcome::Continue);
+        assert_eq!(bus.write_port(0x601, &[3]), Outcome::Prepared);
     }
 
     #[test]

@@ -120,6 +120,11 @@ impl Client {
         self.ok(&Request::Boot(config), fds)
     }
 
+    /// Starts the machine from a template. `fds` as [`Request::Restore`] says.
+    pub fn restore(&mut self, config: BootConfig, fds: &[BorrowedFd]) -> Result<(), ClientError> {
+        self.ok(&Request::Restore(config), fds)
+    }
+
     /// Stops every vCPU.
     pub fn pause(&mut self) -> Result<(), ClientError> {
         self.ok(&Request::Pause, &[])
@@ -194,7 +199,7 @@ impl Client {
                 exit_code: *exit_code,
                 reason: reason.clone(),
             },
-            None => SocketError::Closed.into(),
+            _ => SocketError::Closed.into(),
         }
     }
 }

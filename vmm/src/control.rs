@@ -30,9 +30,12 @@ pub mod exit_code {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Builds and starts the machine. Descriptors, in order: `/dev/kvm`, the kernel (ELF `vmlinux`), the initramfs, and, if
-    /// `serial` is set, where the serial port's output goes. Answered once the vCPUs run.
+    /// Builds and starts the machine. Descriptors, in order: `/dev/kvm`, the kernel (ELF `vmlinux`), the initramfs; if `serial` is set,
+    /// where the serial port's output goes; if `save_template` is set, an empty file for the template. Answered once the vCPUs run.
     Boot(BootConfig),
+    /// Builds and starts the machine where a template of the same shape was saved. Descriptors, in order: `/dev/kvm`, the template.
+    /// Answered once the vCPUs run. When it is refused, the machine can still be booted.
+    Restore(BootConfig),
     /// Stops every vCPU. Answered when all stand still.
     Pause,
     /// Lets the vCPUs run again.
@@ -64,6 +67,10 @@ pub struct BootConfig {
     pub spare_slots: u8,
     /// A serial port (8250 at 0x3f8) for debugging, whose output goes to the fourth descriptor.
     pub serial: bool,
+    /// Save a template when the agent says that it is prepared ([`crate::layout::BOOT_MARK_PREPARED`]). The guest stands still meanwhile;
+    /// [`Event::Template`] tells when it is done.
+    #[serde(default)]
+    pub save_template: bool,
 }
 
 /// A virtio-fs share.
@@ -112,6 +119,11 @@ pub enum Response {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
+    /// The template is whole and the VMM has closed its file, or there is none. The guest goes on in both cases.
+    Template {
+        /// One sentence, if there is none.
+        error: Option<String>,
+    },
     /// The VM has ended; the process exits with `exit_code` right after.
     Ended {
         /// One of [`exit_code`].

@@ -83,6 +83,9 @@ pub const BOOT_MARK_PORT: u16 = 0x601;
 pub const BOOT_MARK_INIT: u8 = 1;
 /// Boot mark of an agent that is about to dial the host.
 pub const BOOT_MARK_READY: u8 = 2;
+/// Boot mark of an agent that has done everything that is the same in every guest: where a template is saved, and where
+/// guests made from it begin.
+pub const BOOT_MARK_PREPARED: u8 = 3;
 
 /// Physical address of a virtio-mmio slot.
 pub const fn slot_base(slot: usize) -> u64 {

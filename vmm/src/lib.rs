@@ -18,9 +18,11 @@ pub mod serial;
 pub mod server;
 pub mod socket;
 pub mod sync;
+pub mod template;
 pub mod thread;
 pub mod timeline;
 pub mod vcpu;
+pub mod vcpu_state;
 pub mod virtio;
 
 pub use thread::STACK_SIZE;

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+    KVM_CAP_PMU_CAPABILITY, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use tracing::info;
@@ -32,13 +33,16 @@ use crate::mptable;
 use crate::probe;
 use crate::serial::SerialPort;
 use crate::sync::lock;
+use crate::template::{TemplateError, TemplateState};
 use crate::thread;
 use crate::timeline::Timeline;
 use crate::vcpu::{self, MAX_VCPUS, VcpuError, VcpuSet};
 use crate::virtio::console::Console;
 use crate::virtio::event::{QueueHandler, QueueSubscriber};
 use crate::virtio::fs::{Fs, FsError};
-use crate::virtio::mmio::{INTERRUPT_ACK, QUEUE_NOTIFY, Transport, USED_BUFFERS};
+use crate::virtio::mmio::{
+    CarryOnError, INTERRUPT_ACK, QUEUE_NOTIFY, Transport, TransportState, USED_BUFFERS,
+};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{Memory, RegisterMemory, VirtioDevice};
@@ -112,6 +116,15 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+    /// A template.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// A device of a template.
+    #[error(transparent)]
+    Device(#[from] CarryOnError),
+    /// A template has other vCPUs or devices than its description says.
+    #[error("the template has {0} of the wrong number")]
+    Count(&'static str),
     /// A thread could not be started.
     #[error("cannot start the loader's thread")]
     Thread(#[source] io::Error),
@@ -134,6 +147,8 @@ pub struct BootFiles {
     pub initramfs: OwnedFd,
     /// Where the serial port's output goes.
     pub serial: Option<OwnedFd>,
+    /// Where a template is to be saved.
+    pub template: Option<OwnedFd>,
 }
 
 /// A guest.
@@ -147,6 +162,16 @@ pub struct Machine {
     end: Arc<EndSignal>,
     timeline: Arc<Timeline>,
     subscribers: Vec<QueueSubscriber>,
+    template: Option<NewTemplate>,
+}
+
+/// A template that is to be saved.
+struct NewTemplate {
+    file: File,
+    /// Given when the guest is where it is to be saved.
+    prepared: EventFd,
+    /// The MSRs that this host's KVM has state of.
+    msrs: Vec<u32>,
 }
 
 impl Machine {
@@ -157,13 +182,12 @@ impl Machine {
         timeline: Arc<Timeline>,
         end: Arc<EndSignal>,
     ) -> Result<Self, MachineError> {
-        check(config, &files)?;
-        let memory_bytes = config.memory_mib << 20;
-        let kvm = open_kvm(files.kvm);
-        let missing = probe::missing_capabilities(&kvm);
-        if !missing.is_empty() {
-            return Err(MachineError::Missing(missing.join(", ")));
+        check(config)?;
+        if config.serial != files.serial.is_some() {
+            return Err(MachineError::SerialOutput);
         }
+        let memory_bytes = config.memory_mib << 20;
+        let kvm = open_kvm(files.kvm)?;
         let guest_memory = memory::create(config.memory_mib)?;
         timeline.mark("memory mapped");
 
@@ -196,15 +220,7 @@ impl Machine {
             Some(output) => Some(serial_port(&vm, output)?),
             None => None,
         };
-        let mut devices = vec![Device::own_threads(vsock(&config.vsock_path)?)];
-        if let Some(share) = &config.share {
-            devices.push(Device::own_threads(Fs::new(share)?));
-        }
-        let console = Console::new();
-        devices.push(Device::served(console.handler(), console));
-        let rng = Rng::new();
-        devices.push(Device::served(rng.handler(), rng));
-
+        let devices = devices(config)?;
         let slots = devices.len() + usize::from(config.spare_slots);
         let cmdline = cmdline::build(slots, config.serial, &config.cmdline)?;
         boot::write_boot_params(&guest_memory, memory_bytes, &cmdline, &initramfs)?;
@@ -225,22 +241,169 @@ impl Machine {
             end,
             timeline,
             subscribers: Vec::new(),
+            template: None,
         };
         for device in devices {
             machine.plug(device)?;
         }
+        if let Some(file) = files.template {
+            machine.template = Some(NewTemplate {
+                file: file.into(),
+                prepared: new_event()?,
+                msrs: kvm
+                    .get_msr_index_list()
+                    .map_err(kvm_error("listing the MSRs"))?
+                    .as_slice()
+                    .to_vec(),
+            });
+        }
+        machine.timeline.mark("devices ready");
+        Ok(machine)
+    }
+
+    /// Builds a machine whose vCPUs do not run yet, and are where `template` was saved.
+    pub fn restore(
+        config: &BootConfig,
+        kvm: OwnedFd,
+        template: OwnedFd,
+        timeline: Arc<Timeline>,
+        end: Arc<EndSignal>,
+    ) -> Result<Self, MachineError> {
+        check(config)?;
+        let kvm = open_kvm(kvm)?;
+        let template = File::from(template);
+        let state = TemplateState::load(&template, config)?;
+        let guest_memory = memory::restore(config.memory_mib, &template)?;
+        timeline.mark("template mapped");
+        let registers = RegisterMemory::new(layout::MAX_SLOTS).map_err(MachineError::Registers)?;
+        let vm = create_vm(&kvm, &guest_memory, &registers)?;
+        timeline.mark("vm created");
+        let vcpus = create_vcpus(&kvm, &vm, config.vcpus)?;
+        for (id, (vcpu, state)) in vcpus.iter().zip(&state.vcpus).enumerate() {
+            state.restore(vcpu).map_err(|source| VcpuError::State {
+                vcpu: id as u8,
+                source,
+            })?;
+        }
+        timeline.mark("vcpus created");
+
+        let devices = devices(config)?;
+        if devices.len() != state.devices.len() {
+            return Err(MachineError::Count("devices"));
+        }
+        let slots = devices.len() + usize::from(config.spare_slots);
+        let mut machine = Self {
+            threads: None,
+            vcpus,
+            bus: Arc::new(Bus::new(slots, registers, None, Arc::clone(&timeline))),
+            vm,
+            memory: GuestMemoryAtomic::new(guest_memory),
+            end,
+            timeline,
+            subscribers: Vec::new(),
+            template: None,
+        };
+        for device in devices {
+            machine.plug(device)?;
+        }
+        for irqchip in &state.irqchips {
+            machine
+                .vm
+                .set_irqchip(irqchip)
+                .map_err(kvm_error("setting an interrupt controller"))?;
+        }
+        // After the interrupt controllers: devices interrupt when they go on.
+        machine.carry_on(&state.devices)?;
+        let clock = kvm_clock_data {
+            clock: state.clock.clock,
+            ..Default::default()
+        };
+        machine
+            .vm
+            .set_clock(&clock)
+            .map_err(kvm_error("setting the clock"))?;
         machine.timeline.mark("devices ready");
         Ok(machine)
     }
 
     /// Lets the vCPUs run for the first time.
     pub fn start(&mut self) -> Result<(), MachineError> {
+        let prepared = match &self.template {
+            Some(template) => Some(template.prepared.try_clone().map_err(MachineError::Event)?),
+            None => None,
+        };
         self.threads = Some(VcpuSet::start(
             std::mem::take(&mut self.vcpus),
             Arc::clone(&self.bus),
             Arc::clone(&self.end),
             Arc::clone(&self.timeline),
+            prepared,
         )?);
+        Ok(())
+    }
+
+    /// Readable when the guest stands where a template is to be saved, if one is.
+    pub fn prepared(&self) -> Option<&EventFd> {
+        self.template.as_ref().map(|template| &template.prepared)
+    }
+
+    /// Saves the template and closes its file. The vCPUs stand still, before and after; [`Self::release`] ends that.
+    pub fn save_template(&mut self, config: &BootConfig) -> Result<(), MachineError> {
+        let (Some(template), Some(threads)) = (self.template.take(), &self.threads) else {
+            return Ok(());
+        };
+        let vcpus = threads.save(&template.msrs)?;
+        let irqchips = [
+            KVM_IRQCHIP_PIC_MASTER,
+            KVM_IRQCHIP_PIC_SLAVE,
+            KVM_IRQCHIP_IOAPIC,
+        ];
+        let irqchips = irqchips.into_iter().map(|chip_id| {
+            let mut irqchip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            self.vm.get_irqchip(&mut irqchip).map(|()| irqchip)
+        });
+        let irqchips = irqchips
+            .collect::<Result<_, _>>()
+            .map_err(kvm_error("reading an interrupt controller"))?;
+        let clock = self
+            .vm
+            .get_clock()
+            .map_err(kvm_error("reading the clock"))?;
+        let devices = self
+            .bus
+            .slots()
+            .iter()
+            .map_while(|slot| lock(slot).as_mut().map(Transport::stand_still))
+            .collect();
+        let state = TemplateState {
+            config: config.clone(),
+            irqchips,
+            clock,
+            vcpus,
+            devices,
+        };
+        let mut file = template.file;
+        let saved = state.save(&self.memory(), &mut file);
+        self.carry_on(&state.devices)?;
+        Ok(saved?)
+    }
+
+    /// Lets vCPUs go on that stand where a template was to be saved.
+    pub fn release(&self) {
+        if let Some(threads) = &self.threads {
+            threads.release();
+        }
+    }
+
+    fn carry_on(&self, devices: &[TransportState]) -> Result<(), MachineError> {
+        for (slot, state) in self.bus.slots().iter().zip(devices) {
+            if let Some(transport) = &mut *lock(slot) {
+                transport.carry_on(state)?;
+            }
+        }
         Ok(())
     }
 
@@ -346,7 +509,20 @@ impl Device {
     }
 }
 
-fn check(config: &BootConfig, files: &BootFiles) -> Result<(), MachineError> {
+/// The devices of every machine, in the order of their slots.
+fn devices(config: &BootConfig) -> Result<Vec<Device>, MachineError> {
+    let mut devices = vec![Device::own_threads(vsock(&config.vsock_path)?)];
+    if let Some(share) = &config.share {
+        devices.push(Device::own_threads(Fs::new(share)?));
+    }
+    let console = Console::new();
+    devices.push(Device::served(console.handler(), console));
+    let rng = Rng::new();
+    devices.push(Device::served(rng.handler(), rng));
+    Ok(devices)
+}
+
+fn check(config: &BootConfig) -> Result<(), MachineError> {
     let ranges = [
         ("vcpus", u64::from(config.vcpus), 1, u64::from(MAX_VCPUS)),
         (
@@ -366,15 +542,18 @@ fn check(config: &BootConfig, files: &BootFiles) -> Result<(), MachineError> {
             });
         }
     }
-    if config.serial != files.serial.is_some() {
-        return Err(MachineError::SerialOutput);
-    }
     Ok(())
 }
 
-fn open_kvm(fd: OwnedFd) -> Kvm {
+fn open_kvm(fd: OwnedFd) -> Result<Kvm, MachineError> {
     // SAFETY: the descriptor is owned and given away. If it is not /dev/kvm, every ioctl on it fails.
-    unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
+    let kvm = unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) };
+    let missing = probe::missing_capabilities(&kvm);
+    if missing.is_empty() {
+        Ok(kvm)
+    } else {
+        Err(MachineError::Missing(missing.join(", ")))
+    }
 }
 
 /// Makes a VM with its memory and interrupt controllers.

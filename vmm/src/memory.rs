@@ -1,7 +1,9 @@
-//! Guest memory: anonymous, lazily touched, in one piece below the MMIO gap and a second one above 4 GiB.
+//! Guest memory: lazily touched, in one piece below the MMIO gap and a second one above 4 GiB; empty, or a private copy of a template's.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -63,24 +65,40 @@ pub fn pieces(bytes: u64) -> Vec<(u64, u64)> {
 
 /// Maps the memory of a guest with `mib` MiB.
 pub fn create(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    map(mib, None)
+}
+
+/// Maps the memory of a guest with `mib` MiB that has, piece after piece, the contents of `file`, which is as long at least and stays
+/// as it is. The pages are the file's until they are written to.
+pub fn restore(mib: u64, file: &File) -> Result<GuestMemoryMmap, MemoryError> {
+    map(mib, Some(file))
+}
+
+fn map(mib: u64, file: Option<&File>) -> Result<GuestMemoryMmap, MemoryError> {
     if !(MIN_MIB..=MAX_MIB).contains(&mib) {
         return Err(MemoryError::Size(mib));
     }
     let mut regions = Vec::new();
+    let mut offset = 0;
     for (address, length) in pieces(mib << 20) {
         let map_error = |source| MemoryError::Map {
             mib: length >> 20,
             source,
         };
-        let mapping = map_aligned(length as usize).map_err(map_error)?;
+        let backing = file.map(|file| (file, offset));
+        let mapping = map_aligned(length as usize, backing).map_err(map_error)?;
+        offset += length;
         // `new` refuses only a region that wraps around the address space; MAX_MIB rules that out.
         regions.extend(GuestRegionMmap::new(mapping, GuestAddress(address)));
     }
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Regions)
 }
 
-/// Maps anonymous memory at a multiple of [`HUGE_PAGE`], for as long as the process lives.
-fn map_aligned(length: usize) -> Result<MmapRegion, MmapRegionError> {
+/// Maps private memory at a multiple of [`HUGE_PAGE`], for as long as the process lives: anonymous, or a file's from an offset on.
+fn map_aligned(
+    length: usize,
+    backing: Option<(&File, u64)>,
+) -> Result<MmapRegion, MmapRegionError> {
     let reserve = |length| {
         // SAFETY: a new mapping at an address of the kernel's choice.
         let start = unsafe {
@@ -106,6 +124,16 @@ fn map_aligned(length: usize) -> Result<MmapRegion, MmapRegionError> {
     unsafe {
         libc::munmap(start.cast(), before);
         libc::munmap(aligned.wrapping_add(length).cast(), HUGE_PAGE - before);
+    }
+    if let Some((file, offset)) = backing {
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let (fd, offset) = (file.as_raw_fd(), offset as libc::off_t);
+        // SAFETY: it replaces what remains of the mapping made above, which nothing uses yet.
+        let mapped = unsafe { libc::mmap(aligned.cast(), length, protection, flags, fd, offset) };
+        if mapped == libc::MAP_FAILED {
+            return Err(MmapRegionError::Mmap(io::Error::last_os_error()));
+        }
     }
     // Guest memory is the guest's secret and no help in a core dump of the VMM. A kernel without the advice only dumps more.
     // SAFETY: the range is what remains of the mapping; the advice changes nothing of its contents.

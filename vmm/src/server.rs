@@ -4,13 +4,14 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{BootConfig, Event, Info, Message, Request, Response, VmState, exit_code};
 use crate::end::{End, EndSignal};
 use crate::fault;
-use crate::machine::{BootFiles, Machine};
+use crate::machine::{BootFiles, Machine, MachineError};
 use crate::socket::{self, SocketError};
 use crate::sync::lock;
 use crate::timeline::Timeline;
@@ -44,6 +45,7 @@ pub struct Server {
 struct Ready {
     control: bool,
     end: bool,
+    template: bool,
 }
 
 impl Server {
@@ -84,6 +86,9 @@ impl Server {
                 && let Some(end) = self.end.get()
             {
                 break end;
+            }
+            if ready.template {
+                self.save_template();
             }
             if ready.control
                 && let Some(end) = self.serve_control()
@@ -126,6 +131,7 @@ impl Server {
         debug!("request: {request:?}, {} descriptors", fds.len());
         let result = match request {
             Request::Boot(config) => self.boot(config, fds),
+            Request::Restore(config) => self.restore(config, fds),
             _ if !fds.is_empty() => Err("this request takes no descriptors".into()),
             Request::Info => Ok(Response::Info(self.info())),
             Request::Pause => self.pause(),
@@ -151,35 +157,83 @@ impl Server {
         if self.machine.is_some() {
             return Err("the machine has been booted already".into());
         }
-        let wanted = if config.serial { 4 } else { 3 };
+        let wanted = 3 + usize::from(config.serial) + usize::from(config.save_template);
         let got = fds.len();
         let mut fds = fds.into_iter();
-        let (Some(kvm), Some(kernel), Some(initramfs), serial, None) =
-            (fds.next(), fds.next(), fds.next(), fds.next(), fds.next())
+        let (Some(kvm), Some(kernel), Some(initramfs), true) =
+            (fds.next(), fds.next(), fds.next(), got == wanted)
         else {
             return Err(format!(
                 "boot came with {got} descriptors and takes {wanted}"
             ));
         };
-        if got != wanted {
-            return Err(format!(
-                "boot came with {got} descriptors and takes {wanted}"
-            ));
-        }
         let files = BootFiles {
             kvm,
             kernel,
             initramfs,
-            serial,
+            serial: fds.by_ref().take(config.serial.into()).next(),
+            template: fds.next(),
         };
         self.timeline.mark("boot requested");
         let timeline = Arc::clone(&self.timeline);
-        let mut machine = Machine::new(&config, files, timeline, Arc::clone(&self.end))
-            .map_err(|error| chain(&error))?;
+        let machine = Machine::new(&config, files, timeline, Arc::clone(&self.end));
+        self.run_machine(machine, config)
+    }
+
+    fn restore(&mut self, config: BootConfig, fds: Vec<OwnedFd>) -> Result<Response, String> {
+        if self.machine.is_some() {
+            return Err("the machine has been booted already".into());
+        }
+        let Ok([kvm, template]) = <[OwnedFd; 2]>::try_from(fds) else {
+            return Err("restore takes two descriptors".into());
+        };
+        self.timeline.mark("restore requested");
+        let timeline = Arc::clone(&self.timeline);
+        let end = Arc::clone(&self.end);
+        let machine = Machine::restore(&config, kvm, template, timeline, end);
+        self.run_machine(machine, config)
+    }
+
+    fn run_machine(
+        &mut self,
+        machine: Result<Machine, MachineError>,
+        config: BootConfig,
+    ) -> Result<Response, String> {
+        let mut machine = machine.map_err(|error| chain(&error))?;
         machine.start().map_err(|error| chain(&error))?;
+        if let Some(prepared) = machine.prepared() {
+            let prepared = prepared.try_clone().map_err(|error| chain(&error))?;
+            self.events.add_subscriber(Box::new(WatchTemplate {
+                prepared,
+                ready: Arc::clone(&self.ready),
+            }));
+        }
         self.machine = Some((machine, config));
         self.state = VmState::Running;
         Ok(Response::Ok)
+    }
+
+    /// Saves the template and lets the guest go on, whatever came of it. The guest stands where only a template can be of interest.
+    fn save_template(&mut self) {
+        let Some((machine, config)) = &mut self.machine else {
+            return;
+        };
+        let saved = machine
+            .pause()
+            .and_then(|()| machine.save_template(config))
+            .map_err(|error| chain(&error));
+        self.timeline.mark("template saved");
+        match &saved {
+            Ok(()) => info!("a template is saved"),
+            Err(error) => warn!("no template is saved: {error}"),
+        }
+        if self.state == VmState::Running {
+            machine.resume();
+        }
+        machine.release();
+        let event = Event::Template { error: saved.err() };
+        // The next thing that the event loop sees is that the peer is gone.
+        let _ = socket::send_message(&*self.socket, &Message::Event(event));
     }
 
     fn pause(&mut self) -> Result<Response, String> {
@@ -243,6 +297,26 @@ impl Server {
 }
 
 const NOT_BOOTED: &str = "the machine has not been booted";
+
+/// Notes for [`Server::run`] that the guest stands where a template is to be saved.
+struct WatchTemplate {
+    prepared: EventFd,
+    ready: Arc<Mutex<Ready>>,
+}
+
+impl MutEventSubscriber for WatchTemplate {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&self.prepared, EventSet::IN)) {
+            error!("cannot watch for the guest's preparation: {error}");
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        lock(&self.ready).template = true;
+        // It comes once.
+        let _ = ops.remove(events);
+    }
+}
 
 /// Watches the control socket and the end, and notes what is ready for [`Server::run`].
 struct Watch {

@@ -7,13 +7,14 @@
 use std::fmt::Write as _;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use tracing::debug;
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use crate::boot;
@@ -24,6 +25,7 @@ use crate::end::EndSignal;
 use crate::sync::lock;
 use crate::thread::{self, Kind};
 use crate::timeline::Timeline;
+use crate::vcpu_state::{StateError, VcpuState};
 
 /// Most vCPUs of a machine.
 pub const MAX_VCPUS: u8 = 32;
@@ -54,6 +56,15 @@ pub enum VcpuError {
     /// KVM took fewer MSRs than given.
     #[error("vCPU {0}: KVM refused an MSR")]
     Msr(u8),
+    /// Its state could not be saved or restored.
+    #[error("vCPU {vcpu}")]
+    State {
+        /// Which vCPU.
+        vcpu: u8,
+        /// Cause.
+        #[source]
+        source: StateError,
+    },
     /// More CPUID entries than KVM takes.
     #[error("too many CPUID entries")]
     Cpuid,
@@ -145,10 +156,25 @@ enum Target {
     Stop,
 }
 
+/// What the owner wants of the threads, and what they have done.
+struct State {
+    target: Target,
+    /// Whether they are to stand still for a template, whatever the target.
+    held: bool,
+    /// The MSRs to save of each vCPU that stands still.
+    save: Option<Arc<[u32]>>,
+    /// Of each thread, whether it stands still.
+    parked: Vec<bool>,
+    /// Of each thread, what it has saved.
+    saved: Vec<Option<Result<VcpuState, StateError>>>,
+}
+
 /// Shared between the threads of a set and its owner.
 struct Shared {
-    target: Mutex<(Target, Vec<bool>)>,
+    state: Mutex<State>,
     changed: Condvar,
+    /// Told when the guest is where a template is to be saved; taken by the first to come there.
+    prepared: Mutex<Option<EventFd>>,
     bus: Arc<Bus>,
     end: Arc<EndSignal>,
     timeline: Arc<Timeline>,
@@ -182,18 +208,27 @@ impl Kick {
 }
 
 impl VcpuSet {
-    /// Starts a thread for each vCPU; they run at once.
+    /// Starts a thread for each vCPU; they run at once. With `prepared` they stop when the guest says that it is prepared, that event is
+    /// given, and [`Self::release`] lets them go on.
     pub fn start(
         vcpus: Vec<VcpuFd>,
         bus: Arc<Bus>,
         end: Arc<EndSignal>,
         timeline: Arc<Timeline>,
+        prepared: Option<EventFd>,
     ) -> Result<Self, VcpuError> {
         install_kick_handler()?;
         let mut set = Self {
             shared: Arc::new(Shared {
-                target: Mutex::new((Target::Run, vec![false; vcpus.len()])),
+                state: Mutex::new(State {
+                    target: Target::Run,
+                    held: false,
+                    save: None,
+                    parked: vec![false; vcpus.len()],
+                    saved: vcpus.iter().map(|_| None).collect(),
+                }),
                 changed: Condvar::new(),
+                prepared: Mutex::new(prepared),
                 bus,
                 end,
                 timeline,
@@ -230,25 +265,57 @@ impl VcpuSet {
 
     /// Lets the vCPUs run again.
     pub fn resume(&self) {
-        lock(&self.shared.target).0 = Target::Run;
+        lock(&self.shared.state).target = Target::Run;
+        self.shared.changed.notify_all();
+    }
+
+    /// What each vCPU is at, with these MSRs. They must stand still, and go on doing so.
+    pub fn save(&self, msrs: &[u32]) -> Result<Vec<VcpuState>, VcpuError> {
+        lock(&self.shared.state).save = Some(msrs.into());
+        self.shared.changed.notify_all();
+        let mut state = self.wait_for_all(|state, id| state.saved[id].is_some())?;
+        state.save = None;
+        let saved = state.saved.iter_mut().map(Option::take).enumerate();
+        let saved: Result<Vec<_>, _> = saved
+            .filter_map(|(id, saved)| Some((id as u8, saved?)))
+            .map(|(vcpu, saved)| saved.map_err(|source| VcpuError::State { vcpu, source }))
+            .collect();
+        saved
+    }
+
+    /// Lets vCPUs go on that stand where a template was to be saved.
+    pub fn release(&self) {
+        lock(&self.shared.state).held = false;
         self.shared.changed.notify_all();
     }
 
     fn set_target(&self, target: Target) -> Result<(), VcpuError> {
-        let mut state = lock(&self.shared.target);
-        state.0 = target;
+        let mut state = lock(&self.shared.state);
+        state.target = target;
         self.shared.changed.notify_all();
         for (kick, thread) in &self.threads {
             kick.set(1);
             // Fails only for a thread that has ended, which stands still.
             let _ = thread.kill(SIGRTMIN());
         }
+        drop(state);
+        self.wait_for_all(|state, id| state.parked[id]).map(drop)
+    }
+
+    /// Waits until something is true of every vCPU.
+    fn wait_for_all(
+        &self,
+        is_done: impl Fn(&State, usize) -> bool,
+    ) -> Result<MutexGuard<'_, State>, VcpuError> {
+        let mut state = lock(&self.shared.state);
         let limit = Instant::now() + STOP_LIMIT;
         loop {
-            let running = state.1.iter().filter(|parked| !**parked).count();
+            let running = (0..self.threads.len())
+                .filter(|id| !is_done(&state, *id))
+                .count();
             let left = limit.saturating_duration_since(Instant::now());
             if running == 0 {
-                return Ok(());
+                return Ok(state);
             }
             if left.is_zero() {
                 return Err(VcpuError::Stuck(running));
@@ -335,10 +402,8 @@ impl Vcpu {
             }
         }
         debug!("vCPU {} ends; exits: {:?}", self.id, self.exits);
-        let mut state = lock(&self.shared.target);
-        state.1[usize::from(self.id)] = true;
+        lock(&self.shared.state).parked[usize::from(self.id)] = true;
         self.shared.changed.notify_all();
-        drop(state);
         self.fd
     }
 
@@ -374,6 +439,7 @@ impl Vcpu {
                     Outcome::Reset => {
                         return Next::End(exit_code::RESET, "the guest reset itself".into());
                     }
+                    Outcome::Prepared => self.hold(),
                 }
             }
             VcpuExit::MmioRead(address, data) => {
@@ -421,25 +487,47 @@ impl Vcpu {
         Next::Run
     }
 
+    /// The guest is where a template is saved, if one is wanted and this is the first time: stops as soon as KVM has completed the
+    /// instruction that said so.
+    fn hold(&self) {
+        let Some(prepared) = lock(&self.shared.prepared).take() else {
+            return;
+        };
+        lock(&self.shared.state).held = true;
+        self.kick.set(1);
+        // A new event's counter is not full.
+        let _ = prepared.write(1);
+    }
+
     /// Waits while the target is not `Run`. Returns the new target.
     fn park(&self) -> Target {
         let me = usize::from(self.id);
-        let mut state = lock(&self.shared.target);
+        let mut state = lock(&self.shared.state);
         loop {
-            match state.0 {
-                Target::Run => {
+            match state.target {
+                Target::Run if !state.held => {
                     // Under the lock: a later `pause` sets it again.
                     self.kick.set(0);
-                    state.1[me] = false;
+                    state.parked[me] = false;
                     return Target::Run;
                 }
                 Target::Stop => return Target::Stop,
-                Target::Pause => {
-                    if !state.1[me] {
-                        state.1[me] = true;
+                Target::Pause | Target::Run => {
+                    if !state.parked[me] {
+                        state.parked[me] = true;
                         self.shared.changed.notify_all();
                     }
                 }
+            }
+            if let Some(msrs) = state.save.clone()
+                && state.saved[me].is_none()
+            {
+                drop(state);
+                let saved = VcpuState::save(&self.fd, &msrs);
+                state = lock(&self.shared.state);
+                state.saved[me] = Some(saved);
+                self.shared.changed.notify_all();
+                continue;
             }
             state = self
                 .shared

@@ -62,7 +62,10 @@ impl Vmm {
         stderr.read_to_string(&mut log).unwrap();
         let Event::Ended {
             exit_code, reason, ..
-        } = self.client.next_event().unwrap();
+        } = self.client.next_event().unwrap()
+        else {
+            panic!("another event than the end");
+        };
         let status = self.process.wait().unwrap();
         assert_eq!(status.code(), Some(exit_code), "{log}");
         (reason, exit_code, log)

@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_protocol::{CONTROL_PORT, SHARE_TAG};
+use bulkhead_protocol::{CONTROL_PORT, SHARE_TAG, STEP_PREPARED};
 use bulkhead_vmm::control::{BootConfig, Request, ShareConfig};
 use thiserror::Error;
 use tokio::net::UnixListener;
@@ -16,10 +16,12 @@ use tokio::sync::watch;
 
 use super::{Sandbox, SandboxError};
 use crate::agent::{Agent, AgentError};
+use crate::config::Config;
 use crate::preflight::{self, GuestFiles};
 use crate::share::Share;
 use crate::sizing::Size;
 use crate::sock;
+use crate::template::{Template, Trial};
 use crate::timeline::{self, TimelineEntry};
 use crate::vmm::{Ended, Vmm, VmmError};
 
@@ -134,13 +136,17 @@ impl Machine {
             .then(|| serial_output(sandbox.debug_file("console")))
             .transpose();
         let serial = serial.map_err(|e| BootError::File(format!("the console's log: {e}")))?;
-        let (request, fds) = boot_request(sandbox, size, cmdline, &share, files, serial);
+        let start = Start {
+            config: boot_config(sandbox, size, cmdline, &share, serial.is_some()),
+            files,
+            serial,
+        };
         let (sender, ready) = watch::channel(None);
         tokio::spawn({
             let (sandbox, vmm) = (sandbox.clone(), vmm.clone());
             async move {
                 let deadline = sandbox.config().boot_timeout;
-                let boot = bring_up(&sandbox, &vmm, request, fds, listener, port);
+                let boot = bring_up(&sandbox, &vmm, start, listener, port);
                 let result = tokio::select! {
                     result = tokio::time::timeout(deadline, boot) => {
                         result.unwrap_or(Err(BootError::Timeout(deadline)))
@@ -212,12 +218,11 @@ async fn last_word(vmm: &Vmm) -> Option<Ended> {
 async fn bring_up(
     sandbox: &Sandbox,
     vmm: &Vmm,
-    request: Request,
-    fds: Vec<OwnedFd>,
+    start: Start,
     listener: UnixListener,
     port: PathBuf,
 ) -> Result<Agent, BootError> {
-    vmm.order(request, fds).await?;
+    let trial = start.go(sandbox, vmm).await?;
     sandbox.timeline.mark("server: vCPUs run");
     let (stream, _) = listener
         .accept()
@@ -234,26 +239,102 @@ async fn bring_up(
         greeted => greeted?,
     };
     sandbox.timeline.mark("server: agent greeted");
-    let guest = hello.timeline.iter().take(64).map(|entry| TimelineEntry {
+    let steps = hello.timeline.iter().take(64).map(|entry| TimelineEntry {
         name: entry.name.chars().take(64).collect(),
         at_ns: entry.at_ns,
     });
+    // What comes before is of the guest that the template was saved of.
+    let of_template = |step: &TimelineEntry| trial.is_some() && step.name != STEP_PREPARED;
+    let guest = steps.skip_while(of_template);
     sandbox.timeline.merge(timeline::Record {
         entries: vec![],
         guest: guest.collect(),
     });
+    if let Some(trial) = trial {
+        trial.pass();
+    }
     Ok(agent)
 }
 
-fn boot_request(
+/// What a machine is made of.
+struct Start {
+    config: BootConfig,
+    files: GuestFiles,
+    serial: Option<OwnedFd>,
+}
+
+impl Start {
+    /// Starts the machine from a template, which is then on trial, or else by booting it, which may leave a template.
+    async fn go(self, sandbox: &Sandbox, vmm: &Vmm) -> Result<Option<Trial>, BootError> {
+        let template = self.template(sandbox.config());
+        if let Some(template) = &template
+            && let Some(file) = tell_of(template.open()).flatten()
+            && let Some(kvm) = tell_of(self.files.kvm.try_clone())
+        {
+            let request = Request::Restore(self.config.clone());
+            let trial = Trial::new(template.clone());
+            match vmm.order(request, vec![kvm, file.into()]).await {
+                Ok(()) => return Ok(Some(trial)),
+                Err(VmmError::Refused(message)) => {
+                    tracing::info!("a template is of no use, so the guest boots: {message}");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.boot(vmm, template).await?;
+        Ok(None)
+    }
+
+    /// Where the template of such machines is. Debugging shows a boot, and arguments of the user's own are for one machine alone.
+    fn template(&self, config: &Config) -> Option<Template> {
+        if self.config.serial || !self.config.cmdline.is_empty() {
+            return None;
+        }
+        tell_of(Template::of(config, &self.config)).flatten()
+    }
+
+    async fn boot(self, vmm: &Vmm, template: Option<Template>) -> Result<(), BootError> {
+        let mut config = self.config;
+        let mut fds = vec![self.files.kvm, self.files.kernel, self.files.initramfs];
+        fds.extend(self.serial);
+        let unfinished = template.and_then(|template| tell_of(template.create()).flatten());
+        if let Some(unfinished) = &unfinished {
+            let file = unfinished.file().try_clone();
+            fds.push(
+                file.map_err(|e| BootError::File(format!("a template: {e}")))?
+                    .into(),
+            );
+            config.save_template = true;
+        }
+        let saved = vmm.template_saved();
+        vmm.order(Request::Boot(config), fds).await?;
+        if let Some(unfinished) = unfinished {
+            tokio::spawn(async move {
+                match saved.await {
+                    Ok(()) => drop(tell_of(unfinished.keep())),
+                    Err(message) => tracing::info!("no template: {message}"),
+                }
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Templates save time, and without them guests still start: what is wrong with them is for the log.
+fn tell_of<T>(result: io::Result<T>) -> Option<T> {
+    result
+        .inspect_err(|error| tracing::info!("no template: {error}"))
+        .ok()
+}
+
+fn boot_config(
     sandbox: &Sandbox,
     size: Size,
     cmdline: String,
     share: &Share,
-    files: GuestFiles,
-    serial: Option<OwnedFd>,
-) -> (Request, Vec<OwnedFd>) {
-    let config = BootConfig {
+    serial: bool,
+) -> BootConfig {
+    BootConfig {
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
         cmdline,
@@ -270,11 +351,9 @@ fn boot_request(
             queues: size.vcpus.clamp(1, MAX_SHARE_QUEUES),
         }),
         spare_slots: 0,
-        serial: serial.is_some(),
-    };
-    let mut fds = vec![files.kvm, files.kernel, files.initramfs];
-    fds.extend(serial);
-    (Request::Boot(config), fds)
+        serial,
+        save_template: false,
+    }
 }
 
 /// Where the serial console goes: a file of its own, or this process's standard error.

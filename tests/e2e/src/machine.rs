@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
-use bulkhead_vmm::client::{Client, VmmProcess};
+use bulkhead_vmm::client::{Client, ClientError, VmmProcess};
 use bulkhead_vmm::control::{BootConfig, Event};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
@@ -22,6 +22,8 @@ pub struct Machine {
     pub client: Client,
     /// What the guest writes to its serial port.
     pub serial: BufReader<std::io::PipeReader>,
+    /// Where its template is to be saved.
+    template: Option<File>,
     folder: TempDir,
 }
 
@@ -48,6 +50,7 @@ pub fn config() -> BootConfig {
         share: None,
         spare_slots: 0,
         serial: true,
+        save_template: false,
     }
 }
 
@@ -69,6 +72,7 @@ impl Machine {
             process: vmm.child,
             client: Client::new(vmm.socket),
             serial: BufReader::new(serial),
+            template: None,
             folder: tempfile::Builder::new()
                 .prefix("machine")
                 .tempdir()
@@ -111,19 +115,52 @@ impl Machine {
         );
     }
 
+    /// Boots the probe in a mode in which it says that it is prepared, and waits for the template that is saved of it.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn template_of_probe(&mut self, mode: &str, config: BootConfig) -> File {
+        let template = tempfile::tempfile().unwrap();
+        self.template = Some(template.try_clone().unwrap());
+        let config = BootConfig {
+            save_template: true,
+            ..config
+        };
+        self.boot_probe(mode, config);
+        match self.client.next_event().unwrap() {
+            Event::Template { error: None } => template,
+            other => panic!("no template: {other:?}"),
+        }
+    }
+
+    /// Starts the machine from a template of the probe in the mode that it knows by this name.
+    ///
+    /// # Errors
+    /// When the VMM refuses.
+    pub fn restore_probe(
+        &mut self,
+        mode: &str,
+        mut config: BootConfig,
+        template: &File,
+    ) -> Result<(), ClientError> {
+        config.cmdline = format!("{} probe={mode}", config.cmdline);
+        config.vsock_path = self.vsock_path();
+        self.client
+            .restore(config, &[kvm().as_fd(), template.as_fd()])
+    }
+
     fn boot(&mut self, mut config: BootConfig, initramfs: &File) {
         config.vsock_path = self.vsock_path();
-        let kvm = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-            .unwrap();
+        let kvm = kvm();
         let kernel = File::open(dist().join("lib/bulkhead/vmlinux")).unwrap();
         let (serial, serial_end) = std::io::pipe().unwrap();
         self.serial = BufReader::new(serial);
         let mut fds = vec![kvm.as_fd(), kernel.as_fd(), initramfs.as_fd()];
         if config.serial {
             fds.push(serial_end.as_fd());
+        }
+        if let Some(template) = &self.template {
+            fds.push(template.as_fd());
         }
         self.client.boot(config, &fds).unwrap();
     }
@@ -212,7 +249,10 @@ impl Machine {
         let status = self.process.wait().unwrap();
         let Event::Ended {
             exit_code, reason, ..
-        } = self.client.next_event().unwrap();
+        } = self.client.next_event().unwrap()
+        else {
+            panic!("another event than the end");
+        };
         assert_eq!(status.code(), Some(exit_code), "log: {log}");
         MachineEnd {
             exit_code,
@@ -221,6 +261,14 @@ impl Machine {
             serial: String::from_utf8_lossy(&serial).into_owned(),
         }
     }
+}
+
+fn kvm() -> File {
+    File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .unwrap()
 }
 
 impl Drop for Machine {

@@ -41,6 +41,12 @@ const VMM: [&str; 12] = [
     "vmm: ended",
 ];
 
+/// The steps that it has besides when the guest leaves a template.
+const SAVING: [&str; 2] = ["vmm: agent prepared", "vmm: template saved"];
+
+/// The steps that it has in place of some when the guest is made from a template.
+const RESTORING: [&str; 2] = ["vmm: restore requested", "vmm: template mapped"];
+
 /// The steps of the server at which it has a guest.
 const SERVER: [&str; 12] = [
     "server: agent called",
@@ -106,11 +112,17 @@ struct Sandbox {
     bundle: Bundle,
     id: String,
     files: TempDir,
+    /// Where its templates are; there are none without.
+    templates: Option<PathBuf>,
     fault: Fault,
 }
 
 impl Sandbox {
     fn new(fault: Fault) -> Self {
+        Self::with_templates(fault, None)
+    }
+
+    fn with_templates(fault: Fault, templates: Option<&Path>) -> Self {
         // Who stands for the container is to be ours to wait for.
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let mut bundle = Bundle::busybox(&["sleep", "1000"]);
@@ -119,10 +131,15 @@ impl Sandbox {
             bundle.config["annotations"] = json!({"io.bulkhead.kernel_arguments": word});
         }
         bundle.write();
+        let files = tempfile::tempdir().unwrap();
+        let folder = templates.unwrap_or(Path::new("")).display();
+        let config = format!("template_directory = \"{folder}\"");
+        fs::write(files.path().join("config.toml"), config).unwrap();
         Self {
             bundle,
             id: fresh_id(),
-            files: tempfile::tempdir().unwrap(),
+            files,
+            templates: templates.map(Path::to_owned),
             fault,
         }
     }
@@ -139,6 +156,7 @@ impl Sandbox {
     fn run(&self, before: &[&str], after: &[&str], fault: Option<&str>) -> Ended {
         let mut command = Command::new("timeout");
         command.args(["-k", "5", LIMIT_S]).arg(bulkhead());
+        command.env("BULKHEAD_CONFIG", self.file("config.toml"));
         command.args(before);
         if before == ["create"] {
             command.arg("--bundle").arg(self.bundle.path());
@@ -239,6 +257,14 @@ impl Sandbox {
         if let Fault::Host(step, _) = self.fault {
             assert_eq!(self.read("fault").lines().next(), Some(step));
         }
+        for file in self
+            .templates
+            .iter()
+            .flat_map(|path| fs::read_dir(path).unwrap())
+        {
+            let name = file.unwrap().file_name();
+            assert!(!name.to_string_lossy().contains("unfinished"), "{name:?}");
+        }
         reap_all();
         drop(self);
         host.assert_nothing_new();
@@ -260,6 +286,30 @@ fn a_vmm_that_is_killed_at_any_of_its_steps_leaves_nothing() {
         let failed = check(Fault::Host(step, 0));
         let late = ["vmm: shutdown requested", "vmm: ended"].contains(&step);
         assert_eq!(failed.is_empty(), late, "{step}: {failed:?}");
+    }
+}
+
+#[test]
+fn a_vmm_that_is_killed_while_it_saves_a_template_or_uses_one_leaves_nothing_but_a_good_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let count = || fs::read_dir(folder.path()).unwrap().count();
+    let life = |step, command: usize| {
+        let host = Host::now();
+        let fault = Fault::Host(step, command);
+        let sandbox = Sandbox::with_templates(fault, Some(folder.path()));
+        let failed = sandbox.live();
+        sandbox.end(&host);
+        failed
+    };
+    for step in SAVING {
+        assert_eq!(life(step, 0), ["create"], "{step}");
+        assert_eq!(count(), 0, "{step}");
+    }
+    for step in RESTORING {
+        assert!(life("vmm: ended", 0).is_empty());
+        assert_eq!(count(), 1, "a whole life leaves a template");
+        assert_eq!(life(step, 0), ["create"], "{step}");
+        assert_eq!(count(), 0, "{step}: a template that may be to blame stays");
     }
 }
 

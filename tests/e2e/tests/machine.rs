@@ -308,6 +308,115 @@ fn a_slow_reader_slows_the_vsock_writer_and_nothing_is_lost() {
     assert_eq!(machine.wait().exit_code, exit_code::POWER_OFF);
 }
 
+/// The value of a line `probe: KEY=VALUE` that the probe has written to the virtio console.
+fn logged<'a>(log: &'a str, key: &str) -> &'a str {
+    let prefix = format!("probe: {key}=");
+    log.lines()
+        .find_map(|line| line.split_once(&prefix))
+        .unwrap_or_else(|| panic!("no {key} in: {log}"))
+        .1
+}
+
+#[test]
+fn guests_made_from_a_template_go_on_where_it_was_saved() {
+    let host = Host::now();
+    let config = BootConfig {
+        vcpus: 3,
+        serial: false,
+        ..config()
+    };
+    let mut first = Machine::spawn();
+    let listener = first.listen(DIAL_PORT);
+    let template = first.template_of_probe("prepared", config.clone());
+    let mut machines = vec![(first, listener)];
+    for _ in 0..2 {
+        let mut machine = Machine::spawn();
+        let listener = machine.listen(DIAL_PORT);
+        machine
+            .restore_probe("prepared", config.clone(), &template)
+            .unwrap();
+        machines.push((machine, listener));
+    }
+    let mut randoms = Vec::new();
+    for (number, (mut machine, listener)) in machines.into_iter().enumerate() {
+        let mut stream = machine.accept(&listener);
+        let mut call = String::new();
+        stream.read_to_string(&mut call).unwrap();
+        assert_eq!(call, "call");
+        write!(stream, "number {number}").unwrap();
+        drop(stream);
+        let end = machine.wait();
+        assert_eq!(end.exit_code, exit_code::POWER_OFF, "{end:#?}");
+        assert_eq!(logged(&end.log, "ran"), "[0, 1, 2]");
+        assert_eq!(logged(&end.log, "answer"), format!("number {number}"));
+        // The time between the template and its guests is none of theirs.
+        let since: u64 = logged(&end.log, "since").parse().unwrap();
+        assert!(since < 30_000, "{since} ms");
+        randoms.push(logged(&end.log, "random").to_owned());
+    }
+    randoms.sort();
+    randoms.dedup();
+    assert_eq!(randoms.len(), 3, "guests with the same random numbers");
+    host.assert_nothing_new();
+}
+
+#[test]
+fn a_template_of_another_machine_or_a_damaged_one_is_refused_and_the_machine_still_boots() {
+    let config = BootConfig {
+        serial: false,
+        ..config()
+    };
+    let mut machine = Machine::spawn();
+    let template = machine.template_of_probe("prepared", config.clone());
+    machine.client.shutdown().unwrap();
+    let length = template.metadata().unwrap().len();
+    let mut machine = Machine::spawn();
+    let mut refused = |mode: &str, config: &BootConfig, what: &str| {
+        let refusal = machine.restore_probe(mode, config.clone(), &template);
+        let message = refusal.unwrap_err().to_string();
+        assert!(message.contains(what), "{message}");
+    };
+    refused("power-off", &config, "cmdline differs");
+    for (other, what) in [
+        (
+            BootConfig {
+                vcpus: 2,
+                ..config.clone()
+            },
+            "vcpus differs",
+        ),
+        (
+            BootConfig {
+                spare_slots: 1,
+                ..config.clone()
+            },
+            "spare_slots differs",
+        ),
+        (
+            BootConfig {
+                memory_mib: 256,
+                ..config.clone()
+            },
+            "damaged",
+        ),
+        (
+            BootConfig {
+                memory_mib: 64,
+                ..config.clone()
+            },
+            "damaged",
+        ),
+    ] {
+        refused("prepared", &other, what);
+    }
+    template.set_len(length - 1).unwrap();
+    refused("prepared", &config, "not one of this version's");
+    template.set_len(128 << 20).unwrap();
+    refused("prepared", &config, "damaged");
+    machine.boot_probe("power-off", config);
+    assert_eq!(machine.wait().exit_code, exit_code::POWER_OFF);
+}
+
 /// Boots the agent and returns the connection that it opens when it is ready.
 fn boot_agent(config: BootConfig) -> (Machine, UnixStream) {
     let mut machine = Machine::spawn();

@@ -9,7 +9,9 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
@@ -53,8 +55,29 @@ pub const USED_BUFFERS: u32 = VIRTIO_MMIO_INT_VRING;
 /// Room for a device's configuration space.
 pub const CONFIG_LEN: usize = layout::VIRTIO_MMIO_SIZE as usize - VIRTIO_MMIO_CONFIG as usize;
 
+/// Why a device can't go on where a template's stood.
+#[derive(Debug, thiserror::Error)]
+pub enum CarryOnError {
+    /// The template has another one in the slot.
+    #[error("the template's device is not a {0} as this machine's")]
+    WrongDevice(&'static str),
+    /// It could not be started; the log says why.
+    #[error("the {0} device did not start again")]
+    NotStarted(&'static str),
+}
+
+/// How far driver and device have come with their rings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rings {
+    /// At the start, both.
+    New,
+    /// The device has used all buffers that it has taken.
+    Used,
+}
+
 /// What the driver has said about one queue.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct QueueConfig {
     max_size: u16,
     size: u32,
@@ -75,6 +98,21 @@ impl QueueConfig {
             used_ring: 0,
         }
     }
+}
+
+/// What the driver of a device in a template has said to it, and what it was told.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TransportState {
+    device_type: u32,
+    status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    queue_select: u32,
+    queues: Vec<QueueConfig>,
+    interrupt_status: u32,
+    config_generation: u32,
 }
 
 /// A slot with a device.
@@ -313,7 +351,7 @@ impl Transport {
         }
         self.status = target;
         if added & DRIVER_OK != 0 {
-            self.activate();
+            self.activate(Rings::New);
         }
     }
 
@@ -323,9 +361,59 @@ impl Transport {
             && self.driver_features & !self.offered_features() == 0
     }
 
-    /// DRIVER_OK: freezes the queues and starts the device.
-    fn activate(&mut self) {
-        let queues = match self.frozen_queues() {
+    /// Stops the device with all that it has been asked done: from now on nothing of it touches guest memory. The guest must stand still.
+    /// [`Self::carry_on`] starts it again.
+    pub fn stand_still(&mut self) -> TransportState {
+        if self.active {
+            self.device.reset();
+            self.active = false;
+        }
+        TransportState {
+            device_type: self.device.device_type(),
+            status: self.status,
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            driver_features: self.driver_features,
+            queue_select: self.queue_select,
+            queues: self.queues.clone(),
+            interrupt_status: self.registers.get(VIRTIO_MMIO_INTERRUPT_STATUS),
+            config_generation: self.registers.get(VIRTIO_MMIO_CONFIG_GENERATION),
+        }
+    }
+
+    /// Starts the device again where [`Self::stand_still`] stopped it, or another one of its kind.
+    pub fn carry_on(&mut self, state: &TransportState) -> Result<(), CarryOnError> {
+        let sizes = state.queues.iter().map(|queue| queue.max_size);
+        if state.device_type != self.device.device_type()
+            || !sizes.eq(self.device.queue_sizes().iter().copied())
+        {
+            return Err(CarryOnError::WrongDevice(self.name()));
+        }
+        self.status = state.status;
+        self.device_features_select = state.device_features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.driver_features = state.driver_features;
+        self.queue_select = state.queue_select;
+        self.queues.clone_from(&state.queues);
+        self.registers
+            .set(VIRTIO_MMIO_INTERRUPT_STATUS, state.interrupt_status);
+        self.registers
+            .set(VIRTIO_MMIO_CONFIG_GENERATION, state.config_generation);
+        if state.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK {
+            self.activate(Rings::Used);
+            if !self.active {
+                return Err(CarryOnError::NotStarted(self.name()));
+            }
+            // An interrupt may have been on its way when the guest was stopped; one too many does no harm.
+            self.interrupt.signal_used_buffers();
+        }
+        self.show_state();
+        Ok(())
+    }
+
+    /// Starts the device with its queues as they are from now on.
+    fn activate(&mut self, rings: Rings) {
+        let queues = match self.frozen_queues(rings) {
             Ok(queues) => queues,
             Err(problem) => {
                 warn!("virtio {}: {problem}", self.name());
@@ -347,14 +435,14 @@ impl Transport {
     }
 
     /// The queues as the device gets them, each one checked.
-    fn frozen_queues(&self) -> Result<Vec<ActiveQueue>, String> {
+    fn frozen_queues(&self, rings: Rings) -> Result<Vec<ActiveQueue>, String> {
         self.queues
             .iter()
             .zip(&self.kicks)
             .enumerate()
             .map(|(index, (config, kick))| {
                 let queue = self
-                    .frozen_queue(config)
+                    .frozen_queue(config, rings)
                     .map_err(|problem| format!("queue {index}: {problem}"))?;
                 let kick = kick
                     .try_clone()
@@ -364,7 +452,7 @@ impl Transport {
             .collect()
     }
 
-    fn frozen_queue(&self, config: &QueueConfig) -> Result<Queue, &'static str> {
+    fn frozen_queue(&self, config: &QueueConfig, rings: Rings) -> Result<Queue, &'static str> {
         let mut queue = Queue::new(config.max_size).map_err(|_| "bad maximal size")?;
         if !config.ready {
             return Ok(queue);
@@ -392,6 +480,15 @@ impl Transport {
             .map_err(|_| "misaligned")?;
         queue.set_event_idx(self.driver_features & EVENT_IDX != 0);
         queue.set_ready(true);
+        if rings == Rings::Used {
+            // Nothing is half done, so the device goes on after the last buffer that it has used.
+            let done = queue
+                .used_idx(&*memory, Ordering::Acquire)
+                .map_err(|_| "outside of guest memory")?
+                .0;
+            queue.set_next_avail(done);
+            queue.set_next_used(done);
+        }
         Ok(queue)
     }
 

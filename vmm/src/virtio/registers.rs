@@ -89,7 +89,6 @@ impl SlotRegisters {
     }
 
     /// What the driver loads.
-    #[cfg(test)]
     pub fn get(&self, offset: u32) -> u32 {
         self.register(offset)
             .map_or(0, |register| u32::from_le(register.load(Ordering::Acquire)))

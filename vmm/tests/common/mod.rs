@@ -65,6 +65,7 @@ pub fn files(code: &[u8]) -> BootFiles {
         kernel: kernel(code),
         initramfs: file(b"initramfs"),
         serial: None,
+        template: None,
     }
 }
 
@@ -78,6 +79,7 @@ pub fn config(folder: &TempDir) -> BootConfig {
         share: None,
         spare_slots: 1,
         serial: false,
+        save_template: false,
     }
 }
 

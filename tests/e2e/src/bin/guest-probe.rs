@@ -7,9 +7,11 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use bulkhead_protocol::{BOOT_MARK_INIT, BOOT_MARK_PORT, BOOT_MARK_READY, POWER_OFF_PORT};
+use bulkhead_protocol::{
+    BOOT_MARK_INIT, BOOT_MARK_PORT, BOOT_MARK_PREPARED, BOOT_MARK_READY, POWER_OFF_PORT,
+};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
@@ -47,6 +49,7 @@ fn main() {
         "panic" => panic!("as told"),
         "report" => report(),
         "vsock" => vsock(),
+        "prepared" => prepared(),
         "idle" => {
             println!("probe: idle");
             std::thread::park();
@@ -117,6 +120,40 @@ fn report() {
             .write_all(b"hello from the virtio console\n")
             .unwrap();
     }
+}
+
+/// Says that it is prepared, where guests made from a template begin, and then what has become of clocks, processors and devices.
+fn prepared() {
+    let before = Instant::now();
+    write_port(BOOT_MARK_PORT, BOOT_MARK_PREPARED);
+    println!("probe: since={}", before.elapsed().as_millis());
+    let cpus = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN);
+    let ran: Vec<_> = (0..cpus.unwrap().unwrap_or(1) as usize)
+        .map(|cpu| std::thread::spawn(move || run_on(cpu)).join().unwrap())
+        .collect();
+    println!("probe: ran={ran:?}");
+    let mut random = [0; 64];
+    fs::File::open("/dev/hwrng")
+        .unwrap()
+        .read_exact(&mut random)
+        .unwrap();
+    println!("probe: random={random:x?}");
+    let mut stream = dial(DIAL_PORT).unwrap();
+    stream.write_all(b"call").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    println!("probe: answer={answer}");
+}
+
+/// Lets a timer pass on one processor; returns which that was.
+fn run_on(cpu: usize) -> i32 {
+    let mut set = nix::sched::CpuSet::new();
+    set.set(cpu).unwrap();
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    // SAFETY: takes no argument.
+    unsafe { libc::sched_getcpu() }
 }
 
 fn vsock() {
