@@ -76,7 +76,7 @@ impl Bed {
         let server = Path::new(env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2"));
         let vmm = server.with_file_name("examples").join("fake-vmm");
         let config = format!(
-            "kernel = {:?}\ninitramfs = {:?}\nvmm = {vmm:?}\nserver = {server:?}\nruntime_root = {:?}\n{more}",
+            "kernel = {:?}\ninitramfs = {:?}\nvmm = {vmm:?}\nserver = {server:?}\nruntime_root = {:?}\ntemplate_directory = \"\"\n{more}",
             self.path("kernel"),
             self.path("initramfs"),
             self.path("state"),
