@@ -7,6 +7,8 @@ use std::os::fd::AsRawFd;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     Address, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -69,7 +71,7 @@ pub fn create(mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
 }
 
 /// Maps the memory of a guest with `mib` MiB that has, piece after piece, the contents of `file`, which is as long at least and stays
-/// as it is. The pages are the file's until they are written to.
+/// as it is. Its pages are the file's until they are written to; where the file has holes, memory is as in any guest.
 pub fn restore(mib: u64, file: &File) -> Result<GuestMemoryMmap, MemoryError> {
     map(mib, Some(file))
 }
@@ -126,13 +128,18 @@ fn map_aligned(
         libc::munmap(aligned.wrapping_add(length).cast(), HUGE_PAGE - before);
     }
     if let Some((file, offset)) = backing {
-        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let (fd, offset) = (file.as_raw_fd(), offset as libc::off_t);
-        // SAFETY: it replaces what remains of the mapping made above, which nothing uses yet.
-        let mapped = unsafe { libc::mmap(aligned.cast(), length, protection, flags, fd, offset) };
-        if mapped == libc::MAP_FAILED {
-            return Err(MmapRegionError::Mmap(io::Error::last_os_error()));
+        let range = offset..offset + length as u64;
+        for data in data_of(file, range).map_err(MmapRegionError::Mmap)? {
+            let start = aligned.wrapping_add((data.start - offset) as usize);
+            let length = (data.end - data.start) as usize;
+            let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let (fd, offset) = (file.as_raw_fd(), data.start as libc::off_t);
+            // SAFETY: the range is a part of what remains of the mapping made above, which nothing uses yet.
+            let mapped = unsafe { libc::mmap(start.cast(), length, protection, flags, fd, offset) };
+            if mapped == libc::MAP_FAILED {
+                return Err(MmapRegionError::Mmap(io::Error::last_os_error()));
+            }
         }
     }
     // Guest memory is the guest's secret and no help in a core dump of the VMM. A kernel without the advice only dumps more.
@@ -142,6 +149,34 @@ fn map_aligned(
     unsafe { MmapRegionBuilder::new(length).with_raw_mmap_pointer(aligned) }
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .build()
+}
+
+/// Where a file has data within `range`, in whole huge pages: few mappings, and huge pages can back all between them.
+fn data_of(file: &File, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let huge = HUGE_PAGE as u64;
+    let mut found: Vec<Range<u64>> = Vec::new();
+    let mut at = range.start;
+    while at < range.end {
+        let start = match lseek(file, at as i64, Whence::SeekData) {
+            Ok(start) => start as u64,
+            // No more data.
+            Err(Errno::ENXIO) => break,
+            Err(errno) => return Err(errno.into()),
+        };
+        if start >= range.end {
+            break;
+        }
+        // The end of the file is a hole too.
+        let end = lseek(file, start as i64, Whence::SeekHole)? as u64;
+        let start = start - (start - range.start) % huge;
+        let end = range.end.min(end + range.start.wrapping_sub(end) % huge);
+        match found.last_mut() {
+            Some(last) if start <= last.end => last.end = end,
+            _ => found.push(start..end),
+        }
+        at = end;
+    }
+    Ok(found)
 }
 
 /// Asks for huge pages for the whole ones within `range`, which the caller is about to fill anyway. Elsewhere the host's policy decides:
@@ -188,6 +223,52 @@ mod tests {
             pieces(8 << 30),
             [(0, 0xd000_0000), (4 << 30, (8 << 30) - 0xd000_0000)]
         );
+    }
+
+    #[test]
+    fn data_is_found_in_whole_huge_pages() {
+        use std::os::unix::fs::FileExt;
+
+        let mib = 1 << 20;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(20 * mib).unwrap();
+        for offset in [5 * mib, 6 * mib - 1, 12 * mib + 4096, 17 * mib] {
+            file.write_all_at(b"x", offset).unwrap();
+        }
+        let found = |range: Range<u64>| data_of(&file, range).unwrap();
+        let all = [4 * mib..6 * mib, 12 * mib..14 * mib, 16 * mib..18 * mib];
+        assert_eq!(found(0..20 * mib), all);
+        // Counted from the start of the piece.
+        assert_eq!(found(5 * mib..11 * mib), [5 * mib..7 * mib]);
+        assert_eq!(
+            found(16 * mib + 4096..17 * mib + 1),
+            [16 * mib + 4096..17 * mib + 1]
+        );
+        assert!(found(18 * mib..20 * mib).is_empty());
+    }
+
+    #[test]
+    fn a_private_copy_has_the_files_contents_and_does_not_change_them() {
+        use std::os::unix::fs::FileExt;
+        use vm_memory::Bytes;
+
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(b"kernel", 16 << 20).unwrap();
+        let read = |memory: &GuestMemoryMmap, address| {
+            memory.read_obj::<[u8; 6]>(GuestAddress(address)).unwrap()
+        };
+        let memory = restore(64, &file).unwrap();
+        assert_eq!(&read(&memory, 16 << 20), b"kernel");
+        for (address, bytes) in [(16, b"guest1"), (40, b"guest2")] {
+            let address = GuestAddress(address << 20);
+            memory.write_slice(bytes, address).unwrap();
+        }
+        assert_eq!(&read(&memory, 16 << 20), b"guest1");
+        assert_eq!(&read(&memory, 40 << 20), b"guest2");
+        let other = restore(64, &file).unwrap();
+        assert_eq!(&read(&other, 16 << 20), b"kernel");
+        assert_eq!(read(&other, 40 << 20), [0; 6]);
     }
 
     #[test]
