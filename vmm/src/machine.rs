@@ -279,11 +279,12 @@ impl Machine {
         let vm = create_vm(&kvm, &guest_memory, &registers)?;
         timeline.mark("vm created");
         let vcpus = create_vcpus(&kvm, &vm, config.vcpus)?;
+        let wrong = |vcpu| move |source| VcpuError::State { vcpu, source };
+        let tsc = state.vcpus[0].tsc().map_err(wrong(0))?;
+        // SAFETY: every x86-64 processor has the instruction.
+        let offset = tsc.wrapping_sub(unsafe { std::arch::x86_64::_rdtsc() });
         for (id, (vcpu, state)) in vcpus.iter().zip(&state.vcpus).enumerate() {
-            state.restore(vcpu).map_err(|source| VcpuError::State {
-                vcpu: id as u8,
-                source,
-            })?;
+            state.restore(vcpu, offset).map_err(wrong(id as u8))?;
         }
         timeline.mark("vcpus created");
 

@@ -1,12 +1,26 @@
 //! What a vCPU is at, as KVM tells and takes it.
 
 use kvm_bindings::{
-    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_debugregs, kvm_device_attr, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::ioctl::ioctl_with_ref;
 
+/// Requests that kvm-ioctls has for vCPUs of other processors only.
+#[allow(missing_docs)]
+mod request {
+    use kvm_bindings::{KVMIO, kvm_device_attr};
+    use vmm_sys_util::ioctl_iow_nr;
+
+    ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+    ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, KVMIO, 0xe3, kvm_device_attr);
+}
+
+/// The time-stamp counter. Writing it is guesswork for KVM, which takes values within a second of each other for the same, so the offset
+/// from the host's is set in its place.
+const MSR_TSC: u32 = 0x10;
 /// The local APIC's timer: setting it arms the timer by the TSC, so it comes after that.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Nested VMX's capabilities, which a guest without VMX does not have though KVM names them.
@@ -27,6 +41,12 @@ pub enum StateError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// Before Linux 5.16.
+    #[error("this host's KVM can't set the offset of a guest's TSC")]
+    NoTscOffset,
+    /// It has no time-stamp counter.
+    #[error("the vCPU has no TSC")]
+    NoTsc,
     /// KVM takes a register only with another value.
     #[error("KVM refused MSR {0:#x}")]
     Msr(u32),
@@ -54,6 +74,11 @@ impl VcpuState {
     /// Saves a vCPU, with those of the MSRs that it has. KVM must have completed the instruction of its last exit
     /// (Documentation/virt/kvm/api.rst, 5, KVM_EXIT_IO).
     pub fn save(fd: &VcpuFd, msrs: &[u32]) -> Result<Self, StateError> {
+        let attribute = tsc_offset(&0);
+        // SAFETY: `fd` is a vCPU's, and KVM reads the structure's numbers only.
+        if unsafe { ioctl_with_ref(fd, request::KVM_HAS_DEVICE_ATTR(), &attribute) } != 0 {
+            return Err(StateError::NoTscOffset);
+        }
         Ok(Self {
             // First: it makes KVM take in what other vCPUs have sent.
             mp_state: fd.get_mp_state().map_err(kvm("reading the MP state"))?,
@@ -72,8 +97,15 @@ impl VcpuState {
         })
     }
 
-    /// Puts a new vCPU, which has its CPUID already, where the saved one was.
-    pub fn restore(&self, fd: &VcpuFd) -> Result<(), StateError> {
+    /// What the TSC was.
+    pub fn tsc(&self) -> Result<u64, StateError> {
+        let tsc = self.msrs.iter().find(|entry| entry.index == MSR_TSC);
+        tsc.map(|entry| entry.data).ok_or(StateError::NoTsc)
+    }
+
+    /// Puts a new vCPU, which has its CPUID already, where the saved one was. Its TSC is the host's and `offset`, the same for all vCPUs
+    /// of a machine.
+    pub fn restore(&self, fd: &VcpuFd, offset: u64) -> Result<(), StateError> {
         fd.set_mp_state(self.mp_state)
             .map_err(kvm("setting the MP state"))?;
         fd.set_regs(&self.regs)
@@ -94,6 +126,11 @@ impl VcpuState {
             .map_err(kvm("setting the debug registers"))?;
         fd.set_lapic(&self.lapic)
             .map_err(kvm("setting the local APIC"))?;
+        let attribute = tsc_offset(&offset);
+        // SAFETY: `fd` is a vCPU's; KVM reads the structure and the number that it points to, which outlives the call.
+        if unsafe { ioctl_with_ref(fd, request::KVM_SET_DEVICE_ATTR(), &attribute) } != 0 {
+            return Err(StateError::NoTscOffset);
+        }
         restore_msrs(fd, &self.msrs)?;
         fd.set_vcpu_events(&self.events)
             .map_err(kvm("setting the events"))
@@ -125,7 +162,12 @@ fn save_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, StateEr
 
 /// Sets MSRs. KVM refuses to write some that it lets read; those must have the saved value anyway.
 fn restore_msrs(fd: &VcpuFd, saved: &[kvm_msr_entry]) -> Result<(), StateError> {
-    let mut rest = saved;
+    let saved: Vec<_> = saved
+        .iter()
+        .filter(|entry| entry.index != MSR_TSC)
+        .copied()
+        .collect();
+    let mut rest = &saved[..];
     while !rest.is_empty() {
         let msrs = Msrs::from_entries(rest).map_err(|_| StateError::TooMany)?;
         let count = fd.set_msrs(&msrs).map_err(kvm("setting the MSRs"))?;
@@ -138,6 +180,16 @@ fn restore_msrs(fd: &VcpuFd, saved: &[kvm_msr_entry]) -> Result<(), StateError> 
         rest = rest.get(count + 1..).unwrap_or_default();
     }
     Ok(())
+}
+
+/// The attribute of a vCPU that is the offset of its TSC (Documentation/virt/kvm/devices/vcpu.rst, 4.1).
+fn tsc_offset(offset: &u64) -> kvm_device_attr {
+    kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: KVM_VCPU_TSC_OFFSET.into(),
+        addr: std::ptr::from_ref(offset) as u64,
+        flags: 0,
+    }
 }
 
 /// Whether the host's processor is one of AMD's, or of Hygon's.
