@@ -18,6 +18,9 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 /// Leaf with TSC and APIC bus frequency in kHz, as VMware defined it and KVM guests understand it.
 const LEAF_TIMING: u32 = 0x4000_0010;
 
+/// Features of KVM (Documentation/virt/kvm/x86/cpuid.rst): asynchronous page faults, as exits, by interrupt.
+const KVM_ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+
 /// Leaf 1 ECX.
 const ECX1_VMX: u32 = 1 << 5;
 const ECX1_X2APIC: u32 = 1 << 21;
@@ -68,6 +71,9 @@ pub fn common(supported: &CpuId, machine: Machine) -> Vec<kvm_cpuid_entry2> {
             }
             // The performance monitor: none. It costs time at boot and on each entry, and shows the guest its neighbours' traces.
             0xa | 0x8000_0022 => clear(entry),
+            // No page faults told to the guest while the host fetches the page: some of what KVM knows of those is in no state that it
+            // tells, so that a guest made from a template could wait for ever. KVM waits for the page itself.
+            0x4000_0001 => entry.eax &= !KVM_ASYNC_PAGE_FAULTS,
             0x4000_0000 => entry.eax = entry.eax.max(LEAF_TIMING),
             0x8000_0001 => {
                 entry.ecx &=
@@ -186,6 +192,7 @@ mod tests {
             entry(0xb, 0, 1, 2, 0x100, 77),
             entry(0x1f, 0, 1, 2, 0x100, 77),
             entry(0x4000_0000, 0, 0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d),
+            entry(0x4000_0001, 0, 0x0100_7efb, 0, 0, 0),
             entry(0x8000_0001, 0, 0, 0, ECX81_SVM | ECX81_PERFCTR_CORE, 0),
             entry(0x8000_0008, 0, 0x3030, 0, 0x703f, 0),
             entry(0x8000_001e, 0, 77, 0x0101, 3, 0),
@@ -259,6 +266,12 @@ mod tests {
         assert_eq!(leaf(&entries, 0x4000_0000, 0).eax, LEAF_TIMING);
         let timing = leaf(&entries, LEAF_TIMING, 0);
         assert_eq!((timing.eax, timing.ebx), (2_500_000, 1_000_000));
+    }
+
+    #[test]
+    fn kvm_tells_the_guest_of_no_page_faults() {
+        let features = leaf(&vcpu(2, 0), 0x4000_0001, 0).eax;
+        assert_eq!(features, 0x0100_7efb & !0x4410);
     }
 
     #[test]

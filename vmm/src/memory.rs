@@ -235,16 +235,20 @@ mod tests {
         for offset in [5 * mib, 6 * mib - 1, 12 * mib + 4096, 17 * mib] {
             file.write_all_at(b"x", offset).unwrap();
         }
-        let found = |range: Range<u64>| data_of(&file, range).unwrap();
-        let all = [4 * mib..6 * mib, 12 * mib..14 * mib, 16 * mib..18 * mib];
-        assert_eq!(found(0..20 * mib), all);
+        let found = |start: u64, end: u64| {
+            let found = data_of(&file, start..end).unwrap();
+            found
+                .iter()
+                .map(|data| (data.start, data.end))
+                .collect::<Vec<_>>()
+        };
+        let all = [(4, 6), (12, 14), (16, 18)].map(|(start, end)| (start * mib, end * mib));
+        assert_eq!(found(0, 20 * mib), all);
         // Counted from the start of the piece.
-        assert_eq!(found(5 * mib..11 * mib), [5 * mib..7 * mib]);
-        assert_eq!(
-            found(16 * mib + 4096..17 * mib + 1),
-            [16 * mib + 4096..17 * mib + 1]
-        );
-        assert!(found(18 * mib..20 * mib).is_empty());
+        assert_eq!(found(5 * mib, 11 * mib), [(5 * mib, 7 * mib)]);
+        let part = (16 * mib + 4096, 17 * mib + 1);
+        assert_eq!(found(part.0, part.1), [part]);
+        assert!(found(18 * mib, 20 * mib).is_empty());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::{
     bulkhead, finish, run, run_command, run_with_input, runtime, start, wait,
 };
+use bulkhead_e2e::container::reap_all;
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::processes;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -175,9 +176,13 @@ fn a_killed_client_leaves_nothing_behind() {
         sandbox.len() >= 3,
         "client, server and VMM run: {sandbox:?}"
     );
+    // Whoever loses its parent is ours to take away, and nobody else's whenever that may be.
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
     signal(&child, Signal::SIGKILL);
     child.wait().unwrap();
     processes::wait_for_end(&sandbox);
+    reap_all();
+    nix::sys::prctl::set_child_subreaper(false).unwrap();
     host.assert_nothing_new();
 }
 

@@ -401,7 +401,7 @@ impl Transport {
             .set(VIRTIO_MMIO_CONFIG_GENERATION, state.config_generation);
         if state.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK {
             self.activate(Rings::Used);
-            if !self.active {
+            if self.status & NEEDS_RESET != 0 {
                 return Err(CarryOnError::NotStarted(self.name()));
             }
             // An interrupt may have been on its way when the guest was stopped; one too many does no harm.
@@ -547,7 +547,7 @@ fn high(field: &mut u64, value: u32) {
 mod tests {
     use std::sync::Mutex;
 
-    use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+    use vm_memory::{Bytes, GuestMemoryAtomic, GuestMemoryMmap};
 
     use super::super::{ActivateError, RegisterMemory};
     use super::*;
@@ -826,6 +826,85 @@ mod tests {
         assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
         assert_eq!(driver.transport.driver_features, 0);
         assert_eq!(driver.transport.queues[1].size, 256);
+    }
+
+    #[test]
+    fn a_device_goes_on_where_it_or_one_of_its_kind_stood() {
+        let mut driver = Driver::running();
+        // It has used three buffers of the second queue.
+        let used_index = GuestAddress(0x6002);
+        let memory = driver.transport.memory.memory();
+        memory.write_obj(3u16, used_index).unwrap();
+        driver.transport.interrupt.signal_config_change();
+        driver.irqfd.read().unwrap();
+        let state = driver.transport.stand_still();
+        assert_eq!(driver.log.lock().unwrap().resets, 1);
+        assert_eq!(
+            driver.read(VIRTIO_MMIO_STATUS),
+            0xf,
+            "the driver sees none of it"
+        );
+
+        let text = serde_json::to_string(&state).unwrap();
+        let state: TransportState = serde_json::from_str(&text).unwrap();
+        let mut other = Driver::new();
+        other
+            .transport
+            .memory
+            .memory()
+            .write_obj(3u16, used_index)
+            .unwrap();
+        for driver in [&mut driver, &mut other] {
+            driver.transport.carry_on(&state).unwrap();
+            assert_eq!(driver.read(VIRTIO_MMIO_STATUS), 0xf);
+            assert_eq!(driver.read(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+            assert_eq!(driver.read(VIRTIO_MMIO_CONFIG_GENERATION), 1);
+            assert_eq!(driver.irqfd.read().unwrap(), 1, "it is told to look");
+            let mut log = driver.log.lock().unwrap();
+            let activation = log.activations.pop().unwrap();
+            assert_eq!(activation.features, VERSION_1 | FEATURE);
+            let [first, second] = &activation.queues[..] else {
+                panic!("two queues");
+            };
+            assert_eq!((first.queue.next_avail(), first.queue.next_used()), (0, 0));
+            assert_eq!(
+                (second.queue.next_avail(), second.queue.next_used()),
+                (3, 3)
+            );
+            assert_eq!(second.queue.avail_ring(), 0x5000);
+        }
+    }
+
+    #[test]
+    fn a_device_that_never_ran_stands_still_and_goes_on_without_being_started() {
+        let mut driver = Driver::negotiated();
+        let state = driver.transport.stand_still();
+        driver.transport.carry_on(&state).unwrap();
+        let log = driver.log.lock().unwrap();
+        assert_eq!((log.activations.len(), log.resets), (0, 0));
+        assert!(driver.irqfd.read().is_err());
+    }
+
+    #[test]
+    fn a_state_that_does_not_fit_the_device_or_its_memory_is_refused() {
+        let state = || Driver::running().transport.stand_still();
+        let damages: [fn(&mut TransportState); 5] = [
+            |state| state.device_type = 1,
+            |state| state.queues.truncate(1),
+            |state| state.queues[0].max_size = 128,
+            |state| state.queues[0].used_ring = MEMORY as u64,
+            |state| state.queues[1].size = 3,
+        ];
+        for (n, damage) in damages.into_iter().enumerate() {
+            let mut state = state();
+            damage(&mut state);
+            let mut driver = Driver::new();
+            assert!(driver.transport.carry_on(&state).is_err(), "damage {n}");
+            assert!(driver.log.lock().unwrap().activations.is_empty());
+        }
+        let mut driver = Driver::new();
+        driver.log.lock().unwrap().fail = true;
+        assert!(driver.transport.carry_on(&state()).is_err());
     }
 
     #[test]
