@@ -1,5 +1,7 @@
 //! The machine: builds a guest from its configuration and drives its life.
 
+mod template;
+
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
@@ -9,8 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    KVM_CAP_PMU_CAPABILITY, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
+    KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use tracing::info;
@@ -20,6 +21,7 @@ use vm_memory::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::template::NewTemplate;
 use crate::boot;
 use crate::bus::Bus;
 use crate::cmdline::{self, CmdlineError};
@@ -33,16 +35,14 @@ use crate::mptable;
 use crate::probe;
 use crate::serial::SerialPort;
 use crate::sync::lock;
-use crate::template::{TemplateError, TemplateState};
+use crate::template::TemplateError;
 use crate::thread;
 use crate::timeline::Timeline;
 use crate::vcpu::{self, MAX_VCPUS, VcpuError, VcpuSet};
 use crate::virtio::console::Console;
 use crate::virtio::event::{QueueHandler, QueueSubscriber};
 use crate::virtio::fs::{Fs, FsError};
-use crate::virtio::mmio::{
-    CarryOnError, INTERRUPT_ACK, QUEUE_NOTIFY, Transport, TransportState, USED_BUFFERS,
-};
+use crate::virtio::mmio::{CarryOnError, INTERRUPT_ACK, QUEUE_NOTIFY, Transport, USED_BUFFERS};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{Memory, RegisterMemory, VirtioDevice};
@@ -165,15 +165,6 @@ pub struct Machine {
     template: Option<NewTemplate>,
 }
 
-/// A template that is to be saved.
-struct NewTemplate {
-    file: File,
-    /// Given when the guest is where it is to be saved.
-    prepared: EventFd,
-    /// The MSRs that this host's KVM has state of.
-    msrs: Vec<u32>,
-}
-
 impl Machine {
     /// Builds a machine whose vCPUs do not run yet.
     pub fn new(
@@ -247,92 +238,16 @@ impl Machine {
             machine.plug(device)?;
         }
         if let Some(file) = files.template {
-            machine.template = Some(NewTemplate {
-                file: file.into(),
-                prepared: new_event()?,
-                msrs: kvm
-                    .get_msr_index_list()
-                    .map_err(kvm_error("listing the MSRs"))?
-                    .as_slice()
-                    .to_vec(),
-            });
+            machine.template = Some(NewTemplate::new(file.into(), &kvm)?);
         }
-        machine.timeline.mark("devices ready");
-        Ok(machine)
-    }
-
-    /// Builds a machine whose vCPUs do not run yet, and are where `template` was saved.
-    pub fn restore(
-        config: &BootConfig,
-        kvm: OwnedFd,
-        template: OwnedFd,
-        timeline: Arc<Timeline>,
-        end: Arc<EndSignal>,
-    ) -> Result<Self, MachineError> {
-        check(config)?;
-        let kvm = open_kvm(kvm)?;
-        let template = File::from(template);
-        let state = TemplateState::load(&template, config)?;
-        let guest_memory = memory::restore(config.memory_mib, &template)?;
-        timeline.mark("template mapped");
-        let registers = RegisterMemory::new(layout::MAX_SLOTS).map_err(MachineError::Registers)?;
-        let vm = create_vm(&kvm, &guest_memory, &registers)?;
-        timeline.mark("vm created");
-        let vcpus = create_vcpus(&kvm, &vm, config.vcpus)?;
-        let wrong = |vcpu| move |source| VcpuError::State { vcpu, source };
-        let tsc = state.vcpus[0].tsc().map_err(wrong(0))?;
-        // SAFETY: every x86-64 processor has the instruction.
-        let offset = tsc.wrapping_sub(unsafe { std::arch::x86_64::_rdtsc() });
-        for (id, (vcpu, state)) in vcpus.iter().zip(&state.vcpus).enumerate() {
-            state.restore(vcpu, offset).map_err(wrong(id as u8))?;
-        }
-        timeline.mark("vcpus created");
-
-        let devices = devices(config)?;
-        if devices.len() != state.devices.len() {
-            return Err(MachineError::Count("devices"));
-        }
-        let slots = devices.len() + usize::from(config.spare_slots);
-        let mut machine = Self {
-            threads: None,
-            vcpus,
-            bus: Arc::new(Bus::new(slots, registers, None, Arc::clone(&timeline))),
-            vm,
-            memory: GuestMemoryAtomic::new(guest_memory),
-            end,
-            timeline,
-            subscribers: Vec::new(),
-            template: None,
-        };
-        for device in devices {
-            machine.plug(device)?;
-        }
-        for irqchip in &state.irqchips {
-            machine
-                .vm
-                .set_irqchip(irqchip)
-                .map_err(kvm_error("setting an interrupt controller"))?;
-        }
-        // After the interrupt controllers: devices interrupt when they go on.
-        machine.carry_on(&state.devices)?;
-        let clock = kvm_clock_data {
-            clock: state.clock.clock,
-            ..Default::default()
-        };
-        machine
-            .vm
-            .set_clock(&clock)
-            .map_err(kvm_error("setting the clock"))?;
         machine.timeline.mark("devices ready");
         Ok(machine)
     }
 
     /// Lets the vCPUs run for the first time.
     pub fn start(&mut self) -> Result<(), MachineError> {
-        let prepared = match &self.template {
-            Some(template) => Some(template.prepared.try_clone().map_err(MachineError::Event)?),
-            None => None,
-        };
+        let prepared = self.prepared().map(EventFd::try_clone).transpose();
+        let prepared = prepared.map_err(MachineError::Event)?;
         self.threads = Some(VcpuSet::start(
             std::mem::take(&mut self.vcpus),
             Arc::clone(&self.bus),
@@ -340,71 +255,6 @@ impl Machine {
             Arc::clone(&self.timeline),
             prepared,
         )?);
-        Ok(())
-    }
-
-    /// Readable when the guest stands where a template is to be saved, if one is.
-    pub fn prepared(&self) -> Option<&EventFd> {
-        self.template.as_ref().map(|template| &template.prepared)
-    }
-
-    /// Saves the template and closes its file. The vCPUs stand still, before and after; [`Self::release`] ends that.
-    pub fn save_template(&mut self, config: &BootConfig) -> Result<(), MachineError> {
-        let (Some(template), Some(threads)) = (self.template.take(), &self.threads) else {
-            return Ok(());
-        };
-        let vcpus = threads.save(&template.msrs)?;
-        let irqchips = [
-            KVM_IRQCHIP_PIC_MASTER,
-            KVM_IRQCHIP_PIC_SLAVE,
-            KVM_IRQCHIP_IOAPIC,
-        ];
-        let irqchips = irqchips.into_iter().map(|chip_id| {
-            let mut irqchip = kvm_irqchip {
-                chip_id,
-                ..Default::default()
-            };
-            self.vm.get_irqchip(&mut irqchip).map(|()| irqchip)
-        });
-        let irqchips = irqchips
-            .collect::<Result<_, _>>()
-            .map_err(kvm_error("reading an interrupt controller"))?;
-        let clock = self
-            .vm
-            .get_clock()
-            .map_err(kvm_error("reading the clock"))?;
-        let devices = self
-            .bus
-            .slots()
-            .iter()
-            .map_while(|slot| lock(slot).as_mut().map(Transport::stand_still))
-            .collect();
-        let state = TemplateState {
-            config: config.clone(),
-            irqchips,
-            clock,
-            vcpus,
-            devices,
-        };
-        let mut file = template.file;
-        let saved = state.save(&self.memory(), &mut file);
-        self.carry_on(&state.devices)?;
-        Ok(saved?)
-    }
-
-    /// Lets vCPUs go on that stand where a template was to be saved.
-    pub fn release(&self) {
-        if let Some(threads) = &self.threads {
-            threads.release();
-        }
-    }
-
-    fn carry_on(&self, devices: &[TransportState]) -> Result<(), MachineError> {
-        for (slot, state) in self.bus.slots().iter().zip(devices) {
-            if let Some(transport) = &mut *lock(slot) {
-                transport.carry_on(state)?;
-            }
-        }
         Ok(())
     }
 
