@@ -19,7 +19,7 @@ use crate::spec::{CLONE_NEWTIME, Plan};
 use crate::streams::BorrowedEnds;
 use crate::sys::Fork;
 use crate::terminal::{Size, Terminal};
-use crate::{devices, fault, handshake, hooks, launch, sys, user_namespace};
+use crate::{devices, fault, handshake, hooks, launch, read_ahead, sys, user_namespace};
 
 /// What a child needs of the agent.
 #[derive(Debug)]
@@ -200,6 +200,7 @@ fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
         launch::replace_streams(terminal.slave.as_fd())?;
         launch::take_terminal()?;
     }
+    read_ahead::program(&plan.process);
     process::become_process(
         &plan.process,
         job.ends.all().count(),

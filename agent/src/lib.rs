@@ -29,6 +29,7 @@ pub mod paths;
 pub mod pid1;
 pub mod power;
 pub mod process;
+pub mod read_ahead;
 pub mod reaper;
 pub mod registry;
 pub mod seccomp;

@@ -95,14 +95,8 @@ pub fn become_process(
     apply_capabilities(&process.capabilities)?;
     umask(Mode::from_bits_truncate(process.umask));
 
-    let first = process
-        .args
-        .first()
-        .map(CString::as_c_str)
-        .unwrap_or_default();
-    let path = look_up(first, path_variable(process))?;
     Ok(Program {
-        path,
+        path: find(process)?,
         env: environment(process, home),
     })
 }
@@ -312,6 +306,12 @@ fn home_in(passwd: &str, uid: u32) -> Option<String> {
         let home = fields.nth(2)?;
         (line_uid == uid && !home.is_empty()).then(|| home.to_owned())
     })
+}
+
+/// Finds the program of a process.
+pub fn find(process: &Process) -> Result<CString> {
+    let name = process.args.first().map(CString::as_c_str);
+    look_up(name.unwrap_or_default(), path_variable(process))
 }
 
 /// Finds the program as Go's `exec.LookPath` does for runc, with its errors.

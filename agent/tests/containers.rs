@@ -110,6 +110,7 @@ tests![
     a_working_directory_is_made_and_a_bad_one_is_named,
     mounts_that_fail_say_which_and_why,
     nothing_runs_before_start,
+    a_created_containers_program_is_read_before_its_start,
     start_needs_a_created_container,
     signals_reach_the_process,
     a_deleted_container_leaves_nothing,
@@ -635,6 +636,41 @@ async fn mounts_that_fail_say_which_and_why() {
         .unwrap_err();
     assert_eq!(code, Code::NOT_FOUND);
     assert!(message.starts_with("root.path ("), "{message}");
+}
+
+async fn a_created_containers_program_is_read_before_its_start() {
+    let bed = Bed::new().await;
+    let program = bed.rootfs().join("bin/busybox");
+    // What reading it costs this process in bytes from the disk, when nobody has read it before.
+    let forget = || {
+        let file = fs::File::open(&program).unwrap();
+        file.sync_all().unwrap();
+        let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        nix::fcntl::posix_fadvise(&file, 0, 0, advice).unwrap();
+    };
+    let read_from_disk = || {
+        let sum = || {
+            let figures = fs::read_to_string("/proc/self/io").unwrap();
+            let line = figures
+                .lines()
+                .find_map(|line| line.strip_prefix("read_bytes: "));
+            line.unwrap().parse::<usize>().unwrap()
+        };
+        let before = sum();
+        fs::read(&program).unwrap();
+        sum() - before
+    };
+    forget();
+    let whole = read_from_disk();
+    if whole == 0 {
+        println!("SKIPPED: a file system in memory forgets nothing");
+        return;
+    }
+    forget();
+    bed.create("box", &bed.spec("true"), all_pipes())
+        .await
+        .unwrap();
+    assert_eq!(read_from_disk(), 0, "of {whole}");
 }
 
 async fn nothing_runs_before_start() {
