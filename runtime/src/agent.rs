@@ -19,6 +19,7 @@ use bulkhead_protocol::agent_ttrpc::AgentClient;
 use bulkhead_protocol::{PROTOCOL_VERSION, SEED_LENGTH};
 use thiserror::Error;
 use tokio::net::UnixStream;
+use tokio::time::timeout;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
@@ -27,6 +28,12 @@ use crate::mounts_below::MountBelow;
 
 /// How long an answer may take that has nothing to wait for. Generous: emulated machines are 20 times slower.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// After how long without an answer to something that may take its time the agent is asked whether it answers at all.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long it may take to answer that. It has nothing to wait for then, and it has been waited for already.
+const SIGN_OF_LIFE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Longest message of a guest that is shown.
 const MAX_MESSAGE: usize = 1024;
@@ -59,6 +66,9 @@ pub enum AgentError {
     /// The host has no random numbers for the guest.
     #[error("cannot seed the guest's random numbers from /dev/urandom: {0}")]
     Seed(String),
+    /// No answer to anything.
+    #[error("the guest's agent has stopped answering: --debug shows the guest's console")]
+    Silent,
     /// The connection is gone.
     #[error("the connection to the guest's agent is lost: {0}")]
     Lost(String),
@@ -166,7 +176,9 @@ impl Agent {
             mounts_below: mounts_below.collect(),
             ..Default::default()
         };
-        let answer = limited(self.client.create_container(Context::default(), &request)).await?;
+        let answer = self
+            .patiently(self.client.create_container(Context::default(), &request))
+            .await?;
         Ok(answer.pid)
     }
 
@@ -176,7 +188,8 @@ impl Agent {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        limited(self.client.start_container(Context::default(), &request)).await?;
+        self.patiently(self.client.start_container(Context::default(), &request))
+            .await?;
         Ok(())
     }
 
@@ -195,7 +208,9 @@ impl Agent {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
-        let answer = limited(self.client.exec_process(Context::default(), &request)).await?;
+        let answer = self
+            .patiently(self.client.exec_process(Context::default(), &request))
+            .await?;
         Ok(answer.pid)
     }
 
@@ -323,6 +338,30 @@ impl Agent {
         Ok(())
     }
 
+    /// Awaits an answer that may take its time, for hooks and for files of the host, as long as the agent gives others.
+    async fn patiently<T>(
+        &self,
+        call: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, AgentError> {
+        tokio::pin!(call);
+        loop {
+            if let Ok(answer) = timeout(PATIENCE, &mut call).await {
+                return Ok(answer?);
+            }
+            // Refused for want of an id, which is an answer too.
+            let request = ContainerStatsRequest::default();
+            let sign = self.client.container_stats(Context::default(), &request);
+            tokio::select! {
+                answer = &mut call => return Ok(answer?),
+                sign = timeout(SIGN_OF_LIFE_TIMEOUT, sign) => {
+                    if sign.is_err() {
+                        return Err(AgentError::Silent);
+                    }
+                }
+            }
+        }
+    }
+
     /// Has the guest write back what is dirty and power itself off. The end of the connection is as good as an answer.
     pub async fn shutdown(&self) -> Result<(), AgentError> {
         let request = ShutdownRequest::default();
@@ -335,7 +374,7 @@ impl Agent {
 
 /// Bounds the time of a call. (The client's own deadline can't be told from a lost connection.)
 async fn limited<T>(call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
-    match tokio::time::timeout(ANSWER_TIMEOUT, call).await {
+    match timeout(ANSWER_TIMEOUT, call).await {
         Ok(answer) => Ok(answer?),
         Err(_) => Err(AgentError::Timeout),
     }

@@ -17,11 +17,11 @@ use std::thread;
 
 use async_trait::async_trait;
 use bulkhead_protocol::agent::{
-    CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest,
-    DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse, ExecProcessRequest,
-    ExecProcessResponse, Flow, HelloRequest, HelloResponse, ShutdownRequest, ShutdownResponse,
-    SignalProcessRequest, SignalProcessResponse, StartContainerRequest, StartContainerResponse,
-    StreamHeader, StreamKind, WaitProcessRequest, WaitProcessResponse,
+    ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
+    DeleteContainerRequest, DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse,
+    ExecProcessRequest, ExecProcessResponse, Flow, HelloRequest, HelloResponse, ShutdownRequest,
+    ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartContainerRequest,
+    StartContainerResponse, StreamHeader, StreamKind, WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::{Agent, create_agent};
 use bulkhead_protocol::{CONTROL_PORT, PROTOCOL_VERSION};
@@ -29,7 +29,7 @@ use bulkhead_vmm::control::{CONTROL_FD, Event, Message, Request, Response, exit_
 use bulkhead_vmm::socket::{recv_request, send_message};
 use protobuf::{Enum, Message as _};
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 use ttrpc::{Code, get_status};
@@ -138,6 +138,7 @@ fn serve_agent(mode: &str, control: Arc<OwnedFd>, streams: Streams) {
             control,
             streams,
             processes: Processes::default(),
+            asked: Notify::new(),
         };
         let connection = futures_stream(stream);
         let mut server = Server::new()
@@ -171,6 +172,8 @@ struct FakeAgent {
     control: Arc<OwnedFd>,
     streams: Streams,
     processes: Processes,
+    /// Whether it has been asked if it is still there.
+    asked: Notify,
 }
 
 type Processes = Arc<Mutex<HashMap<String, Process>>>;
@@ -307,8 +310,10 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: CreateContainerRequest,
     ) -> ttrpc::Result<CreateContainerResponse> {
-        if self.mode == "slow create" {
-            std::future::pending::<()>().await;
+        match self.mode.as_str() {
+            "slow create" | "mute" => std::future::pending().await,
+            "late create" => self.asked.notified().await,
+            _ => {}
         }
         let spec: Value = serde_json::from_slice(&request.spec_json).unwrap();
         // What the guest would mount from the share has to be there.
@@ -356,6 +361,19 @@ impl Agent for FakeAgent {
             pid: 3,
             ..Default::default()
         })
+    }
+
+    /// What the host asks to see whether anything is answered.
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        _: ContainerStatsRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        if self.mode == "mute" {
+            std::future::pending::<()>().await;
+        }
+        self.asked.notify_one();
+        Err(status(Code::INVALID_ARGUMENT, "no container".into()))
     }
 
     async fn delete_process(

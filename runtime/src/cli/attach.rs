@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 
 use super::client::{Server, ServerError};
 use super::descriptors::{Descriptor, Descriptors};
+use super::known::Known;
 use super::signals::{Signal, Signals};
 use super::terminal;
 
@@ -212,8 +213,10 @@ fn pump_descriptor(descriptor: Descriptor, socket: UnixStream) -> io::Result<u64
 }
 
 /// Follows a started process to its end, passing on what comes in for it: signals, and a new size of our terminal. Returns
-/// its exit code; its output may still be on its way ([`Streams::drained`]).
+/// its exit code; its output may still be on its way ([`Streams::drained`]). With `known`, the container, a server that takes no
+/// signal is not waited for longer than it answers.
 pub async fn follow(
+    known: Option<&Known>,
     server: &Server<'_>,
     signals: &mut Signals,
     streams: &mut Streams,
@@ -231,12 +234,18 @@ pub async fn follow(
                 all_attached = true;
             }
             signal = signals.next() => {
-                let passed = match signal {
-                    Signal::Number(number) => server.kill(number, false).await,
-                    Signal::Resized => match terminal::size(io::stdin().as_fd()) {
-                        Some(size) => server.resize(size).await,
-                        None => Ok(()),
-                    },
+                let passing = async {
+                    match signal {
+                        Signal::Number(number) => server.kill(number, false).await,
+                        Signal::Resized => match terminal::size(io::stdin().as_fd()) {
+                            Some(size) => server.resize(size).await,
+                            None => Ok(()),
+                        },
+                    }
+                };
+                let passed = match known {
+                    Some(known) => known.patiently(passing).await?,
+                    None => passing.await,
                 };
                 match passed {
                     // The process may be gone by now; that is no news.

@@ -9,13 +9,13 @@ use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Child, ExitStatus};
 
 use anyhow::{Context, anyhow, bail};
 use bulkhead_runtime::id::ContainerId;
 use bulkhead_runtime::launch::{Launch, Launched};
 use bulkhead_runtime::sandbox::CreateOptions;
 use bulkhead_runtime::spec::Bundle;
-use bulkhead_runtime::state::StateDir;
 use bulkhead_runtime::stdio::{Stdio, TerminalSize};
 use bulkhead_runtime::timeline::{Record, Timeline};
 use bulkhead_vmm::fault;
@@ -28,7 +28,7 @@ use super::attach::{Streams, follow, own_stdio};
 use super::client::{Server, ServerError};
 use super::descriptors::Descriptors;
 use super::foreground::Foreground;
-use super::known::{block_on, clean_up};
+use super::known::{Known, Silent, block_on, clean_up};
 use super::proxy::{IdMaps, Job, Proxy};
 use super::signals::Signals;
 use super::terminal::Pair;
@@ -194,19 +194,24 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         prepared.console_size(),
     )?;
     let Launched {
-        mut child,
+        child,
         connection,
         state,
         lifeline,
         ..
     } = prepared.launch(invocation, false, false)?;
     fault::point("client: server started");
+    let known = Known {
+        id: prepared.id.clone(),
+        state,
+    };
+    let end = connection.try_clone()?;
     let stdio = own_stdio(pair.is_some());
     let descriptors = std::mem::take(&mut prepared.descriptors);
     let mut options = prepared.options(invocation, &descriptors, None);
     let made = Proxy::fork(Job {
-        state: &state,
-        id: &prepared.id,
+        state: &known.state,
+        id: &known.id,
         exec_id: "",
         stdio,
         descriptors,
@@ -218,10 +223,17 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         fault::point("client: stand-in forked");
         options.proxy = Some(proxy.pid);
         block_on(async {
-            let server = Server::new(connection, prepared.id.as_str(), "")?;
-            let made = make(&server, &prepared, stdio, &options, &pair, args, start).await;
-            if made.is_err() {
-                server.shutdown(true).await;
+            let server = Server::new(connection, known.id.as_str(), "")?;
+            let made: anyhow::Result<()> = async {
+                make(&known, &server, &prepared, stdio, &options, &pair, args).await?;
+                if start {
+                    known.patiently(server.start()).await??;
+                }
+                Ok(())
+            }
+            .await;
+            if matches!(&made, Err(error) if !error.is::<Silent>()) {
+                let _ = known.patiently(server.shutdown(true)).await;
             }
             made
         })?;
@@ -238,10 +250,12 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         }
         Err(error) => {
             drop(lifeline);
-            let last_words = std::fs::read_to_string(state.server_log()).unwrap_or_default();
-            let _ = child.wait();
+            let last_words = std::fs::read_to_string(known.state.server_log()).unwrap_or_default();
             // A server that ended in order has left no record, and nothing else.
-            let left = clean_up(&state, state.load().ok()).err();
+            let left = see_off(&known, child, &end, error.is::<Silent>())
+                .and_then(|_| clean_up(&known.state, known.state.load().ok()))
+                .err();
+            let error = told(error);
             // A server that answers has said in its answer what there is to say; its log may hold warnings besides.
             let gone = matches!(error.downcast_ref(), Some(ServerError::Gone));
             let said = last_words.lines().next_back().filter(|_| gone);
@@ -259,27 +273,46 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
     }
 }
 
+/// Sees a server to its end. One that answers nothing is killed.
+fn see_off(
+    known: &Known,
+    mut child: Child,
+    connection: &UnixStream,
+    silent: bool,
+) -> anyhow::Result<ExitStatus> {
+    if silent || known.wait_for_end(connection).is_err() {
+        child.kill().context("cannot kill the sandbox server")?;
+    }
+    child.wait().context("cannot wait for the sandbox server")
+}
+
+/// An error as this command tells it, which takes its sandbox along.
+fn told(error: anyhow::Error) -> anyhow::Error {
+    if error.is::<Silent>() {
+        return anyhow!(
+            "the sandbox server did not answer and was killed, and its container with it: try again with --debug to see what it does"
+        );
+    }
+    error
+}
+
 async fn make(
+    known: &Known,
     server: &Server<'_>,
     prepared: &Prepared,
     stdio: Stdio,
     options: &CreateOptions,
     pair: &Option<Pair>,
     args: &CreateArgs,
-    start: bool,
 ) -> anyhow::Result<()> {
-    let pid = server
-        .create(path_text(&prepared.bundle)?, stdio, options)
-        .await?;
+    let created = server.create(path_text(&prepared.bundle)?, stdio, options);
+    let pid = known.patiently(created).await??;
     fault::point("client: container created");
     if let Some(pair) = pair {
         pair.send_master()?;
     }
     if let Some(path) = &args.pid_file {
         write_pid_file(path, pid)?;
-    }
-    if start {
-        server.start().await?;
     }
     Ok(())
 }
@@ -293,18 +326,23 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     let launched = prepared.launch(invocation, !args.keep, args.timeline.is_some())?;
     timeline.mark("client: server started");
     let Launched {
-        mut child,
+        child,
         connection,
         state,
         lifeline,
         timeline: server_timeline,
     } = launched;
+    let known = Known {
+        id: prepared.id.clone(),
+        state,
+    };
+    let end = connection.try_clone()?;
 
     let session = Session {
         invocation,
         args,
         prepared,
-        state: &state,
+        known: &known,
         timeline: &timeline,
         stdio: foreground.stdio,
         size: foreground.size,
@@ -316,15 +354,16 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
         return exit_code(result?);
     }
     drop(lifeline);
-    let ended = child.wait().context("cannot wait for the sandbox server")?;
+    let silent = matches!(&result, Err(error) if error.is::<Silent>());
+    let ended = see_off(&known, child, &end, silent)?;
     // The server leaves nothing, unless something made an end of it.
-    let cleaned = clean_up(&state, state.load().ok());
+    let cleaned = clean_up(&known.state, known.state.load().ok());
     timeline.mark("client: server ended");
     if let (Some(path), Some(server)) = (&args.timeline, server_timeline) {
         write_timeline(path, &timeline, server)?;
     }
     // What went wrong first is what there is to know.
-    let code = exit_code(result?)?;
+    let code = exit_code(result.map_err(told)?)?;
     cleaned?;
     if !ended.success() {
         return Err(anyhow!(
@@ -357,7 +396,7 @@ struct Session<'a> {
     invocation: &'a Invocation,
     args: &'a RunArgs,
     prepared: Prepared,
-    state: &'a StateDir,
+    known: &'a Known,
     timeline: &'a Timeline,
     stdio: Stdio,
     size: Option<TerminalSize>,
@@ -369,12 +408,13 @@ impl Session<'_> {
         connection: UnixStream,
         signals: &mut Signals,
     ) -> anyhow::Result<Outcome> {
-        let id = self.prepared.id.clone();
-        let server = Server::new(connection, id.as_str(), "")?;
+        let known = self.known;
+        let server = Server::new(connection, known.id.as_str(), "")?;
         let result = self.container(&server, signals).await;
         let exited = matches!(result, Ok(Outcome::Exited(_)));
-        if !(self.args.keep && exited) {
-            server.shutdown(!exited).await;
+        let silent = matches!(&result, Err(error) if error.is::<Silent>());
+        if !(self.args.keep && exited || silent) {
+            let _ = known.patiently(server.shutdown(!exited)).await;
         }
         result
     }
@@ -385,11 +425,12 @@ impl Session<'_> {
         signals: &mut Signals,
     ) -> anyhow::Result<Outcome> {
         let (prepared, timeline, stdio) = (&mut self.prepared, self.timeline, self.stdio);
+        let known = self.known;
         let descriptors = std::mem::take(&mut prepared.descriptors);
         let options = prepared.options(self.invocation, &descriptors, self.size);
         let bundle = path_text(&prepared.bundle)?;
         let pid = tokio::select! {
-            created = server.create(bundle, stdio, &options) => created?,
+            created = known.patiently(server.create(bundle, stdio, &options)) => created??,
             signal = signals.end() => return Ok(Outcome::Signalled(signal)),
         };
         timeline.mark("client: container created");
@@ -397,21 +438,20 @@ impl Session<'_> {
             write_pid_file(path, pid)?;
         }
         // The streams are attached while the program starts: the guest keeps what comes before.
-        let mut streams =
-            Streams::attach(stdio, descriptors, &self.state.vsock(), &prepared.id, "")?;
-        server.start().await?;
+        let mut streams = Streams::attach(stdio, descriptors, &known.state.vsock(), &known.id, "")?;
+        known.patiently(server.start()).await??;
         timeline.mark("client: container started");
 
-        let code = follow(server, signals, &mut streams).await?;
+        let code = follow(Some(known), server, signals, &mut streams).await?;
         timeline.mark("client: container exited");
-        if let Some(reason) = self.state.load().ok().and_then(|record| record.failure) {
+        if let Some(reason) = known.state.load().ok().and_then(|record| record.failure) {
             let exit_code = i32::try_from(code).unwrap_or(super::FAILURE);
             return Err(Lost { reason, exit_code }.into());
         }
         streams.written(signals).await;
         timeline.mark("client: output written");
         if !self.args.keep {
-            server.delete().await?;
+            known.patiently(server.delete()).await??;
         }
         Ok(Outcome::Exited(code))
     }

@@ -255,9 +255,9 @@ fn foreground(
         .context("cannot exec in a stopped container: container not running")?;
     let code = foreground.run(async |signals| {
         let server = Server::new(connection, known.id.as_str(), &exec_id)?;
-        server.exec(json, stdio).await?;
+        known.patiently(server.exec(json, stdio)).await??;
         fault::point("client: process described");
-        let pid = server.start().await?;
+        let pid = known.patiently(server.start()).await??;
         fault::point("client: process started");
         if let Some(path) = &args.pid_file {
             write_pid_file(path, pid)?;
@@ -269,7 +269,7 @@ fn foreground(
             &known.id,
             &exec_id,
         )?;
-        let code = follow(&server, signals, &mut streams).await?;
+        let code = follow(Some(known), &server, signals, &mut streams).await?;
         if i32::try_from(code) == Ok(NotExecuted::EXIT_CODE)
             && let Some(reason) = known.record().ok().and_then(|record| record.failure)
         {
@@ -277,7 +277,7 @@ fn foreground(
         }
         streams.written(signals).await;
         // The server forgets it with its container anyway.
-        let _ = server.delete().await;
+        let _ = known.patiently(server.delete()).await;
         Ok(code)
     })?;
     Ok(i32::try_from(code).unwrap_or(NotExecuted::EXIT_CODE))
@@ -319,12 +319,12 @@ fn detached(
     let json = with_options(process, &options)?;
     block_on(async {
         let server = Server::new(connection, known.id.as_str(), &exec_id)?;
-        server.exec(json, stdio).await?;
+        known.patiently(server.exec(json, stdio)).await??;
         fault::point("client: process described");
         if let Some(pair) = &pair {
             pair.send_master()?;
         }
-        let pid = server.start().await?;
+        let pid = known.patiently(server.start()).await??;
         fault::point("client: process started");
         if let Some(path) = &args.pid_file {
             write_pid_file(path, pid)?;

@@ -96,24 +96,24 @@ impl Known {
 
     /// [`Known::process_state`], of several containers at once say.
     pub async fn ask_state(&self) -> anyhow::Result<ProcessState> {
-        match self.server_state().await {
+        match self.server_state(STATE_TIMEOUT).await {
             Err(error) if error.is::<Silent>() => Ok(recorded_state(&self.record()?)),
             state => state,
         }
     }
 
     /// Where in its life it is, by its server's word. Without a server nothing of it can run.
-    async fn server_state(&self) -> anyhow::Result<ProcessState> {
+    async fn server_state(&self, limit: Duration) -> anyhow::Result<ProcessState> {
         let Some(connection) = self.connect()? else {
             return Ok(STOPPED);
         };
         let server = Server::new(connection, self.id.as_str(), "")?;
-        self.state_of(&server).await
+        self.state_of(&server, limit).await
     }
 
     /// The same of a server that is connected.
-    async fn state_of(&self, server: &Server<'_>) -> anyhow::Result<ProcessState> {
-        match timeout(STATE_TIMEOUT, server.state()).await {
+    async fn state_of(&self, server: &Server<'_>, limit: Duration) -> anyhow::Result<ProcessState> {
+        match timeout(limit, server.state()).await {
             Err(_) => Err(self.silent().into()),
             // A server that has not got so far as to know it, or forgets it now, is about to say so otherwise.
             Ok(Err(ServerError::Gone)) => Ok(STOPPED),
@@ -129,7 +129,11 @@ impl Known {
             if let Ok(answer) = timeout(PATIENCE, &mut answer).await {
                 return Ok(answer);
             }
-            self.server_state().await?;
+            tokio::select! {
+                answer = &mut answer => return Ok(answer),
+                // What it is busy with may keep it from this for a while.
+                alive = self.server_state(PATIENCE) => drop(alive?),
+            }
         }
     }
 
@@ -157,7 +161,7 @@ impl Known {
 
     /// Waits until its server, which has been told to end, has closed that connection. It may be long about it, waiting for hooks
     /// say, as long as it answers.
-    fn wait_for_end(&self, mut connection: &UnixStream) -> anyhow::Result<()> {
+    pub fn wait_for_end(&self, mut connection: &UnixStream) -> anyhow::Result<()> {
         let mut bytes = [0; 256];
         // The client that shared this connection has made it non-blocking.
         connection.set_nonblocking(false)?;
@@ -166,14 +170,15 @@ impl Known {
             match connection.read(&mut bytes) {
                 Ok(1..) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    block_on(self.server_state())?;
+                    block_on(self.server_state(PATIENCE))?;
                 }
                 _ => return Ok(()),
             }
         }
     }
 
-    fn kill_server(&self) -> anyhow::Result<()> {
+    /// Ends its server on the spot, and with that its sandbox.
+    pub fn kill_server(&self) -> anyhow::Result<()> {
         let pid = self.state.server_pid()?;
         let server = standin::pidfd(pid).context("cannot find the sandbox server")?;
         // It listens to this moment: until now its pid can't have become another's.
@@ -188,8 +193,20 @@ impl Known {
         Ok(())
     }
 
-    /// Forgets it, and ends its sandbox with it.
+    /// Forgets it, and ends its sandbox with it. What is on record as stopped needs no server for that.
     pub fn delete(&self) -> anyhow::Result<()> {
+        match self.ask_for_deletion() {
+            Err(error) if error.is::<Silent>() => {
+                if recorded_state(&self.record()?).status == Status::Stopped {
+                    return self.kill_server();
+                }
+                Err(error)
+            }
+            deleted => deleted,
+        }
+    }
+
+    fn ask_for_deletion(&self) -> anyhow::Result<()> {
         let Some(connection) = self.connect()? else {
             return Ok(());
         };
@@ -217,7 +234,7 @@ impl Known {
         };
         block_on(async {
             let server = Server::new(connection, self.id.as_str(), "")?;
-            if self.state_of(&server).await?.status == Status::Stopped {
+            if self.state_of(&server, STATE_TIMEOUT).await?.status == Status::Stopped {
                 return Ok(None);
             }
             session(&server).await.map(Some)

@@ -226,7 +226,7 @@ async fn stand(job: Job<'_>, mut signals: Signals) -> anyhow::Result<i32> {
         // The client may have set it before there was anybody to see the signal. A process that has ended needs none.
         let _ = server.resize(size).await;
     }
-    let code = follow(&server, &mut signals, &mut streams).await?;
+    let code = follow(None, &server, &mut signals, &mut streams).await?;
     fault::point("proxy: process ended");
     streams.written(&mut signals).await;
     fault::point("proxy: output written");

@@ -38,7 +38,7 @@ const SERVER: [&str; 20] = [
     "server: VM ended",
 ];
 
-const CREATE: &[&str] = &["create", "c1"];
+pub const CREATE: &[&str] = &["create", "c1"];
 const DETACH: &[&str] = &["exec", "--detach", "c1", "/bin/true"];
 
 /// What is done to a container, in order.
@@ -52,7 +52,7 @@ const LIFE: [&[&str]; 6] = [
 ];
 
 /// What a sandbox is asked when it is looked at.
-fn status(bed: &Bed) -> String {
+pub fn status(bed: &Bed) -> String {
     let output = bed.about(&["state", "c1"]);
     if !output.status.success() {
         assert_told(&output, "state");
@@ -64,7 +64,7 @@ fn status(bed: &Bed) -> String {
 
 /// A command that fails says why in one sentence.
 #[track_caller]
-fn assert_told(output: &Output, what: &str) {
+pub fn assert_told(output: &Output, what: &str) {
     let said = text(&output.stderr);
     let code = output.status.code();
     assert_eq!(
@@ -249,7 +249,7 @@ fn a_client_that_is_killed_on_its_way_into_a_container_leaves_that_alone() {
 }
 
 /// A container that runs.
-fn running(mode: &'static str) -> Option<Bed> {
+pub fn running(mode: &'static str) -> Option<Bed> {
     let bed = Bed::new(&["/bin/sleep", "1000"])?.mode(mode);
     for words in [CREATE, &["start", "c1"]] {
         let output = bed.about(words);
@@ -259,7 +259,7 @@ fn running(mode: &'static str) -> Option<Bed> {
 }
 
 /// Stops a process, which answers nothing from then on.
-fn stop(pid: Pid) {
+pub fn stop(pid: Pid) {
     kill(pid, Signal::SIGSTOP).unwrap();
     let start = Instant::now();
     let stat = || fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
@@ -302,7 +302,7 @@ fn who_waits_for_a_process_is_told_why_it_is_lost() {
     }
 }
 
-const SERVER_PROGRAM: &str = "containerd-shim-bulkhead-v2";
+pub const SERVER_PROGRAM: &str = "containerd-shim-bulkhead-v2";
 
 /// Deletes by force, in a time in which nothing can have been waited for that does not come.
 #[track_caller]

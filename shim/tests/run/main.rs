@@ -6,6 +6,7 @@
 mod bed;
 mod descriptors;
 mod faults;
+mod patience;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -42,6 +43,13 @@ impl Running {
 
     fn output(mut self) -> Output {
         self.0.take().unwrap().wait_with_output().unwrap()
+    }
+
+    /// What it says in the end, which must not be far off.
+    fn ended(mut self) -> Output {
+        let child = self.0.take().unwrap();
+        bulkhead_e2e::processes::wait_for_end(&[child.id()]);
+        child.wait_with_output().unwrap()
     }
 
     fn wait(self) -> ExitStatus {
