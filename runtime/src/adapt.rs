@@ -7,7 +7,7 @@ use bulkhead_protocol::GUEST_SHARE;
 use oci_spec::runtime::{Hooks, LinuxResources, Mount, Spec};
 
 use crate::id::ContainerId;
-use crate::mounts_below::{self, MountBelow};
+use crate::mounts_below::{MountBelow, Mounts};
 use crate::spec::{Bundle, SpecError};
 
 /// Name of the root filesystem in a container's part of the share.
@@ -68,19 +68,25 @@ pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
     if let Some(root) = spec.root_mut() {
         root.set_path(guest_dir.join(ROOTFS));
     }
+    // Looked at once, and only if there is a bind mount to bring any along.
+    let mut mounts = None;
     let mut below = Vec::new();
     for (n, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         if is_bind(mount) {
             let bind = host_bind(mount, n, &bundle.dir)?;
             mount.set_source(Some(guest_dir.join(&bind.name)));
             if bind.recursive && bind.directory {
-                let found = mounts_below::find(n, &bind.source).map_err(|error| {
+                let found = match &mut mounts {
+                    Some(mounts) => Ok(mounts),
+                    none => Mounts::now().map(|now| none.insert(now)),
+                }
+                .and_then(|mounts| mounts.below(n, &bind.source));
+                below.extend(found.map_err(|error| {
                     SpecError::field(
                         format!("mounts[{n}].source"),
                         format!("names {}: {error}", bind.source.display()),
                     )
-                })?;
-                below.extend(found);
+                })?);
             }
             binds.push(bind);
         }

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -164,7 +165,7 @@ impl Agent {
     ) -> Result<u32, AgentError> {
         let mounts_below = mounts_below.into_iter().map(|below| agent::MountBelow {
             mount: u32::try_from(below.mount).unwrap_or(u32::MAX),
-            path: below.path.to_string_lossy().into_owned(),
+            path: below.path.into_os_string().into_vec(),
             options: below.options,
             ..Default::default()
         });

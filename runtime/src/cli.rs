@@ -157,9 +157,12 @@ pub fn main() -> i32 {
         Ok(arguments) => arguments,
         Err(error) => {
             // Help and version come this way too.
-            let code = if error.use_stderr() { FAILURE } else { 0 };
             let _ = error.print();
-            return code;
+            if !error.use_stderr() {
+                return 0;
+            }
+            note_misuse(&error);
+            return FAILURE;
         }
     };
     let name = arguments.command.name();
@@ -212,6 +215,34 @@ pub fn main() -> i32 {
         log.error(&format!("bulkhead {name} failed: {error:#}"));
         exit_code(&error)
     })
+}
+
+/// The flags before the command, whatever follows.
+#[derive(Debug, Parser)]
+#[command(disable_help_flag = true)]
+struct Beginning {
+    #[command(flatten)]
+    globals: Globals,
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    _rest: Vec<std::ffi::OsString>,
+}
+
+/// Writes a wrong command line to the log file, as runc does, if it names one: clients show what they find there.
+fn note_misuse(error: &clap::Error) {
+    let Ok(Beginning { globals, .. }) = Beginning::try_parse() else {
+        return;
+    };
+    if let Ok(log) = Log::open(globals.log.as_deref(), globals.log_format) {
+        log.note(&sentence(&error.to_string()));
+    }
+}
+
+/// The first paragraph of what clap says, which tells what is wrong; usage and hints follow.
+fn sentence(text: &str) -> String {
+    let lines = text.lines().take_while(|line| !line.trim().is_empty());
+    let words: Vec<_> = lines.flat_map(str::split_whitespace).collect();
+    let all = words.join(" ");
+    all.strip_prefix("error: ").unwrap_or(&all).to_owned()
 }
 
 /// Nobody reads what this command prints.

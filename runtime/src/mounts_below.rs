@@ -30,22 +30,31 @@ pub struct MountBelow {
     pub options: Vec<String>,
 }
 
-/// The mounts below `source` as this process sees them, in the order in which they were made.
-pub fn find(mount: usize, source: &Path) -> io::Result<Vec<MountBelow>> {
-    let source = fs::canonicalize(source)?;
-    let mountinfo = fs::read("/proc/self/mountinfo")?;
-    let lines = mountinfo.split(|byte| *byte == b'\n');
-    Ok(lines
-        .filter_map(|line| {
-            let (place, options) = parse(line)?;
+/// The mounts of this process's namespace: where each is, and its attributes, in the order in which they were made.
+#[derive(Debug)]
+pub struct Mounts(Vec<(PathBuf, Vec<String>)>);
+
+impl Mounts {
+    /// Those of this moment.
+    pub fn now() -> io::Result<Self> {
+        let mountinfo = fs::read("/proc/self/mountinfo")?;
+        let lines = mountinfo.split(|byte| *byte == b'\n');
+        Ok(Self(lines.filter_map(parse).collect()))
+    }
+
+    /// The mounts below `source`, which is that of the spec's mount number `mount`.
+    pub fn below(&self, mount: usize, source: &Path) -> io::Result<Vec<MountBelow>> {
+        let source = fs::canonicalize(source)?;
+        let inside = self.0.iter().filter_map(|(place, options)| {
             let path = place.strip_prefix(&source).ok()?.to_path_buf();
-            (!path.as_os_str().is_empty()).then_some(MountBelow {
+            (!path.as_os_str().is_empty()).then(|| MountBelow {
                 mount,
                 path,
-                options,
+                options: options.clone(),
             })
-        })
-        .collect())
+        });
+        Ok(inside.collect())
+    }
 }
 
 /// Mount point and inherited attributes of a line of mountinfo (proc(5)).
@@ -100,6 +109,8 @@ mod tests {
         assert_eq!(options, ["nosuid", "noatime"]);
         let (_, options) = parse(b"36 35 98:0 / /x ro - tmpfs tmpfs rw").unwrap();
         assert_eq!(options, ["ro", "strictatime"]);
+        let (place, _) = parse(b"36 35 98:0 / /a\xffb rw - tmpfs tmpfs rw").unwrap();
+        assert_eq!(place.as_os_str().as_encoded_bytes(), b"/a\xffb");
         assert_eq!(parse(b""), None);
     }
 
@@ -110,11 +121,12 @@ mod tests {
 
     #[test]
     fn the_mounts_below_a_directory_are_found() {
-        let below = find(3, Path::new("/")).unwrap();
+        let mounts = Mounts::now().unwrap();
+        let below = mounts.below(3, Path::new("/")).unwrap();
         let proc = below.iter().find(|below| below.path == Path::new("proc"));
         assert_eq!(proc.unwrap().mount, 3);
         assert!(below.iter().all(|below| below.path.is_relative()));
         let none = tempfile::tempdir().unwrap();
-        assert_eq!(find(0, none.path()).unwrap(), []);
+        assert_eq!(mounts.below(0, none.path()).unwrap(), []);
     }
 }

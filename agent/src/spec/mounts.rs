@@ -1,5 +1,7 @@
 //! `mounts`.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use bulkhead_protocol::agent::MountBelow;
@@ -101,7 +103,7 @@ pub(super) fn add_below(mounts: &mut Vec<Mount>, below: &[MountBelow]) -> Result
     let mut added: Vec<Vec<Mount>> = mounts.iter().map(|_| Vec::new()).collect();
     for below in below {
         let index = below.mount as usize;
-        let path = Path::new(&below.path);
+        let path = Path::new(OsStr::from_bytes(&below.path));
         let inside = path
             .components()
             .all(|part| matches!(part, Component::Normal(_)));
@@ -186,7 +188,7 @@ mod tests {
     fn below(mount: u32, path: &str) -> MountBelow {
         MountBelow {
             mount,
-            path: path.to_owned(),
+            path: path.into(),
             options: vec!["noexec".to_owned()],
             ..Default::default()
         }

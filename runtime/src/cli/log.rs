@@ -43,6 +43,11 @@ impl Log {
     pub fn error(&self, message: &str) {
         // Scripts and test suites look for that word, which runc's `level=error` has. Nobody is left to be told of a failure.
         let _ = writeln!(std::io::stderr(), "error: {message}");
+        self.note(message);
+    }
+
+    /// Writes an error to the file, if there is one, of which the user has been told.
+    pub fn note(&self, message: &str) {
         if let Some(mut file) = self.file.as_ref() {
             let line = line(self.format, message, SystemTime::now());
             let _ = file.write_all(line.as_bytes());

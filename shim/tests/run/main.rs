@@ -398,6 +398,42 @@ fn errors_go_to_the_log_file_in_runcs_form() {
 }
 
 #[test]
+fn wrong_command_lines_go_to_the_log_file_too() {
+    let Some(bed) = Bed::new(&[]) else { return };
+    for (words, expected) in [
+        (
+            &["create", "--bogus", "c1"][..],
+            "unexpected argument '--bogus' found",
+        ),
+        (
+            &["--bogus", "create", "c1"],
+            "unexpected argument '--bogus' found",
+        ),
+        (&["create"], "required arguments were not provided: <ID>"),
+        (&["nonesuch"], "unrecognized subcommand 'nonesuch'"),
+        (
+            &["list", "--format", "xml"],
+            "invalid value 'xml' for '--format <FORMAT>'",
+        ),
+    ] {
+        let log = bed.path("log.json");
+        let mut command = Command::new(bulkhead());
+        command
+            .arg("--log")
+            .arg(&log)
+            .args(["--log-format", "json"]);
+        let output = command.args(words).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{words:?}");
+        assert!(text(&output.stderr).starts_with("error: "), "{words:?}");
+        let entry: Value = serde_json::from_str(&fs::read_to_string(&log).unwrap()).unwrap();
+        assert_eq!(entry["level"], "error");
+        let message = entry["msg"].as_str().unwrap();
+        assert!(message.contains(expected), "{words:?}: {message}");
+        fs::remove_file(log).unwrap();
+    }
+}
+
+#[test]
 fn debug_logs_go_to_the_configured_directory() {
     let Some(bed) = Bed::new(&["/bin/true"]) else {
         return;

@@ -169,12 +169,17 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
         (
             "more vCPUs than processors",
             |c| c["annotations"] = json!({"io.bulkhead.vcpus": "99"}),
-            &["io.bulkhead.vcpus", "99"],
+            &["io.bulkhead.vcpus", "99", "the host's processors"],
         ),
         (
             "too little memory for a guest",
             |c| c["annotations"] = json!({"io.bulkhead.memory_mib": "10"}),
             &["io.bulkhead.memory_mib", "64"],
+        ),
+        (
+            "more memory than the host's",
+            |c| c["annotations"] = json!({"io.bulkhead.memory_mib": "1048576000"}),
+            &["io.bulkhead.memory_mib", "at most", "the host's memory"],
         ),
         (
             "kernel arguments of several lines",

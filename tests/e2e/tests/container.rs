@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -354,7 +356,9 @@ impl Drop for Mounted {
 fn what_is_mounted_below_a_volume_is_a_mount_of_the_container_too() {
     let volume = tempfile::tempdir().unwrap();
     let noexec = Mounted::on(volume.path().join("a noexec"), MsFlags::MS_NOEXEC);
-    let _below = Mounted::on(noexec.0.join("below"), MsFlags::MS_NOATIME);
+    // A name that is no UTF-8.
+    let below = noexec.0.join(OsStr::from_bytes(b"below\xff"));
+    let _below = Mounted::on(below, MsFlags::MS_NOATIME);
     let _fixed = Mounted::on(volume.path().join("fixed"), MsFlags::MS_RDONLY);
     for options in [
         &["rbind", "ro"][..],
@@ -364,7 +368,7 @@ fn what_is_mounted_below_a_volume_is_a_mount_of_the_container_too() {
     ] {
         let mut bundle = Bundle::shell(
             "awk '$5 ~ \"^/volume/\" {print $5, $6}' /proc/self/mountinfo; cd /volume; \
-             for place in . 'a noexec' 'a noexec/below' fixed; do touch \"$place/x\"; echo $?; rm -f \"$place/x\"; done",
+             for place in . 'a noexec' 'a noexec'/below* fixed; do touch \"$place/x\"; echo $?; rm -f \"$place/x\"; done",
         );
         let mount = json!({"destination": "/volume", "source": volume.path(), "options": options});
         bundle.config["mounts"].as_array_mut().unwrap().push(mount);

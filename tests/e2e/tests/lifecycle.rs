@@ -153,6 +153,22 @@ fn a_created_container_is_deleted_without_having_run() {
 }
 
 #[test]
+fn a_container_that_is_said_to_have_stopped_can_be_deleted_at_once() {
+    let bundle = Bundle::shell("trap 'exit 5' USR1; sleep 1000 & wait $!");
+    for signal in ["KILL", "USR1", "KILL", "USR1"] {
+        let container = Container::running(bulkhead(), &bundle);
+        // Nobody is told when the shell has set its trap.
+        let mut signal = signal;
+        while container.status() != "stopped" {
+            container.command_with(&["kill"], &[signal]);
+            signal = "KILL";
+        }
+        container.command(&["delete"]).expect_code(0);
+        container.wait();
+    }
+}
+
+#[test]
 fn lists_and_states_have_runcs_fields() {
     let keys =
         |value: &Value| -> Vec<String> { value.as_object().unwrap().keys().cloned().collect() };
