@@ -23,7 +23,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use bulkhead_runtime::config::Config;
-use clap::{Args, Parser, Subcommand};
+use clap::builder::BoolishValueParser;
+use clap::{ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use log::{Format, Log};
 
@@ -32,8 +33,11 @@ const FAILURE: i32 = 1;
 
 /// Runs OCI containers, each in its own small KVM guest.
 #[derive(Debug, Parser)]
-#[command(name = "bulkhead", version)]
+#[command(name = "bulkhead", version, disable_version_flag = true)]
 struct Arguments {
+    /// Print version
+    #[arg(short, long, action = ArgAction::Version)]
+    version: (),
     #[command(flatten)]
     globals: Globals,
     #[command(subcommand)]
@@ -58,6 +62,12 @@ struct Globals {
     /// Let systemd make the host's cgroup; cgroupsPath is then "slice:prefix:name"
     #[arg(long)]
     systemd_cgroup: bool,
+    /// Accepted for runc's sake: there are no checkpoints
+    #[arg(long, value_name = "FILE", hide = true)]
+    criu: Option<PathBuf>,
+    /// Accepted for runc's sake: whoever may run guests is not short of permissions for cgroups
+    #[arg(long, value_name = "WHETHER", value_parser = ["true", "false", "auto"], hide = true)]
+    rootless: Option<String>,
     /// Configuration file [default: /etc/bulkhead/config.toml, if it exists]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -153,7 +163,7 @@ fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
 
 /// Runs the program and returns its exit code.
 pub fn main() -> i32 {
-    let arguments = match Arguments::try_parse() {
+    let arguments = match parse() {
         Ok(arguments) => arguments,
         Err(error) => {
             // Help and version come this way too.
@@ -217,6 +227,30 @@ pub fn main() -> i32 {
     })
 }
 
+/// Reads the command line. Switches may have a value, `--detach=false`, which runc's may too; help does not show it.
+fn parse() -> Result<Arguments, clap::Error> {
+    Arguments::try_parse().or_else(|error| {
+        let line = with_values(Arguments::command()).try_get_matches();
+        line.and_then(|matches| Arguments::from_arg_matches(&matches))
+            .map_err(|_| error)
+    })
+}
+
+/// A command whose switches take a value behind `=`.
+fn with_values(command: clap::Command) -> clap::Command {
+    let command = command.mut_args(|arg| match arg.get_action() {
+        ArgAction::SetTrue => arg
+            .action(ArgAction::Set)
+            .value_parser(BoolishValueParser::new())
+            .num_args(0..=1)
+            .require_equals(true)
+            .default_missing_value("true")
+            .default_value("false"),
+        _ => arg,
+    });
+    command.mut_subcommands(with_values)
+}
+
 /// The flags before the command, whatever follows.
 #[derive(Debug, Parser)]
 #[command(disable_help_flag = true)]
@@ -268,4 +302,41 @@ fn exit_code(error: &anyhow::Error) -> i32 {
         return exec::NotExecuted::EXIT_CODE;
     }
     FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matches(line: &[&str]) -> Result<Arguments, clap::Error> {
+        let line = std::iter::once(&"bulkhead").chain(line);
+        let matches = with_values(Arguments::command()).try_get_matches_from(line)?;
+        Arguments::from_arg_matches(&matches)
+    }
+
+    #[test]
+    fn switches_may_have_a_value() {
+        for (line, systemd, all) in [
+            (&["--systemd-cgroup", "kill", "--all", "c1"][..], true, true),
+            (
+                &["--systemd-cgroup=true", "kill", "--all=1", "c1"],
+                true,
+                true,
+            ),
+            (
+                &["--systemd-cgroup=false", "kill", "-a=false", "c1"],
+                false,
+                false,
+            ),
+            (&["kill", "c1", "TERM"], false, false),
+        ] {
+            let arguments = matches(line).unwrap();
+            assert_eq!(arguments.globals.systemd_cgroup, systemd, "{line:?}");
+            let Command::Kill(args) = arguments.command else {
+                panic!("{line:?}")
+            };
+            assert_eq!(args.all, all, "{line:?}");
+        }
+        assert!(matches(&["kill", "--all=maybe", "c1"]).is_err());
+    }
 }

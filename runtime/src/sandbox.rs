@@ -367,12 +367,17 @@ impl Sandbox {
     /// Executes a created container's program.
     pub async fn start(self: &Arc<Self>, id: &str) -> Result<u32, SandboxError> {
         let container = self.container(id)?;
-        let machine = self.running_machine()?;
         match container.status() {
             Status::Created => {}
-            Status::Running | Status::Paused => {
+            Status::Running => {
                 return Err(SandboxError::Status {
                     what: "cannot start an already running container",
+                    status: container.status(),
+                });
+            }
+            Status::Paused => {
+                return Err(SandboxError::Status {
+                    what: "cannot start a container in the paused state",
                     status: container.status(),
                 });
             }
@@ -383,6 +388,7 @@ impl Sandbox {
                 });
             }
         }
+        let machine = self.running_machine()?;
         let agent = machine.agent().await?;
         machine.explain(agent.start(id).await).await?;
         container.init.started();
@@ -422,14 +428,15 @@ impl Sandbox {
     ) -> Result<(), SandboxError> {
         let container = self.container(id)?;
         let process = self.process(id, exec_id)?;
-        let machine = self.running_machine()?;
         let status = process.status();
         if !matches!(status, Status::Created | Status::Running | Status::Paused) {
+            // Clients look for these words, and for those below, which are runc's.
             return Err(SandboxError::Status {
                 what: "container not running",
                 status,
             });
         }
+        let machine = self.running_machine()?;
         let signal = Signal {
             exec_id: exec_id.to_owned(),
             number: signal,
@@ -468,20 +475,20 @@ impl Sandbox {
     /// Stops every vCPU of the guest. There is one container in it.
     pub async fn pause(&self, id: &str) -> Result<(), SandboxError> {
         let container = self.container(id)?;
-        let machine = self.running_machine()?;
         if !matches!(container.status(), Status::Created | Status::Running) {
             return Err(SandboxError::Status {
-                what: "cannot pause a container that is not running or created",
+                what: "container not running",
                 status: container.status(),
             });
         }
+        let machine = self.running_machine()?;
         machine.vmm().order(Request::Pause, vec![]).await?;
         container.set_paused(true);
         self.note(&container);
         if container.status() == Status::Stopped {
             self.let_go(machine, &container).await;
             return Err(SandboxError::Status {
-                what: "cannot pause a container that is not running or created",
+                what: "container not running",
                 status: Status::Stopped,
             });
         }
@@ -491,13 +498,13 @@ impl Sandbox {
     /// Lets them run again, and delivers what came for the container's processes meanwhile.
     pub async fn resume(&self, id: &str) -> Result<(), SandboxError> {
         let container = self.container(id)?;
-        let machine = self.running_machine()?;
         if container.status() != Status::Paused {
             return Err(SandboxError::Status {
-                what: "cannot resume a container that is not paused",
+                what: "container not paused",
                 status: container.status(),
             });
         }
+        let machine = self.running_machine()?;
         machine.vmm().order(Request::Resume, vec![]).await?;
         container.set_paused(false);
         self.note(&container);

@@ -113,12 +113,8 @@ fn missing_or(path: &Path, cause: io::Error) -> SpecError {
 /// Parses a spec; the error names the field by its path. Capabilities that nobody knows are dropped, as the spec asks
 /// (config.md, "Linux Process": "Runtimes SHOULD NOT fail").
 fn parse(text: &[u8]) -> Result<Spec, String> {
-    if let Ok(spec) = serde_json::from_slice(text) {
-        return Ok(spec);
-    }
-    // The slow way, for what is broken only: it can say where.
     let mut value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-    drop_unknown_capabilities(&mut value);
+    drop_unknown_capabilities(value.pointer_mut("/process/capabilities"));
     serde_path_to_error::deserialize(value).map_err(|error| {
         let field = error.path().to_string();
         // serde quotes the offending value, and arguments and environment are nobody's business.
@@ -132,8 +128,15 @@ fn parse(text: &[u8]) -> Result<Spec, String> {
     })
 }
 
-fn drop_unknown_capabilities(spec: &mut Value) {
-    let sets = spec.pointer_mut("/process/capabilities");
+/// Drops from a process's `capabilities` what nobody knows, and says so. Names are as in capabilities(7): what else might be meant
+/// by another spelling is not given, as under runc.
+pub fn drop_unknown_capabilities(sets: Option<&mut Value>) {
+    let known = |name: &Value| {
+        let spelling = name.as_str().is_some_and(|name| {
+            name.starts_with("CAP_") && !name.bytes().any(|byte| byte.is_ascii_lowercase())
+        });
+        spelling && serde_json::from_value::<Capability>(name.clone()).is_ok()
+    };
     let sets = sets.and_then(Value::as_object_mut).into_iter();
     let mut unknown = BTreeSet::new();
     for names in sets
@@ -141,7 +144,7 @@ fn drop_unknown_capabilities(spec: &mut Value) {
         .filter_map(Value::as_array_mut)
     {
         names.retain(|name| {
-            let known = serde_json::from_value::<Capability>(name.clone()).is_ok();
+            let known = known(name);
             if !known {
                 unknown.insert(name.as_str().unwrap_or_default().to_owned());
             }
@@ -454,7 +457,8 @@ pub(crate) mod tests {
     #[test]
     fn unknown_capabilities_are_ignored() {
         let mut config = good();
-        config["process"]["capabilities"] = json!({"bounding": ["CAP_KILL", "CAP_BOGUS"]});
+        config["process"]["capabilities"] =
+            json!({"bounding": ["CAP_KILL", "CAP_BOGUS", "SYS_ADMIN", "cap_chown"]});
         let loaded = Bundle::load(bundle(&config.to_string()).path()).unwrap();
         let spec = serde_json::to_value(&loaded.spec).unwrap();
         assert_eq!(

@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use anyhow::{Context, bail};
 use bulkhead_runtime::sandbox::{ExecOptions, OPTIONS};
+use bulkhead_runtime::spec::drop_unknown_capabilities;
 use bulkhead_runtime::stdio::TerminalSize;
 use bulkhead_vmm::fault;
 use clap::Args;
@@ -193,7 +194,7 @@ fn extend<T: Clone + Into<Value>>(object: &mut Map<String, Value>, name: &str, m
     }
 }
 
-fn check(process: Map<String, Value>) -> anyhow::Result<Map<String, Value>> {
+fn check(mut process: Map<String, Value>) -> anyhow::Result<Map<String, Value>> {
     let args = process.get("args").and_then(Value::as_array);
     if args.is_none_or(Vec::is_empty) {
         bail!("process.args must not be empty: say which program to run");
@@ -205,6 +206,7 @@ fn check(process: Map<String, Value>) -> anyhow::Result<Map<String, Value>> {
     if !cwd.starts_with('/') {
         bail!("process.cwd is {cwd:?}: give an absolute path");
     }
+    drop_unknown_capabilities(process.get_mut("capabilities"));
     Ok(process)
 }
 

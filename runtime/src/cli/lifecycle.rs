@@ -18,7 +18,7 @@ pub struct IdArgs {
 pub struct KillArgs {
     /// Send the signal to every process of the container
     #[arg(short, long)]
-    all: bool,
+    pub all: bool,
     /// Name of the container
     id: String,
     /// Signal: a number, or a name with or without SIG

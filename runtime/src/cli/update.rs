@@ -51,14 +51,14 @@ pub struct UpdateArgs {
     /// Obsolete, without effect
     #[arg(long, value_name = "BYTES", hide = true)]
     kernel_memory_tcp: Option<String>,
-    /// Memory limit in bytes, -1 for none
-    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    /// Memory limit in bytes, or with a unit such as M or GiB; -1 for none
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true, value_parser = bytes)]
     memory: Option<i64>,
     /// Memory that is not reclaimed before others', in bytes
-    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true, value_parser = bytes)]
     memory_reservation: Option<i64>,
     /// Limit of memory and swap together in bytes, -1 for none
-    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true, value_parser = bytes)]
     memory_swap: Option<i64>,
     /// Most processes, -1 for any number
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
@@ -84,6 +84,44 @@ pub fn update(invocation: &Invocation, args: &UpdateArgs) -> anyhow::Result<i32>
     let json = serde_json::to_vec(&resources)?;
     Known::find(invocation, &args.id)?.call(async |server| server.update(json).await)?;
     Ok(0)
+}
+
+/// A size as runc takes it: a number, which may have a fraction, and a unit of 1024, as in `512M`, `1.5g` or `64 KiB`; or -1.
+fn bytes(text: &str) -> Result<i64, String> {
+    if text == "-1" {
+        return Ok(-1);
+    }
+    let wrong = || "give a number of bytes, or one with a unit such as 100M or 1.5GiB".to_owned();
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic() || c == ' ');
+    let unit = text.get(digits.len()..).unwrap_or_default();
+    let unit = unit.strip_prefix(' ').unwrap_or(unit).to_ascii_lowercase();
+    let power = match unit.as_str() {
+        "" | "b" => 0,
+        unit => {
+            let letter = unit.trim_end_matches('b').trim_end_matches('i');
+            let units = ["k", "m", "g", "t", "p"].iter().zip(1..);
+            let power = units.clone().find(|(name, _)| **name == letter);
+            let (name, power) = power.ok_or_else(wrong)?;
+            let written = ["", "b", "ib"].map(|end| format!("{name}{end}"));
+            if !written.contains(&unit.to_owned()) {
+                return Err(wrong());
+            }
+            power
+        }
+    };
+    if !digits
+        .bytes()
+        .all(|byte| byte.is_ascii_digit() || byte == b'.')
+    {
+        return Err(wrong());
+    }
+    let factor = 1_i64 << (10 * power);
+    if let Ok(whole) = digits.parse::<i64>() {
+        return whole.checked_mul(factor).ok_or_else(wrong);
+    }
+    let size = digits.parse::<f64>().map_err(|_| wrong())? * factor as f64;
+    // Saturates: what is more than there are bytes is refused by whoever sets it.
+    Ok(size as i64)
 }
 
 fn read(file: &str) -> anyhow::Result<Value> {
@@ -169,6 +207,30 @@ mod tests {
             resources(&["--memory", "1000", "--cpu-quota=-1", "--pids-limit", "-1"]).unwrap(),
             json!({"memory": {"limit": 1000}, "cpu": {"quota": -1}, "pids": {"limit": -1}})
         );
+    }
+
+    #[test]
+    fn sizes_may_have_a_unit() {
+        for (text, expected) in [
+            ("0", Some(0)),
+            ("-1", Some(-1)),
+            ("100", Some(100)),
+            ("100b", Some(100)),
+            ("100M", Some(100 << 20)),
+            ("100mb", Some(100 << 20)),
+            ("2 GiB", Some(2 << 30)),
+            ("1.5k", Some(1536)),
+            ("", None),
+            ("M", None),
+            ("-2", None),
+            ("1ibb", None),
+            ("1e3", None),
+            ("nan", None),
+            ("1 M B", None),
+            ("9223372036854775807k", None),
+        ] {
+            assert_eq!(bytes(text).ok(), expected, "{text}");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ impl Sandbox {
                 what: "resources",
                 problem: e.to_string(),
             })?;
-        let machine = self.live_machine(id, "cannot update the container")?;
+        let machine = self.live_machine(id, "container not running")?;
         let guest_mib = self.guest_memory_mib(&resources)?;
         let agent = machine.agent().await?;
         let of_guest = crate::adapt::guest_resources(resources.clone());

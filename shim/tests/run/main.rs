@@ -7,6 +7,7 @@ mod bed;
 mod descriptors;
 mod faults;
 mod patience;
+mod states;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

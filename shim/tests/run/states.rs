@@ -1,0 +1,49 @@
+//! What can't be done in a state of a container's life.
+
+use bulkhead_e2e::processes;
+
+use crate::bed::text;
+use crate::faults::{running, status};
+
+#[test]
+fn what_does_not_go_with_a_containers_state_is_refused_in_the_words_that_clients_look_for() {
+    let Some(bed) = running("") else { return };
+    let refused = |cases: &[(&[&str], &str)]| {
+        for (words, expected) in cases {
+            let output = bed.about(words);
+            let said = text(&output.stderr);
+            assert!(!output.status.success(), "{words:?}");
+            assert!(said.contains(expected), "{words:?}: {said}");
+        }
+    };
+    refused(&[
+        (
+            &["start", "c1"],
+            "cannot start an already running container",
+        ),
+        (&["resume", "c1"], "container not paused"),
+        (&["delete", "c1"], "it is running"),
+    ]);
+    let vmm = bed.pid_of("fake-vmm");
+    assert!(bed.about(&["kill", "c1", "KILL"]).status.success());
+    // The guest is of no use any more, and none of its words is either.
+    processes::wait_for_end(&[vmm.as_raw().unsigned_abs()]);
+    assert_eq!(status(&bed), "stopped");
+    refused(&[
+        (
+            &["start", "c1"],
+            "cannot start a container that has stopped",
+        ),
+        (&["kill", "c1"], "container not running"),
+        (&["pause", "c1"], "container not running"),
+        (&["resume", "c1"], "container not paused"),
+        (
+            &["update", "--memory", "100M", "c1"],
+            "container not running",
+        ),
+        (&["exec", "c1", "true"], "container not running"),
+    ]);
+    assert!(bed.about(&["kill", "--all", "c1"]).status.success());
+    assert!(bed.about(&["delete", "c1"]).status.success());
+    bed.await_clean();
+}
