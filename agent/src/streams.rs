@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bulkhead_protocol::agent::{Flow, Stdio, StreamHeader, StreamKind};
 use bulkhead_protocol::{FIRST_DESCRIPTOR, MAX_DESCRIPTORS, MAX_STREAM_HEADER};
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::pipe2;
 use protobuf::Message;
@@ -191,6 +191,8 @@ impl Streams {
             }
             Flow::OUTWARD => {
                 let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).what(what)?;
+                // Smaller is slower, and no failure.
+                let _ = fcntl(&ours, FcntlArg::F_SETPIPE_SZ(pumps::OUTPUT_BUFFER as i32));
                 let end = End::new(ours, Interest::READABLE).what(what)?;
                 let ended = self.ended.subscribe();
                 self.add_output(place, |connection, guard| {
@@ -420,6 +422,27 @@ mod tests {
                 .all(|(index, &byte)| byte == index as u8)
         );
         streams.drained().await;
+    }
+
+    #[tokio::test]
+    async fn a_writer_is_a_quarter_of_a_megabyte_ahead_of_its_reader() {
+        let stdio = Stdio {
+            stdout: true,
+            ..Default::default()
+        };
+        let (streams, ends) = Streams::open(&stdio).unwrap();
+        let [_, stdout, _] = ends.standard;
+        let stdout = stdout.unwrap();
+        fcntl(&stdout, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        let data = vec![7; 2 * pumps::OUTPUT_BUFFER];
+        let written = nix::unistd::write(&stdout, &data).unwrap();
+        assert_eq!(written, pumps::OUTPUT_BUFFER);
+
+        let mut host = host_side(&streams, StreamKind::STDOUT).await;
+        drop(stdout);
+        let mut received = Vec::new();
+        host.read_to_end(&mut received).await.unwrap();
+        assert_eq!(received, data[..written]);
     }
 
     #[tokio::test]

@@ -14,8 +14,12 @@ use tokio::sync::{oneshot, watch};
 use super::Outstanding;
 use crate::transport::Connection;
 
-/// As much as a pipe holds: one read empties it.
+/// As much as a pipe usually holds: one read empties it.
 const BUFFER: usize = 64 * 1024;
+
+/// What a pipe for output holds, and one read of it takes. A writer and the agent then take turns a quarter as often, and a connection
+/// sends all of it at once.
+pub const OUTPUT_BUFFER: usize = 256 * 1024;
 
 /// The agent's end of a stream: of a pipe, a socket, or a terminal's master.
 pub struct End(AsyncFd<OwnedFd>);
@@ -146,7 +150,7 @@ async fn pass_out(
     connection: &mut (impl AsyncWrite + Unpin),
     ended: &mut watch::Receiver<bool>,
 ) -> bool {
-    let mut buffer = vec![0; BUFFER];
+    let mut buffer = vec![0; OUTPUT_BUFFER];
     loop {
         let length = if *ended.borrow_and_update() {
             // Not through the runtime, whose knowledge of the pipe may be older than the end of the process.

@@ -20,9 +20,9 @@ use super::ring::ByteRing;
 /// The receive buffer announced to the guest for each connection: the most a guest can make the VMM hold for it.
 pub const BUF_ALLOC: u32 = 256 * 1024;
 
-/// Consumed bytes that are worth a packet of their own to tell the guest. A quarter of the buffer: a guest that the host keeps up
-/// with never runs out of credit.
-const UPDATE_STEP: u32 = BUF_ALLOC / 4;
+/// Consumed bytes that are worth a packet of their own to tell the guest. Half of the buffer: a guest that the host keeps up with
+/// has two more of its longest packets to send meanwhile.
+const UPDATE_STEP: u32 = BUF_ALLOC / 2;
 
 /// Longest greeting: `CONNECT 4294967295\n` and some space.
 const MAX_GREETING: usize = 32;
