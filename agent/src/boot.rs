@@ -8,7 +8,7 @@ use anyhow::Context;
 use bulkhead_protocol::{GUEST_SHARE, SHARE_TAG};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::stat::{Mode, major, minor, stat};
 use nix::unistd::{chdir, chroot, mkdir};
@@ -157,14 +157,9 @@ fn read_ahead(root: &Path) -> anyhow::Result<()> {
     fs::write(&setting, READ_AHEAD_KIB).with_context(|| format!("cannot write {setting}"))
 }
 
-/// Writes everything back and lets go of the share.
-pub fn release_file_systems() {
+/// Writes everything back. Nothing is unmounted: the share's server ends with the guest.
+pub fn write_back() {
     nix::unistd::sync();
-    match umount2(GUEST_SHARE, MntFlags::MNT_DETACH) {
-        // Not mounted.
-        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-        Err(errno) => tracing::warn!(%errno, "cannot unmount the share"),
-    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! created (its init waits before the exec) → running → ended, and deleted from any of them.
 
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 
 use bulkhead_protocol::agent::{
     CreateContainerRequest, ExecProcessRequest, NamespaceOf, StreamHeader,
@@ -19,6 +19,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::fault;
 use crate::handshake::{self, Report};
 use crate::init::{self, Job, Join};
+use crate::kept::Kept;
 use crate::mounts::Trees;
 use crate::reaper::{Exit, Reaper, exited};
 use crate::registry::Registry;
@@ -59,6 +60,8 @@ pub struct Container {
     pub(crate) execs: Registry<Task>,
     /// Set when its deletion begins.
     pub(crate) deleted: watch::Sender<bool>,
+    /// Set once its init is ready.
+    kept: OnceLock<Kept>,
     phase: Mutex<Phase>,
 }
 
@@ -142,6 +145,7 @@ impl Containers {
             cgroup,
             execs: Registry::default(),
             deleted: watch::Sender::new(false),
+            kept: OnceLock::new(),
             phase: Mutex::new(Phase::Started),
         });
         let admitted = match &container.plan.id_maps {
@@ -160,6 +164,12 @@ impl Containers {
         if let Err(error) = set_up {
             container.end().await;
             return Err(error);
+        }
+        // An init that was killed meanwhile may have been reaped.
+        if !container.init_is_gone() {
+            let _ = container
+                .kept
+                .set(Kept::of(container.init.pid, container.plan.made()));
         }
         fault::point("create-set-up");
         *container.phase() = Phase::Created(socket);
@@ -385,14 +395,9 @@ impl Containers {
                 "container {id} is being deleted already"
             )));
         }
-        container.end().await;
-        container.init.streams.close();
-        for (exec_id, exec) in container.execs.all() {
-            // Dead already, unless it has left the cgroup, as one without a cgroup namespace may.
-            exec.kill();
-            exited(&mut exec.exit.clone()).await;
-            exec.streams.close();
-            container.execs.remove(&exec_id, &exec);
+        container.end_all().await;
+        if let Some(kept) = container.kept.get() {
+            kept.release();
         }
         if let Err(error) = container.cgroup.remove() {
             // Another try may do better.
@@ -404,13 +409,10 @@ impl Containers {
         Ok(())
     }
 
-    /// Deletes every container.
-    pub async fn delete_all(&self) {
-        for (id, _) in self.registry.all() {
-            match self.delete(&id).await {
-                Ok(()) | Err(Error::NoContainer(_)) => {}
-                Err(error) => tracing::warn!(id, %error, "cannot delete"),
-            }
+    /// Ends every process of every container. The rest of them goes with the guest.
+    pub async fn end_all(&self) {
+        for (_, container) in self.registry.all() {
+            container.end_all().await;
         }
     }
 
@@ -495,6 +497,19 @@ impl Container {
                     Err(Error::setup(Kind::Internal, problem))
                 }
             };
+        }
+    }
+
+    /// Ends every process of the container, also what has left it, and every stream.
+    async fn end_all(&self) {
+        self.end().await;
+        self.init.streams.close();
+        for (exec_id, exec) in self.execs.all() {
+            // Dead already, unless it has left the cgroup, as one without a cgroup namespace may.
+            exec.kill();
+            exited(&mut exec.exit.clone()).await;
+            exec.streams.close();
+            self.execs.remove(&exec_id, &exec);
         }
     }
 

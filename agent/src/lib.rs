@@ -21,6 +21,7 @@ pub mod hotplug;
 pub mod init;
 pub mod joiner;
 pub mod json_path;
+pub mod kept;
 pub mod launch;
 pub mod log;
 pub mod mount_options;

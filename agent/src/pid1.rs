@@ -25,7 +25,7 @@ pub fn run() -> ! {
         // The log may not have begun.
         eprintln!("bulkhead-agent: {error:#}");
     }
-    boot::release_file_systems();
+    boot::write_back();
     power::off()
 }
 

@@ -66,7 +66,7 @@ pub async fn serve(
             tracing::error!(?reaped, "the reaper ended");
         }
     }
-    if tokio::time::timeout(KILL_TIME, containers.delete_all())
+    if tokio::time::timeout(KILL_TIME, containers.end_all())
         .await
         .is_err()
     {

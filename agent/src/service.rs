@@ -285,12 +285,12 @@ impl Agent for Service {
         let containers = Arc::clone(self.greeted()?);
         fault::point("shutdown-asked");
         whole(async move {
-            containers.delete_all().await;
+            containers.end_all().await;
             Ok(())
         })
         .await?;
         fault::point("shutdown-killed");
-        crate::boot::release_file_systems();
+        crate::boot::write_back();
         fault::point("shutdown-released");
         self.shutdown.notify_one();
         Ok(ShutdownResponse::default())

@@ -1,0 +1,62 @@
+//! A container's namespaces, kept beyond its last process.
+//!
+//! With its last process the kernel takes a mount namespace down before anybody hears of that process's end, and a network namespace
+//! beside whoever passes on the news: both wait for grace periods of RCU. A container that is kept ends as fast as its process, and if
+//! the guest ends with it, nothing is taken down at all.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
+
+use nix::unistd::Pid;
+
+/// Those that take long, by their names in `/proc/<pid>/ns`.
+const KEPT: [(u64, &str); 2] = [
+    (libc::CLONE_NEWNS as u64, "mnt"),
+    (libc::CLONE_NEWNET as u64, "net"),
+];
+
+/// The kept namespaces.
+#[derive(Debug, Default)]
+pub struct Kept(Mutex<Vec<OwnedFd>>);
+
+impl Kept {
+    /// Keeps the namespaces of a process that `made` (`CLONE_NEW*`) has made. It must not have been reaped.
+    pub fn of(pid: Pid, made: u64) -> Self {
+        let kept = KEPT
+            .iter()
+            .filter(|(flag, _)| made & flag != 0)
+            .filter_map(|(_, name)| {
+                // One that is not kept ends earlier, and no other way.
+                File::open(format!("/proc/{pid}/ns/{name}")).ok()
+            })
+            .map(OwnedFd::from)
+            .collect();
+        Self(Mutex::new(kept))
+    }
+
+    /// Lets them go.
+    pub fn release(&self) {
+        let kept = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(kept);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_made_is_kept_until_it_is_released() {
+        let count = |kept: &Kept| kept.0.lock().unwrap().len();
+        let both = Kept::of(
+            Pid::this(),
+            (libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWPID) as u64,
+        );
+        assert_eq!(count(&both), 2);
+        both.release();
+        assert_eq!(count(&both), 0);
+        assert_eq!(count(&Kept::of(Pid::this(), libc::CLONE_NEWNET as u64)), 1);
+        assert_eq!(count(&Kept::of(Pid::this(), 0)), 0);
+    }
+}
