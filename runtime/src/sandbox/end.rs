@@ -1,9 +1,11 @@
 //! The ends: of a process, of a stand-in, of the VM, of the sandbox.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_vmm::control::Request;
+use tokio::task::JoinHandle;
 
 use super::boot::Machine;
 use super::container::Container;
@@ -39,6 +41,7 @@ impl Sandbox {
     pub async fn shutdown(&self) {
         let _ = self.closing.set(());
         self.timeline.mark("server: sandbox ends");
+        let left = self.begin_to_leave_cgroup();
         if let Some(machine) = self.machine.get() {
             let ended = self.power_off(machine).await;
             self.timeline.mark("server: VM ended");
@@ -54,7 +57,7 @@ impl Sandbox {
             container.lost(LOST_EXIT_CODE);
             self.run_poststop_hooks(&container).await;
         }
-        self.leave_cgroup();
+        self.remove_cgroup(left).await;
         if let Err(error) = self.params.state.remove() {
             tracing::error!(%error, "the state directory stays");
         }
@@ -99,12 +102,24 @@ impl Sandbox {
         ended
     }
 
-    fn leave_cgroup(&self) {
-        if let Some(cgroup) = self.cgroup.get()
-            && let Err(error) = host_cgroup::leave_for(&self.origin)
-                .map_err(|error| error.to_string())
-                .and_then(|()| cgroup.remove().map_err(|error| error.to_string()))
-        {
+    /// Moves this process out of the container's cgroup, for which the kernel waits for a grace period of RCU: on a thread of its own,
+    /// while the guest ends.
+    fn begin_to_leave_cgroup(&self) -> Option<JoinHandle<io::Result<()>>> {
+        let origin = self.origin.clone();
+        self.cgroup
+            .get()
+            .map(|_| tokio::task::spawn_blocking(move || host_cgroup::leave_for(&origin)))
+    }
+
+    async fn remove_cgroup(&self, left: Option<JoinHandle<io::Result<()>>>) {
+        let (Some(cgroup), Some(left)) = (self.cgroup.get(), left) else {
+            return;
+        };
+        let left = match left.await {
+            Ok(left) => left.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = left.and_then(|()| cgroup.remove().map_err(|error| error.to_string())) {
             tracing::warn!(error, "the host's cgroup stays");
         }
     }
