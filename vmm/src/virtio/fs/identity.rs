@@ -43,27 +43,33 @@ fn keep_capabilities() {
     }
 }
 
+thread_local! {
+    /// Whom a file-system thread works as. Nothing in the VMM changes that.
+    static OWN: (Uid, Gid) = (geteuid(), getegid());
+}
+
 /// The identity of a request's caller, until dropped.
 #[derive(Debug)]
 #[must_use]
 pub struct AsCaller {
-    uid: Uid,
-    gid: Gid,
+    /// The thread's own, if the caller's is another.
+    back: Option<(Uid, Gid)>,
+    masked: bool,
 }
 
 impl AsCaller {
     /// Takes the caller's user and group for file-system accesses, and its umask.
     pub fn new(context: &Context, mask: u32) -> io::Result<Self> {
+        let own = OWN.with(|own| *own);
+        let caller = (Uid::from_raw(context.uid), Gid::from_raw(context.gid));
         let guard = Self {
-            uid: geteuid(),
-            gid: getegid(),
+            back: (caller != own).then_some(own),
+            masked: mask & 0o777 != 0,
         };
-        umask(Mode::from_bits_truncate(mask & 0o777));
-        let (uid, gid) = (Uid::from_raw(context.uid), Gid::from_raw(context.gid));
-        // These two calls do not say whether they worked. Asking again with the same value does.
-        setfsgid(gid);
-        setfsuid(uid);
-        if setfsgid(gid) != gid || setfsuid(uid) != uid {
+        if guard.masked {
+            umask(Mode::from_bits_truncate(mask & 0o777));
+        }
+        if guard.back.is_some() && !take(caller) {
             return Err(io::Error::from_raw_os_error(libc::EPERM));
         }
         Ok(guard)
@@ -72,15 +78,25 @@ impl AsCaller {
 
 impl Drop for AsCaller {
     fn drop(&mut self) {
-        setfsuid(self.uid);
-        setfsgid(self.gid);
-        umask(Mode::empty());
-        if setfsuid(self.uid) != self.uid || setfsgid(self.gid) != self.gid {
+        if self.masked {
+            umask(Mode::empty());
+        }
+        if let Some(own) = self.back
+            && !take(own)
+        {
             // Going back to the thread's own user is always allowed. Going on as another one is not an option.
             tracing::error!("a file-system thread can't return to its own identity");
             std::process::abort();
         }
     }
+}
+
+/// Takes a user and a group for file-system accesses; returns whether that worked.
+fn take((uid, gid): (Uid, Gid)) -> bool {
+    // These two calls do not say whether they worked. Asking again with the same value does.
+    setfsgid(gid);
+    setfsuid(uid);
+    setfsgid(gid) == gid && setfsuid(uid) == uid
 }
 
 /// `CAP_FSETID`.

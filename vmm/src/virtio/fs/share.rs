@@ -554,7 +554,10 @@ impl FileSystem for Share {
             fd: handle.as_fd(),
             append: flags as i32 & libc::O_APPEND != 0,
         };
-        let _privileges = WithoutFsetid::when(fuse_flags & WRITE_KILL_PRIV != 0)?;
+        // Hardly any file has such bits. One that gets them at this moment keeps them, as if the write had come before.
+        let kill = fuse_flags & WRITE_KILL_PRIV != 0
+            && host::metadata(handle.as_fd())?.stat.st_mode & (libc::S_ISUID | libc::S_ISGID) != 0;
+        let _privileges = WithoutFsetid::when(kill)?;
         reader.read_to(&mut file, size as usize, offset)
     }
 
