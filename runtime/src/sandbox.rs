@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use bulkhead_vmm::control::Request;
 use oci_spec::runtime::Spec;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, watch};
 
 use crate::adapt::{Adapted, adapt};
 use crate::agent::AgentError;
@@ -129,6 +129,8 @@ pub struct Sandbox {
     /// Where this process was before it entered the sandbox's cgroup.
     origin: PathBuf,
     cgroup: OnceLock<HostCgroup>,
+    /// How many stand-ins there are.
+    stand_ins: watch::Sender<usize>,
 }
 
 impl Sandbox {
@@ -143,6 +145,7 @@ impl Sandbox {
             closing: OnceLock::new(),
             origin: host_cgroup::own(),
             cgroup: OnceLock::new(),
+            stand_ins: watch::Sender::new(0),
         })
     }
 

@@ -57,6 +57,7 @@ impl Sandbox {
             container.lost(LOST_EXIT_CODE);
             self.run_poststop_hooks(&container).await;
         }
+        self.await_stand_ins().await;
         self.remove_cgroup(left).await;
         if let Err(error) = self.params.state.remove() {
             tracing::error!(%error, "the state directory stays");
@@ -109,6 +110,16 @@ impl Sandbox {
         self.cgroup
             .get()
             .map(|_| tokio::task::spawn_blocking(move || host_cgroup::leave_for(&origin)))
+    }
+
+    /// Lets the stand-ins, whose streams have ended, write their last bytes and tell their processes' exit codes: the removal of the
+    /// cgroup would kill them.
+    async fn await_stand_ins(&self) {
+        let mut count = self.stand_ins.subscribe();
+        let gone = count.wait_for(|&count| count == 0);
+        if tokio::time::timeout(KILL_TIMEOUT, gone).await.is_err() {
+            tracing::warn!("a stand-in whose output nobody takes is killed");
+        }
     }
 
     async fn remove_cgroup(&self, left: Option<JoinHandle<io::Result<()>>>) {
@@ -178,8 +189,10 @@ impl Sandbox {
         };
         let ended = standin::Watch::new(pid).map_err(|cause| SandboxError::StandIn(pid, cause))?;
         let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
+        self.stand_ins.send_modify(|count| *count += 1);
         tokio::spawn(async move {
             ended.wait().await;
+            sandbox.stand_ins.send_modify(|count| *count -= 1);
             if exec_id.is_empty() {
                 sandbox
                     .orphaned(&container, &exec_id, &container.init)

@@ -5,7 +5,8 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::PathBuf;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use bulkhead_e2e::bundle::Bundle;
@@ -13,6 +14,8 @@ use bulkhead_e2e::command::{Ended, finish};
 use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc, wait_for};
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::{processes, watch};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -339,6 +342,36 @@ fn killing_the_stand_in_kills_the_container() {
     container.command(&["delete"]).expect_code(0);
     drop(container);
     host.assert_nothing_new();
+}
+
+#[test]
+fn a_deletion_lets_a_stand_in_write_what_its_container_has_written() {
+    let bundle = Bundle::shell("echo last words; exit 3");
+    let (mut stdout, mut theirs) = std::io::pipe().unwrap();
+    // Full, so that nothing can be written until somebody reads.
+    let room = fcntl(&theirs, FcntlArg::F_GETPIPE_SZ).unwrap();
+    let filling = vec![b'x'; usize::try_from(room).unwrap()];
+    theirs.write_all(&filling).unwrap();
+    let null = || Stdio::from(fs::File::options().write(true).open("/dev/null").unwrap());
+    let streams = [Stdio::null(), theirs.into(), null()];
+    let container = Container::create_on(bulkhead(), &bundle, streams);
+    container.command(&["start"]).expect_code(0);
+    let stopped = || container.status() == "stopped";
+    watch::until(Path::new("/run/bulkhead"), &[], stopped);
+
+    let vmms = processes::named("bulkhead-vmm");
+    assert_eq!(vmms.len(), 1, "its output is not written");
+    let mut deletion = container.prepare(&["delete"], &[]).spawn().unwrap();
+    processes::wait_for_end(&vmms);
+    let waiting = processes::open(deletion.id()).unwrap();
+    let mut waiting = [PollFd::new(waiting.as_fd(), PollFlags::POLLIN)];
+    let ended = poll(&mut waiting, PollTimeout::from(1000_u16)).unwrap();
+    assert_eq!(ended, 0, "there is output that nobody has read");
+    let mut written = Vec::new();
+    stdout.read_to_end(&mut written).unwrap();
+    assert_eq!(written.split_off(filling.len()), b"last words\n");
+    assert!(deletion.wait().unwrap().success());
+    assert_eq!(container.wait(), 3);
 }
 
 #[test]
