@@ -30,10 +30,12 @@ pub fn measure(
         initramfs::with_init(&fs::read(probe).context("cannot read the guest's probe")?),
     )?;
     let timeline = folder.join("timeline.json");
+    let no_templates = folder.join("config.toml");
+    fs::write(&no_templates, "template_directory = \"\"")?;
 
     let mut seconds: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     let mut steps: Vec<(String, Vec<f64>)> = Vec::new();
-    // The round before the first warms the page cache and is not counted.
+    // The round before the first warms the page cache, leaves a template, and is not counted.
     for round in 0..=rounds {
         let mut measure = |name: &'static str, command: &mut Command| -> anyhow::Result<()> {
             let began = Instant::now();
@@ -59,6 +61,11 @@ pub fn measure(
         }
         let mut ours = run_command(bulkhead(), &bundle);
         measure("bulkhead", ours.arg("--timeline").arg(&timeline))?;
+        let mut booting = run_command(bulkhead(), &bundle);
+        measure(
+            "bulkhead, booting",
+            booting.env("BULKHEAD_CONFIG", &no_templates),
+        )?;
         if let Some(qemu) = qemu {
             measure("QEMU microvm", &mut microvm(qemu, &initrd))?;
         }
@@ -67,23 +74,28 @@ pub fn measure(
         }
     }
 
-    let ours = seconds["bulkhead"].clone();
-    for (peer, what, goal) in [
-        ("runc", "`run` of `true`", Some(Goal::AtMost(2.0))),
-        ("crun", "`run` of `true`", None),
+    let microvm = "`run` of `true`; the peer only boots the same kernel to PID 1 and powers off";
+    let without = "the same without a template";
+    for (ours, peer, what, goal) in [
         (
-            "QEMU microvm",
-            "`run` of `true`; the peer only boots the same kernel to PID 1 and powers off",
-            Some(Goal::AtMost(0.6)),
+            "bulkhead",
+            "runc",
+            "`run` of `true`",
+            Some(Goal::AtMost(2.0)),
         ),
+        ("bulkhead", "crun", "`run` of `true`", None),
+        ("bulkhead", "QEMU microvm", microvm, Some(Goal::AtMost(0.6))),
+        ("bulkhead, booting", "runc", without, None),
+        ("bulkhead, booting", "QEMU microvm", without, None),
     ] {
+        let ours = seconds[ours].clone();
         if let Some(theirs) = seconds.get(peer) {
             comparisons.push(Comparison {
                 what: what.to_owned(),
                 peer,
                 measure: Measure::Time,
                 goal,
-                ours: ours.clone(),
+                ours,
                 theirs: theirs.clone(),
             });
         }
