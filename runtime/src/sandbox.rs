@@ -251,7 +251,7 @@ impl Sandbox {
                 self.params.state.save(&record)?;
                 self.settle(cgroup, options)?;
                 let cmdline = Overrides::of(&bundle.spec)?.kernel_arguments;
-                Machine::power_on(self, size, cmdline)
+                Machine::power_on(self, size, cmdline, !has_io_limits(&bundle.spec))
             })
             .await?;
         let oom_score = bundle.spec.process().as_ref();
@@ -681,6 +681,15 @@ impl Sandbox {
         let directory: &Path = self.params.config.debug_directory.as_deref()?;
         Some(directory.join(format!("{}-{suffix}.log", self.params.id)))
     }
+}
+
+/// Whether the container's limits slow down what its sandbox writes to the host's disks.
+fn has_io_limits(spec: &Spec) -> bool {
+    let resources = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref());
+    resources.is_some_and(|resources| resources.block_io().is_some())
 }
 
 /// Tells the container's init, as runc does, of the descriptors that a service manager has passed.

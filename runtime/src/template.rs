@@ -18,6 +18,9 @@ use crate::config::Config;
 /// Templates that are kept; the one that was not used for the longest time goes first.
 const MOST_TEMPLATES: usize = 8;
 
+/// Memory of the largest guests that leave a template, in MiB: of each 64 bytes the kernel writes one at boot, for its map of the rest.
+const MOST_MEMORY_MIB: u64 = 8 << 10;
+
 /// Ending of a template's name.
 const SUFFIX: &str = ".template";
 
@@ -38,11 +41,14 @@ pub struct Template {
 
 impl Template {
     /// The template for guests of this description, which must be everything that a guest knows before its agent is prepared. None if the
-    /// configuration wants none.
+    /// configuration wants none, or if it would be large.
     pub fn of(config: &Config, guest: &BootConfig) -> io::Result<Option<Self>> {
         let Some(directory) = config.template_directory.clone() else {
             return Ok(None);
         };
+        if guest.memory_mib > MOST_MEMORY_MIB {
+            return Ok(None);
+        }
         // Processor, KVM and clocks stay as they are until the next boot.
         let boot = fs::read_to_string(BOOT_ID)?.trim().to_owned();
         let mut hasher = DefaultHasher::new();

@@ -101,11 +101,12 @@ impl std::fmt::Debug for Machine {
 }
 
 impl Machine {
-    /// Starts the VMM with the machine's description and returns without waiting for the guest.
+    /// Starts the VMM with the machine's description and returns without waiting for the guest. One that boots leaves a template if it may.
     pub fn power_on(
         sandbox: &Arc<Sandbox>,
         size: Size,
         cmdline: String,
+        may_leave_template: bool,
     ) -> Result<Self, SandboxError> {
         let files = preflight::open_guest_files(sandbox.config())?;
         let state = sandbox.state_dir();
@@ -140,6 +141,7 @@ impl Machine {
             config: boot_config(sandbox, size, cmdline, &share, serial.is_some()),
             files,
             serial,
+            may_leave_template,
         };
         let (sender, ready) = watch::channel(None);
         tokio::spawn({
@@ -261,6 +263,7 @@ struct Start {
     config: BootConfig,
     files: GuestFiles,
     serial: Option<OwnedFd>,
+    may_leave_template: bool,
 }
 
 impl Start {
@@ -297,7 +300,9 @@ impl Start {
         let mut config = self.config;
         let mut fds = vec![self.files.kvm, self.files.kernel, self.files.initramfs];
         fds.extend(self.serial);
-        let unfinished = template.and_then(|template| tell_of(template.create()).flatten());
+        let unfinished = template
+            .filter(|_| self.may_leave_template)
+            .and_then(|template| tell_of(template.create()).flatten());
         if let Some(unfinished) = &unfinished {
             let file = unfinished.file().try_clone();
             fds.push(

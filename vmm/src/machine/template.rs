@@ -152,8 +152,14 @@ impl Machine {
             .iter()
             .map_while(|slot| lock(slot).as_mut().map(Transport::stand_still))
             .collect();
+        let mut config = config.clone();
+        // Whose it was is nobody's business.
+        config.vsock_path.clear();
+        if let Some(share) = &mut config.share {
+            share.directory.clear();
+        }
         let state = TemplateState {
-            config: config.clone(),
+            config,
             irqchips,
             clock,
             vcpus,
