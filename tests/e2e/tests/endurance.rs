@@ -88,8 +88,9 @@ fn a_thousand_executed_processes_leave_nothing() {
     }
     let ((server_fds, server_kib), (vmm_fds, _)) = before.unwrap();
     let (fds, kib) = footprint(server[0]);
+    // The last client's connection may be about to be closed.
     assert!(
-        fds <= server_fds,
+        fds <= server_fds + 1,
         "descriptors of the server: {server_fds}, then {fds}"
     );
     assert!(
