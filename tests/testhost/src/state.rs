@@ -84,6 +84,9 @@ impl std::fmt::Display for Name {
 
 const TRANSIENT: &str = "run-";
 
+/// File beside the folders whose lock is held by whoever takes one, or looks for those to remove.
+const TURN: &str = ".turn";
+
 /// One host's folder.
 #[derive(Debug, Clone)]
 pub struct Folder {
@@ -121,6 +124,12 @@ impl Folder {
 
     /// Takes the folder for this process.
     pub fn claim(&self) -> Result<Lock, StateError> {
+        // A sweep that saw the folder before it is locked would take it for that of one who was killed.
+        let _turn = lock(&self.root.with_file_name(TURN))?;
+        self.try_claim()
+    }
+
+    fn try_claim(&self) -> Result<Lock, StateError> {
         let path = self.root.join("lock");
         match flock(&path, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(lock),
@@ -142,7 +151,8 @@ impl Folder {
 
 /// Removes the folders of `testhost run`s that were killed.
 pub fn sweep(cache: &Path) {
-    let Ok(entries) = fs::read_dir(cache.join("hosts")) else {
+    let hosts = cache.join("hosts");
+    let (Ok(_turn), Ok(entries)) = (lock(&hosts.join(TURN)), fs::read_dir(&hosts)) else {
         return;
     };
     for entry in entries.flatten() {
@@ -154,7 +164,7 @@ pub fn sweep(cache: &Path) {
             name: Name(name),
             root: entry.path(),
         };
-        if let Ok(_lock) = folder.claim() {
+        if let Ok(_lock) = folder.try_claim() {
             // Whoever removes it first has done the work.
             let _ = folder.remove();
         }
@@ -163,6 +173,8 @@ pub fn sweep(cache: &Path) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     #[test]
@@ -197,5 +209,28 @@ mod tests {
         assert!(!at("run-2").root.exists());
         assert!(at("named").root.exists());
         drop(alive);
+    }
+
+    #[test]
+    fn a_sweep_does_not_get_in_the_way_of_one_who_begins() {
+        let cache = tempfile::tempdir().unwrap();
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    sweep(cache.path());
+                }
+            });
+            for n in 0..10_000 {
+                let folder = Folder::new(cache.path(), Name::new(&format!("run-{n}")).unwrap());
+                let claimed = folder.claim().map(|lock| (folder.root.exists(), lock));
+                let fine = matches!(claimed, Ok((true, _)));
+                if !fine {
+                    ended.store(true, Ordering::Relaxed);
+                }
+                assert!(fine, "{n}: {claimed:?}");
+            }
+            ended.store(true, Ordering::Relaxed);
+        });
     }
 }
