@@ -223,12 +223,31 @@ impl Machine {
         vcpu::set_entry(&vcpus[0], kernel.entry)?;
         timeline.mark("vcpus created");
 
+        let bus = Bus::new(slots, registers, serial, Arc::clone(&timeline));
+        let mut machine = Self::assemble(vm, vcpus, guest_memory, bus, devices, timeline, end)?;
+        if let Some(file) = files.template {
+            machine.template = Some(NewTemplate::new(file.into(), &kvm)?);
+        }
+        machine.timeline.mark("devices ready");
+        Ok(machine)
+    }
+
+    /// A machine of these parts, with its devices in the first slots.
+    fn assemble(
+        vm: VmFd,
+        vcpus: Vec<VcpuFd>,
+        memory: GuestMemoryMmap,
+        bus: Bus,
+        devices: Vec<Device>,
+        timeline: Arc<Timeline>,
+        end: Arc<EndSignal>,
+    ) -> Result<Self, MachineError> {
         let mut machine = Self {
             threads: None,
             vcpus,
-            bus: Arc::new(Bus::new(slots, registers, serial, Arc::clone(&timeline))),
+            bus: Arc::new(bus),
             vm,
-            memory: GuestMemoryAtomic::new(guest_memory),
+            memory: GuestMemoryAtomic::new(memory),
             end,
             timeline,
             subscribers: Vec::new(),
@@ -237,10 +256,6 @@ impl Machine {
         for device in devices {
             machine.plug(device)?;
         }
-        if let Some(file) = files.template {
-            machine.template = Some(NewTemplate::new(file.into(), &kvm)?);
-        }
-        machine.timeline.mark("devices ready");
         Ok(machine)
     }
 

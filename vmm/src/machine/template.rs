@@ -8,7 +8,6 @@ use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
 };
 use kvm_ioctls::Kvm;
-use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
@@ -82,20 +81,8 @@ impl Machine {
             return Err(MachineError::Count("devices"));
         }
         let slots = devices.len() + usize::from(config.spare_slots);
-        let mut machine = Self {
-            threads: None,
-            vcpus,
-            bus: Arc::new(Bus::new(slots, registers, None, Arc::clone(&timeline))),
-            vm,
-            memory: GuestMemoryAtomic::new(guest_memory),
-            end,
-            timeline,
-            subscribers: Vec::new(),
-            template: None,
-        };
-        for device in devices {
-            machine.plug(device)?;
-        }
+        let bus = Bus::new(slots, registers, None, Arc::clone(&timeline));
+        let machine = Self::assemble(vm, vcpus, guest_memory, bus, devices, timeline, end)?;
         for irqchip in &state.irqchips {
             machine
                 .vm
