@@ -7,6 +7,7 @@ use anyhow::{Context, ensure};
 use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::run_command;
 use bulkhead_e2e::container::{bulkhead, runc};
+use serde_json::json;
 
 use crate::table::{Comparison, Goal, Measure};
 
@@ -15,65 +16,128 @@ const METADATA: Option<Goal> = Some(Goal::AtLeast(0.4));
 
 /// The steps of `container-work files`, in its order.
 const STEPS: &[(&str, &str, Option<Goal>)] = &[
-    ("write", "files: write 64 MiB and sync", DATA),
-    ("read", "files: read 64 MiB, for the first time", DATA),
-    ("read again", "files: read the same 64 MiB again", DATA),
+    ("write", "write 64 MiB and sync", DATA),
+    ("read", "read 64 MiB, for the first time", DATA),
+    ("read again", "read the same 64 MiB again", DATA),
+    ("read a third time", "and a third time", DATA),
     (
         "random reads",
-        "files: 4 KiB at random places, for the first time",
+        "4 KiB at random places, for the first time",
         DATA,
     ),
-    ("make", "files: make 5,000 of 100 bytes", METADATA),
-    ("stat", "files: stat them", METADATA),
-    ("remove", "files: remove them", METADATA),
-    (
-        "build",
-        "files: a build of 100 sources with 10 headers each",
-        None,
-    ),
+    ("make", "make 5,000 of 100 bytes", METADATA),
+    ("stat", "stat them", METADATA),
+    ("remove", "remove them", METADATA),
+    ("build", "a build of 100 sources with 10 headers each", None),
 ];
 
+/// What the other figures are to be seen against: the least that anything asked of the host costs.
+const EXIT: &[(&str, &str, Option<Goal>)] =
+    &[("exit", "to the host's kernel and back (CPUID)", None)];
+
+/// Steps that a container does.
+struct Series {
+    bundle: Bundle,
+    steps: &'static [(&'static str, &'static str, Option<Goal>)],
+    /// Where: the beginning of each row.
+    place: &'static str,
+    /// Whether the goals apply.
+    aimed: bool,
+}
+
 /// Measures every step in new containers, each round of both runtimes. Nothing warms them up: a container's own caches are new
-/// each time, and the host's are filled when the files are made.
+/// each time, and the host's are filled when the files are made. On a tmpfs of the container's own, where nobody is asked for
+/// anything, it shows what the guest's processor alone allows.
 pub fn measure(
     rounds: usize,
     helper: &Path,
     comparisons: &mut Vec<Comparison>,
 ) -> anyhow::Result<()> {
-    let bundle = Bundle::busybox(&["/container-work", "files", "/work"]);
-    std::fs::copy(helper, bundle.in_root("container-work"))
-        .with_context(|| format!("cannot copy {}", helper.display()))?;
+    let root = with_helper(
+        Bundle::busybox(&["/container-work", "files", "/work"]),
+        helper,
+    )?;
     run(Command::new(helper)
         .arg("prepare")
-        .arg(bundle.in_root("work")))?;
-
-    let began = comparisons.len();
-    for round in 1..=rounds {
-        let theirs = steps(runc(), &bundle)?;
-        let ours = steps(bulkhead(), &bundle)?;
-        for (index, (&(name, what, goal), (ours, theirs))) in
-            STEPS.iter().zip(ours.iter().zip(&theirs)).enumerate()
-        {
-            for step in [ours, theirs] {
-                ensure!(step.name == name, "step {:?} came for {name:?}", step.name);
-            }
-            let (their, our) = (theirs.seconds, ours.seconds);
-            eprintln!("round {round}, {name}: runc {their:.2} s, bulkhead {our:.2} s");
-            if comparisons.len() <= began + index {
-                comparisons.push(Comparison {
-                    what: what.to_owned(),
-                    peer: "runc",
-                    measure: ours.measure.clone(),
-                    goal,
-                    ours: Vec::new(),
-                    theirs: Vec::new(),
-                });
-            }
-            comparisons[began + index].ours.push(ours.seconds);
-            comparisons[began + index].theirs.push(theirs.seconds);
-        }
+        .arg(root.in_root("work")))?;
+    let work = "/container-work prepare /memory && /container-work files /memory";
+    let mut memory = with_helper(Bundle::shell(work), helper)?;
+    if let Some(mounts) = memory.config["mounts"].as_array_mut() {
+        mounts.push(json!({"destination": "/memory", "type": "tmpfs", "source": "tmpfs"}));
+    }
+    let exit = with_helper(Bundle::busybox(&["/container-work", "exits"]), helper)?;
+    for series in [
+        Series {
+            bundle: root,
+            steps: STEPS,
+            place: "files: ",
+            aimed: true,
+        },
+        Series {
+            bundle: memory,
+            steps: STEPS,
+            place: "a tmpfs of the container's own: ",
+            aimed: false,
+        },
+        Series {
+            bundle: exit,
+            steps: EXIT,
+            place: "",
+            aimed: false,
+        },
+    ] {
+        series.measure(rounds, comparisons)?;
     }
     Ok(())
+}
+
+fn with_helper(bundle: Bundle, helper: &Path) -> anyhow::Result<Bundle> {
+    std::fs::copy(helper, bundle.in_root("container-work"))
+        .with_context(|| format!("cannot copy {}", helper.display()))?;
+    Ok(bundle)
+}
+
+impl Series {
+    fn measure(&self, rounds: usize, comparisons: &mut Vec<Comparison>) -> anyhow::Result<()> {
+        let began = comparisons.len();
+        for round in 1..=rounds {
+            let theirs = self.run(runc())?;
+            let ours = self.run(bulkhead())?;
+            for (index, (&(name, what, goal), (ours, theirs))) in
+                self.steps.iter().zip(ours.iter().zip(&theirs)).enumerate()
+            {
+                for step in [ours, theirs] {
+                    ensure!(step.name == name, "step {:?} came for {name:?}", step.name);
+                }
+                let (their, our) = (theirs.seconds, ours.seconds);
+                eprintln!("round {round}, {name}: runc {their:.2} s, bulkhead {our:.2} s");
+                if comparisons.len() <= began + index {
+                    comparisons.push(Comparison {
+                        what: format!("{}{what}", self.place),
+                        peer: "runc",
+                        measure: ours.measure.clone(),
+                        goal: goal.filter(|_| self.aimed),
+                        ours: Vec::new(),
+                        theirs: Vec::new(),
+                    });
+                }
+                comparisons[began + index].ours.push(ours.seconds);
+                comparisons[began + index].theirs.push(theirs.seconds);
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&self, runtime: PathBuf) -> anyhow::Result<Vec<Step>> {
+        let output = run(&mut run_command(Command::new(runtime), &self.bundle))?;
+        let steps: Vec<_> = output.lines().map(parse).collect::<Result<_, _>>()?;
+        ensure!(
+            steps.len() == self.steps.len(),
+            "{} steps were done",
+            steps.len()
+        );
+        Ok(steps)
+    }
 }
 
 /// A step and the time it took by the container's own clock.
@@ -82,17 +146,6 @@ struct Step {
     name: String,
     measure: Measure,
     seconds: f64,
-}
-
-fn steps(runtime: PathBuf, bundle: &Bundle) -> anyhow::Result<Vec<Step>> {
-    let output = run(&mut run_command(Command::new(runtime), bundle))?;
-    let steps: Vec<_> = output.lines().map(parse).collect::<Result<_, _>>()?;
-    ensure!(
-        steps.len() == STEPS.len(),
-        "{} steps were done",
-        steps.len()
-    );
-    Ok(steps)
 }
 
 fn parse(line: &str) -> anyhow::Result<Step> {

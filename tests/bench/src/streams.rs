@@ -1,5 +1,6 @@
 //! Throughput of a container's standard streams: 64 MiB out and in through pipes. Of a container in the foreground, whose runtime stands
-//! between, and of one that was created with the pipes, as engines do: runc hands them to the container itself.
+//! between, and of one that was created with the pipes, as engines do: runc hands them to the container itself, so what a
+//! second pipe costs it is measured too.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write, pipe};
@@ -13,7 +14,7 @@ use bulkhead_e2e::command::run_command;
 use bulkhead_e2e::container::{Container, bulkhead, runc};
 
 use crate::life::alternate;
-use crate::table::{Comparison, Goal, Measure};
+use crate::table::{Comparison, Goal, Measure, median, print};
 
 const MIB: usize = 64;
 const CHUNK: usize = 64 << 10;
@@ -49,8 +50,62 @@ pub fn measure(
         let (ours, theirs) = alternate(rounds, || write(bulkhead()), || write(runc()))?;
         comparisons.push(comparison("standard input", how, ours, theirs));
     }
+    second_pipe(rounds, &source, &sink)
+}
+
+/// Prints how runc, with a second pipe between the container's process and the caller's pipe, does beside itself without: any virtual
+/// machine has both, one in the guest and one on the host.
+fn second_pipe(rounds: usize, source: &Bundle, sink: &Bundle) -> anyhow::Result<()> {
+    let with_relay = |bundle: &Bundle, pipeline: &str| -> anyhow::Result<Bundle> {
+        let relay = Bundle::shell(pipeline);
+        let helper = bundle.in_root("container-work");
+        if helper.exists() {
+            std::fs::copy(helper, relay.in_root("container-work"))?;
+        }
+        Ok(relay)
+    };
+    let blocks = MIB * (1 << 20) / CHUNK;
+    let relayed_source = with_relay(
+        source,
+        &format!("dd if=/dev/zero bs=64k count={blocks} status=none | dd bs=64k status=none"),
+    )?;
+    let relayed_sink = with_relay(
+        sink,
+        &format!("dd bs=64k status=none | /container-work sink {}", MIB << 20),
+    )?;
+    let mut rows = Vec::new();
+    for (stream, measure, direct, relayed) in [
+        (
+            "standard output",
+            read_from as Measured,
+            source,
+            &relayed_source,
+        ),
+        ("standard input", write_to, sink, &relayed_sink),
+    ] {
+        let mut seconds = (Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            seconds.0.push(measure(Way::Created, runc(), direct)?);
+            seconds.1.push(measure(Way::Created, runc(), relayed)?);
+        }
+        let (direct, relayed) = (median(&seconds.0), median(&seconds.1));
+        rows.push(vec![
+            format!("{MIB} MiB of {stream}, `create` with pipes"),
+            format!("{:.0} MiB/s", MIB as f64 / direct),
+            format!("{:.0} MiB/s", MIB as f64 / relayed),
+            format!("{:.2}", direct / relayed),
+        ]);
+    }
+    print(
+        "runc beside itself with a second pipe in the container",
+        &["what", "runc", "with a second pipe", "ratio"],
+        &rows,
+    );
     Ok(())
 }
+
+/// [`read_from`] or [`write_to`].
+type Measured = fn(Way, PathBuf, &Bundle) -> anyhow::Result<f64>;
 
 fn comparison(stream: &str, how: &str, ours: Vec<f64>, theirs: Vec<f64>) -> Comparison {
     Comparison {

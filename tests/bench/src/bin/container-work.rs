@@ -2,8 +2,10 @@
 //!
 //!     container-work prepare FOLDER    files that a container is to find there
 //!     container-work files FOLDER      works on them; a line for each step: name, amount, unit, nanoseconds
+//!     container-work exits             leaves the guest, if it is in one, again and again; such a line too
 //!     container-work sink BYTES        reads standard input; says "ready" before and "done" after it
 
+use std::arch::x86_64::__cpuid;
 use std::env;
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -48,8 +50,9 @@ fn main() -> anyhow::Result<()> {
     match words[..] {
         ["prepare", folder] => Work::new(folder, SIZES).prepare(),
         ["files", folder] => Work::new(folder, SIZES).run(&mut io::stdout()),
+        ["exits"] => exits(&mut io::stdout()),
         ["sink", bytes] => sink(bytes.parse().context("BYTES is no number")?),
-        _ => bail!("expected: prepare FOLDER, files FOLDER, or sink BYTES"),
+        _ => bail!("expected: prepare FOLDER, files FOLDER, exits, or sink BYTES"),
     }
 }
 
@@ -67,6 +70,31 @@ fn sink(bytes: u64) -> anyhow::Result<()> {
     }
     println!("done");
     Ok(())
+}
+
+/// CPUID is the cheapest way to the host and back: hypervisors answer it in the kernel, for programs without rights too.
+fn exits(output: &mut impl Write) -> anyhow::Result<()> {
+    const TIMES: usize = 2000;
+    step(output, "exit", TIMES, "exits", &|| {
+        for _ in 0..TIMES {
+            black_box(__cpuid(0));
+        }
+        Ok(())
+    })
+}
+
+/// Does something and reports how long it took.
+fn step(
+    output: &mut impl Write,
+    name: &str,
+    amount: usize,
+    unit: &str,
+    work: &dyn Fn() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let began = Instant::now();
+    work().with_context(|| format!("step {name:?} failed"))?;
+    let took = began.elapsed().as_nanos();
+    Ok(writeln!(output, "{name}\t{amount}\t{unit}\t{took}")?)
 }
 
 struct Work {
@@ -110,16 +138,13 @@ impl Work {
         } = self.sizes;
         let mut step =
             |name: &str, amount: usize, unit: &str, work: &dyn Fn() -> anyhow::Result<()>| {
-                let began = Instant::now();
-                work().with_context(|| format!("step {name:?} failed"))?;
-                let took = began.elapsed().as_nanos();
-                writeln!(output, "{name}\t{amount}\t{unit}\t{took}")?;
-                anyhow::Ok(())
+                step(output, name, amount, unit, work)
             };
         step("write", mib, "MiB", &|| write(&self.path("written"), mib))?;
         fs::remove_file(self.path("written"))?;
         step("read", mib, "MiB", &|| self.read())?;
         step("read again", mib, "MiB", &|| self.read())?;
+        step("read a third time", mib, "MiB", &|| self.read())?;
         step("random reads", reads, "reads", &|| self.read_at_random())?;
 
         let many = self.path("many");
@@ -271,6 +296,7 @@ mod tests {
             "write\t1\tMiB",
             "read\t1\tMiB",
             "read again\t1\tMiB",
+            "read a third time\t1\tMiB",
             "random reads\t16\treads",
             "make\t3\tfiles",
             "stat\t3\tfiles",
