@@ -15,6 +15,8 @@ use nix::unistd::{chdir, chroot, mkdir};
 use tracing::level_filters::LevelFilter;
 
 use crate::cgroup::Hierarchy;
+use crate::device_filter::DeviceFilter;
+use crate::network::SpareNetwork;
 use crate::timeline::Timeline;
 
 /// Where the unified hierarchy is mounted.
@@ -121,6 +123,21 @@ pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Hierarc
     make_dir("/run/bulkhead")?;
     make_dir(GUEST_SHARE)?;
     Ok(hierarchy)
+}
+
+/// Makes what the first container will want and the kernel takes long to make: guests of a template find it there. Without it that
+/// container makes its own.
+pub fn make_ahead(hierarchy: &Hierarchy) -> SpareNetwork {
+    if let Err(error) = hierarchy.make_ahead() {
+        tracing::warn!(%error, "no cgroup was made ahead");
+    }
+    if let Err(errno) = DeviceFilter::load_ahead() {
+        tracing::warn!(%errno, "no device filter was loaded ahead");
+    }
+    SpareNetwork::make().unwrap_or_else(|error| {
+        tracing::warn!(%error, "no network namespace was made ahead");
+        SpareNetwork::default()
+    })
 }
 
 /// Mounts the share. Returns whether there is one.

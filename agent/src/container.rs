@@ -21,6 +21,7 @@ use crate::handshake::{self, Report};
 use crate::init::{self, Job, Join};
 use crate::kept::Kept;
 use crate::mounts::Trees;
+use crate::network::SpareNetwork;
 use crate::reaper::{Exit, Reaper, exited};
 use crate::registry::Registry;
 use crate::spec::{Joins, Plan, namespace_flag};
@@ -38,6 +39,8 @@ pub struct Ground {
     pub hierarchy: Hierarchy,
     /// Whether the host's share is mounted.
     pub share: bool,
+    /// For the first that wants one of its own.
+    pub network: SpareNetwork,
 }
 
 /// All containers of the guest.
@@ -228,14 +231,6 @@ impl Containers {
         if let Some(maps) = &plan.id_maps {
             user_namespace::give_streams(&ends, maps)?;
         }
-        let job = Job {
-            id,
-            plan,
-            trees: &trees,
-            ends,
-            terminal,
-            socket: theirs.as_fd(),
-        };
         let joins: Vec<_> = owners
             .iter()
             .filter(|(flag, _)| plan.joined & flag != 0)
@@ -245,10 +240,31 @@ impl Containers {
                 namespace: *flag,
             })
             .collect();
-        let namespaces = if joins.is_empty() {
+        // What the agent has made belongs to the guest's user namespace.
+        let network = if joins.is_empty()
+            && plan.id_maps.is_none()
+            && plan.made() & libc::CLONE_NEWNET as u64 != 0
+        {
+            self.ground.network.take()
+        } else {
+            None
+        };
+        let mut namespaces = if joins.is_empty() {
             plan.made() & !init::MADE_BY_INIT
         } else {
             0
+        };
+        if network.is_some() {
+            namespaces &= !(libc::CLONE_NEWNET as u64);
+        }
+        let job = Job {
+            id,
+            plan,
+            trees: &trees,
+            network: network.as_ref().map(AsFd::as_fd),
+            ends,
+            terminal,
+            socket: theirs.as_fd(),
         };
         // SAFETY: the agent has one thread, and the child goes into functions that never return.
         match unsafe { sys::fork_into(namespaces, cgroup.dir()) }.what(what)? {

@@ -6,6 +6,7 @@
 //! `struct bpf_cgroup_dev_ctx` in `linux/bpf.h`.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
@@ -41,6 +42,18 @@ impl Rule {
         }
     }
 
+    /// Whether it has no effect before a rule that allows all that it is about.
+    fn is_settled_by(&self, later: &Self) -> bool {
+        fn within(mine: Option<i32>, theirs: Option<i32>) -> bool {
+            theirs.is_none() || mine == theirs
+        }
+        later.allow
+            && self.access & !later.access == 0
+            && within(self.kind, later.kind)
+            && within(self.major, later.major)
+            && within(self.minor, later.minor)
+    }
+
     fn matches_everything(&self) -> bool {
         self.kind.is_none() && self.major.is_none() && self.minor.is_none() && self.access == ALL
     }
@@ -66,22 +79,47 @@ const DEFAULT_RULES: [Rule; 11] = [
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceFilter(Vec<Rule>);
 
+/// The program that denies all but what every container may do, which is all that many ask for. Loaded ahead: the kernel takes long
+/// to verify a program.
+static USUAL: OnceLock<OwnedFd> = OnceLock::new();
+
 impl DeviceFilter {
     /// Checks the spec's rules.
     pub fn from_spec(devices: &[LinuxDeviceCgroup]) -> Result<Self> {
         let mut rules = Vec::with_capacity(devices.len() + DEFAULT_RULES.len());
         for (index, device) in devices.iter().enumerate() {
-            rules.push(rule(device, &format!("linux.resources.devices[{index}]"))?);
+            let rule = rule(device, &format!("linux.resources.devices[{index}]"))?;
+            // Engines begin with denying all, as nothing else is allowed here, and name the default devices once more.
+            let denies_nothing = !rule.allow && rules.is_empty();
+            if !denies_nothing && !DEFAULT_RULES.iter().any(|later| rule.is_settled_by(later)) {
+                rules.push(rule);
+            }
         }
         rules.extend(DEFAULT_RULES);
         Ok(Self(rules))
     }
 
+    fn usual() -> Self {
+        Self(DEFAULT_RULES.to_vec())
+    }
+
+    /// Loads the program that most containers will want.
+    pub fn load_ahead() -> nix::Result<()> {
+        let program = load(&Self::usual().program())?;
+        let _ = USUAL.set(program);
+        Ok(())
+    }
+
     /// Puts the program on a cgroup.
     pub fn attach(&self, cgroup: BorrowedFd<'_>) -> Result<()> {
         let what = || "linux.resources.devices: cannot put the device filter on the cgroup";
-        let program = load(&self.program()).what(what)?;
-        attach(&program, cgroup).what(what)
+        match USUAL.get() {
+            Some(usual) if *self == Self::usual() => attach(usual, cgroup).what(what),
+            _ => {
+                let program = load(&self.program()).what(what)?;
+                attach(&program, cgroup).what(what)
+            }
+        }
     }
 
     /// Compiles the rules.
@@ -397,6 +435,28 @@ mod tests {
         assert!(allowed(&filter, BLOCK, 8, 1, READ.into()));
         assert!(!allowed(&filter, BLOCK, 8, 1, RW));
         assert!(!allowed(&filter, BLOCK, 8, 1, WRITE.into()));
+    }
+
+    #[test]
+    fn rules_that_repeat_the_default_ones_make_no_longer_program() {
+        let usual = filter(json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"},
+            {"allow": false, "type": "c", "major": 136, "minor": 2, "access": "w"},
+            {"allow": true, "type": "b", "access": "m"}
+        ]))
+        .unwrap();
+        assert_eq!(usual, DeviceFilter::usual());
+        assert_eq!(filter(json!([])).unwrap(), DeviceFilter::usual());
+        let more = json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 5, "minor": 1, "access": "rwm"},
+            {"allow": true, "type": "b", "access": "rm"}
+        ]);
+        let more = filter(more).unwrap();
+        assert_eq!(more.0.len(), DeviceFilter::usual().0.len() + 2);
+        assert!(allowed(&more, CHARACTER, 5, 1, RW));
+        assert!(allowed(&more, BLOCK, 8, 0, READ.into()));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::setsid;
 
@@ -34,6 +34,8 @@ pub struct Job<'a> {
     pub terminal: Option<Size>,
     /// Mounts that the agent has made ready.
     pub trees: &'a Trees,
+    /// A new network namespace to enter, where the fork has not made one.
+    pub network: Option<BorrowedFd<'a>>,
     /// The child's end of the handshake.
     pub socket: BorrowedFd<'a>,
 }
@@ -51,14 +53,15 @@ pub fn first_free(ends: &BorrowedEnds<'_>) -> RawFd {
 /// The child's whole life.
 pub fn run(job: &Job<'_>) -> ! {
     let _guard = launch::ExitOnUnwind;
-    let [socket] =
-        match launch::arrange_descriptors(&job.ends, [job.socket], &job.trees.descriptors()) {
-            Ok(kept) => kept,
-            Err(error) => {
-                handshake::send_failure(job.socket, &error);
-                launch::exit()
-            }
-        };
+    let [socket] = match enter_network(job).and_then(|()| {
+        launch::arrange_descriptors(&job.ends, [job.socket], &job.trees.descriptors())
+    }) {
+        Ok(kept) => kept,
+        Err(error) => {
+            handshake::send_failure(job.socket, &error);
+            launch::exit()
+        }
+    };
     let socket = socket.as_fd();
     if job.plan.id_maps.is_some() && !handshake::wait_for_admission(socket) {
         launch::exit()
@@ -77,6 +80,15 @@ pub fn run(job: &Job<'_>) -> ! {
         handshake::send_failure(socket, &execute(job, &program));
     }
     launch::exit()
+}
+
+/// Before the descriptors are arranged: its own is not kept.
+fn enter_network(job: &Job<'_>) -> Result<()> {
+    match job.network {
+        Some(network) => setns(network, CloneFlags::CLONE_NEWNET)
+            .what(|| "cannot enter the container's network namespace"),
+        None => Ok(()),
+    }
 }
 
 /// A namespace of another container that an init joins.
@@ -175,7 +187,7 @@ fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
     if plan.made() & libc::CLONE_NEWCGROUP as u64 != 0 {
         unshare(CloneFlags::CLONE_NEWCGROUP).what(|| "cannot make a cgroup namespace")?;
     }
-    if plan.made() & libc::CLONE_NEWNET as u64 != 0 {
+    if plan.made() & libc::CLONE_NEWNET as u64 != 0 && job.network.is_none() {
         sys::loopback_up().what(|| "cannot bring up the loopback interface")?;
     }
     name_host(plan)?;

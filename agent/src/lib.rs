@@ -26,6 +26,7 @@ pub mod launch;
 pub mod log;
 pub mod mount_options;
 pub mod mounts;
+pub mod network;
 pub mod paths;
 pub mod pid1;
 pub mod power;

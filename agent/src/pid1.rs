@@ -50,13 +50,18 @@ fn live() -> anyhow::Result<()> {
         .context("cannot make the runtime")?;
     runtime.block_on(async {
         let streams = Listener::bind_vsock(STREAM_PORT).context("cannot listen on vsock")?;
+        let network = boot::make_ahead(&hierarchy);
         timeline.mark(STEP_PREPARED);
         if let Some(ports) = &ports {
             // Guests that are made from a template begin behind this.
             ports.mark(BOOT_MARK_PREPARED);
         }
         let share = boot::mount_share(&mut timeline);
-        let ground = Ground { hierarchy, share };
+        let ground = Ground {
+            hierarchy,
+            share,
+            network,
+        };
         timeline.mark("dialling");
         if let Some(ports) = ports {
             ports.mark(BOOT_MARK_READY);

@@ -37,7 +37,8 @@ macro_rules! tests {
                 let (Some(dir), Some(cgroup)) = (arguments.next(), arguments.next()) else {
                     panic!("{AGENT_MODE} DIR CGROUP");
                 };
-                return bed::be_the_agent(Path::new(&dir), Path::new(&cgroup));
+                let how = arguments.next();
+                return bed::be_the_agent(Path::new(&dir), Path::new(&cgroup), how.as_deref());
             }
             let filters: Vec<String> = first
                 .into_iter()
@@ -114,6 +115,7 @@ tests![
     start_needs_a_created_container,
     signals_reach_the_process,
     a_deleted_container_leaves_nothing,
+    what_is_made_ahead_is_the_first_containers_alone,
     a_failed_creation_leaves_nothing,
     an_unattached_output_waits_for_its_deletion_only,
     what_a_container_without_its_own_pids_leaves_is_killed,
@@ -343,7 +345,11 @@ async fn the_default_devices_and_links_are_there() {
 }
 
 async fn devices_outside_the_rules_cannot_be_used() {
-    let bed = Bed::new().await;
+    check_devices(&Bed::new().await).await;
+    check_devices(&Bed::ahead().await).await;
+}
+
+async fn check_devices(bed: &Bed) {
     // The kernel's log: present everywhere, and no default device.
     let mut spec =
         bed.spec("head -c 1 /dev/log-node > /dev/null && echo read; head -c 1 /dev/zero | wc -c");
@@ -729,6 +735,29 @@ async fn signals_reach_the_process() {
     let error = bed.signal("box", 15, false).await.unwrap_err();
     assert_eq!(error, (Code::NOT_FOUND, "container not running".to_owned()));
     bed.signal("box", 9, true).await.unwrap();
+}
+
+async fn what_is_made_ahead_is_the_first_containers_alone() {
+    let bed = Bed::ahead().await;
+    assert_eq!(bed.cgroups(), 1);
+    let mut networks = vec![fs::read_link("/proc/self/ns/net").unwrap()];
+    let script = "readlink /proc/self/ns/net && grep -q 127.0.0.1 /proc/net/fib_trie";
+    for id in ["one", "two"] {
+        bed.running(id).await;
+        let network = bed.exec_output(id, &bed.process(script)).await;
+        networks.push(network.trim_end().into());
+    }
+    assert!(!bed.cgroup_of("one").exists());
+    assert!(bed.cgroup_of("two").exists());
+    networks.sort();
+    networks.dedup();
+    assert_eq!(networks.len(), 3, "{networks:?}");
+    for id in ["one", "two"] {
+        bed.signal(id, 9, false).await.unwrap();
+        bed.wait(id).await.unwrap();
+        bed.delete(id).await.unwrap();
+    }
+    assert_eq!(bed.cgroups(), 0);
 }
 
 async fn a_deleted_container_leaves_nothing() {

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bulkhead_protocol::agent::ContainerStatsResponse;
@@ -33,6 +34,8 @@ const DELEGATED: &str = "cgroup.procs\ncgroup.subtree_control\ncgroup.threads\n"
 #[derive(Debug)]
 pub struct Hierarchy {
     root: PathBuf,
+    /// The next container's.
+    ahead: Mutex<Option<Cgroup>>,
 }
 
 impl Hierarchy {
@@ -54,26 +57,29 @@ impl Hierarchy {
         }
         Ok(Self {
             root: root.to_owned(),
+            ahead: Mutex::new(None),
         })
+    }
+
+    /// Makes the cgroup of the first container, whoever that will be, before it is asked for: each controller takes its time.
+    pub fn make_ahead(&self) -> Result<()> {
+        // No container's cgroup has that name.
+        let cgroup = Cgroup::make(self.root.join("first"))?;
+        *self.ahead.lock().unwrap_or_else(PoisonError::into_inner) = Some(cgroup);
+        Ok(())
     }
 
     /// Makes the cgroup of a container and sets its limits.
     pub fn make(&self, id: &str, limits: &Limits) -> Result<Cgroup> {
-        // The prefix keeps ids and the kernel's own files apart.
-        let path = self.root.join(format!("container-{id}"));
-        fs::create_dir(&path).what(|| "cannot make the container's cgroup")?;
-        let dir = open(&path, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-            .what(|| "cannot open the container's cgroup");
-        let cgroup = match dir {
-            Ok(dir) => Cgroup {
-                path,
-                dir,
-                removed: AtomicBool::new(false),
-            },
-            Err(error) => {
-                let _ = fs::remove_dir(&path);
-                return Err(error);
-            }
+        let ahead = self
+            .ahead
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let cgroup = match ahead {
+            Some(cgroup) => cgroup,
+            // The prefix keeps ids and the kernel's own files apart.
+            None => Cgroup::make(self.root.join(format!("container-{id}")))?,
         };
         // Dropping the cgroup on a failure removes it.
         cgroup.limit(limits)?;
@@ -99,6 +105,23 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
+    fn make(path: PathBuf) -> Result<Self> {
+        fs::create_dir(&path).what(|| "cannot make the container's cgroup")?;
+        let dir = open(&path, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+            .what(|| "cannot open the container's cgroup");
+        match dir {
+            Ok(dir) => Ok(Self {
+                path,
+                dir,
+                removed: AtomicBool::new(false),
+            }),
+            Err(error) => {
+                let _ = fs::remove_dir(&path);
+                Err(error)
+            }
+        }
+    }
+
     /// Sets what the limits name; the rest stays.
     pub fn limit(&self, limits: &Limits) -> Result<()> {
         limits.write(&self.path)?;

@@ -9,8 +9,10 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio as Inherit};
 
+use bulkhead_agent::boot::make_ahead;
 use bulkhead_agent::cgroup::Hierarchy;
 use bulkhead_agent::container::Ground;
+use bulkhead_agent::network::SpareNetwork;
 use bulkhead_agent::serve::serve;
 use bulkhead_agent::timeline::Timeline;
 use bulkhead_agent::transport::{Connection, Listener};
@@ -35,8 +37,11 @@ use ttrpc::context::Context;
 /// First argument of the test program when it is to be the agent.
 pub const AGENT_MODE: &str = "--be-the-agent";
 
+/// Third argument of an agent that makes ahead what a container will want, as the guest's does.
+const AHEAD: &str = "ahead";
+
 /// The agent's process: arguments are the folder of the sockets and the cgroup.
-pub fn be_the_agent(dir: &Path, cgroup: &Path) {
+pub fn be_the_agent(dir: &Path, cgroup: &Path, how: Option<&str>) {
     nix::sys::prctl::set_child_subreaper(true).unwrap();
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).unwrap();
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
@@ -49,9 +54,15 @@ pub fn be_the_agent(dir: &Path, cgroup: &Path) {
         .build()
         .unwrap();
     runtime.block_on(async {
+        let hierarchy = Hierarchy::set_up(cgroup).unwrap();
+        let network = match how {
+            Some(AHEAD) => make_ahead(&hierarchy),
+            _ => SpareNetwork::default(),
+        };
         let ground = Ground {
-            hierarchy: Hierarchy::set_up(cgroup).unwrap(),
+            hierarchy,
             share: false,
+            network,
         };
         let streams = Listener::Unix(UnixListener::bind(dir.join("streams")).unwrap());
         let control = UnixStream::connect(dir.join("control")).await.unwrap();
@@ -85,7 +96,16 @@ pub struct Outcome {
 impl Bed {
     /// Starts an agent and greets it.
     pub async fn new() -> Self {
-        let bed = Self::ungreeted().await;
+        Self::greeted(None).await
+    }
+
+    /// Starts an agent that has made ahead what the first container will want, and greets it.
+    pub async fn ahead() -> Self {
+        Self::greeted(Some(AHEAD)).await
+    }
+
+    async fn greeted(how: Option<&str>) -> Self {
+        let bed = Self::started(how).await;
         let hello = HelloRequest {
             protocol_version: PROTOCOL_VERSION,
             ..Default::default()
@@ -96,6 +116,10 @@ impl Bed {
 
     /// Starts an agent.
     pub async fn ungreeted() -> Self {
+        Self::started(None).await
+    }
+
+    async fn started(how: Option<&str>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let name = dir.path().file_name().unwrap().to_str().unwrap().to_owned();
         let cgroup =
@@ -107,6 +131,7 @@ impl Bed {
             .arg(AGENT_MODE)
             .arg(dir.path())
             .arg(&cgroup)
+            .args(how)
             .stdin(Inherit::null())
             .process_group(0)
             .spawn()
