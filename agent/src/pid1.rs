@@ -51,12 +51,12 @@ fn live() -> anyhow::Result<()> {
     runtime.block_on(async {
         let streams = Listener::bind_vsock(STREAM_PORT).context("cannot listen on vsock")?;
         let network = boot::make_ahead(&hierarchy);
+        let share = boot::mount_share(&mut timeline);
         timeline.mark(STEP_PREPARED);
-        if let Some(ports) = &ports {
-            // Guests that are made from a template begin behind this.
+        // Guests that are made from a template begin behind this. One that lacks its share is no example for others.
+        if let Some(ports) = ports.as_ref().filter(|_| share) {
             ports.mark(BOOT_MARK_PREPARED);
         }
-        let share = boot::mount_share(&mut timeline);
         let ground = Ground {
             hierarchy,
             share,
