@@ -100,17 +100,38 @@ impl QueueConfig {
     }
 }
 
+/// What the driver has said to the device.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DriverState {
+    status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    features: u64,
+    queue_select: u32,
+    queues: Vec<QueueConfig>,
+}
+
+impl DriverState {
+    /// Nothing yet, to a device with queues of these sizes.
+    fn new(queue_sizes: &[u16]) -> Self {
+        Self {
+            status: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            features: 0,
+            queue_select: 0,
+            queues: queue_sizes.iter().copied().map(QueueConfig::new).collect(),
+        }
+    }
+}
+
 /// What the driver of a device in a template has said to it, and what it was told.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TransportState {
     device_type: u32,
-    status: u32,
-    device_features_select: u32,
-    driver_features_select: u32,
-    driver_features: u64,
-    queue_select: u32,
-    queues: Vec<QueueConfig>,
+    driver: DriverState,
     interrupt_status: u32,
     config_generation: u32,
 }
@@ -122,12 +143,7 @@ pub struct Transport {
     interrupt: Arc<Interrupt>,
     registers: SlotRegisters,
     kicks: Vec<EventFd>,
-    status: u32,
-    device_features_select: u32,
-    driver_features_select: u32,
-    driver_features: u64,
-    queue_select: u32,
-    queues: Vec<QueueConfig>,
+    driver: DriverState,
     /// Whether the device has been activated and not reset since.
     active: bool,
 }
@@ -141,23 +157,18 @@ impl Transport {
         registers: SlotRegisters,
     ) -> io::Result<Self> {
         let sizes = device.queue_sizes();
-        let queues: Vec<_> = sizes.iter().copied().map(QueueConfig::new).collect();
         let kicks = sizes
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<Result<_, _>>()?;
+        let driver = DriverState::new(sizes);
         let transport = Self {
             device,
             memory,
             interrupt: Arc::new(Interrupt::new(irqfd, registers.clone())),
             registers,
             kicks,
-            status: 0,
-            device_features_select: 0,
-            driver_features_select: 0,
-            driver_features: 0,
-            queue_select: 0,
-            queues,
+            driver,
             active: false,
         };
         transport.show_device();
@@ -205,11 +216,11 @@ impl Transport {
 
     /// Fills the registers that depend on what the driver has written.
     fn show_state(&self) {
-        let queue = self.queues.get(self.queue_select as usize);
+        let queue = self.driver.queues.get(self.driver.queue_select as usize);
         let registers = [
             (
                 VIRTIO_MMIO_DEVICE_FEATURES,
-                word(self.offered_features(), self.device_features_select),
+                word(self.offered_features(), self.driver.device_features_select),
             ),
             (
                 VIRTIO_MMIO_QUEUE_NUM_MAX,
@@ -219,7 +230,7 @@ impl Transport {
                 VIRTIO_MMIO_QUEUE_READY,
                 queue.map_or(0, |queue| queue.ready.into()),
             ),
-            (VIRTIO_MMIO_STATUS, self.status),
+            (VIRTIO_MMIO_STATUS, self.driver.status),
         ];
         for (offset, value) in registers {
             self.registers.set(offset, value);
@@ -238,10 +249,10 @@ impl Transport {
 
     fn write_register(&mut self, offset: u32, value: u32) {
         match offset {
-            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_select = value,
-            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.driver.device_features_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver.driver_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES => self.accept_features(value),
-            VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
+            VIRTIO_MMIO_QUEUE_SEL => self.driver.queue_select = value,
             VIRTIO_MMIO_QUEUE_NUM => self.configure(|queue| queue.size = value),
             VIRTIO_MMIO_QUEUE_READY => self.configure(|queue| queue.ready = value == 1),
             VIRTIO_MMIO_QUEUE_DESC_LOW => self.configure(|queue| low(&mut queue.desc_table, value)),
@@ -277,13 +288,13 @@ impl Transport {
 
     /// DriverFeatures: only before FEATURES_OK (3.1.1, step 4), only what was offered (2.2.1; checked at FEATURES_OK).
     fn accept_features(&mut self, value: u32) {
-        if self.status != ACKNOWLEDGE | DRIVER {
+        if self.driver.status != ACKNOWLEDGE | DRIVER {
             self.note("features written out of turn");
             return;
         }
-        match self.driver_features_select {
-            0 => low(&mut self.driver_features, value),
-            1 => high(&mut self.driver_features, value),
+        match self.driver.driver_features_select {
+            0 => low(&mut self.driver.features, value),
+            1 => high(&mut self.driver.features, value),
             _ if value == 0 => {}
             _ => self.note("feature bits beyond 63"),
         }
@@ -292,11 +303,15 @@ impl Transport {
     /// Changes the selected queue: only between FEATURES_OK and DRIVER_OK (3.1.1, step 7), and, but for disabling it again, only
     /// before the queue is ready (4.2.2.2).
     fn configure(&mut self, change: impl FnOnce(&mut QueueConfig)) {
-        if self.status != ACKNOWLEDGE | DRIVER | FEATURES_OK {
+        if self.driver.status != ACKNOWLEDGE | DRIVER | FEATURES_OK {
             self.note("queue configured out of turn");
             return;
         }
-        let Some(queue) = self.queues.get_mut(self.queue_select as usize) else {
+        let Some(queue) = self
+            .driver
+            .queues
+            .get_mut(self.driver.queue_select as usize)
+        else {
             self.note("a queue that does not exist configured");
             return;
         };
@@ -317,21 +332,21 @@ impl Transport {
         }
         let known = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
         // NEEDS_RESET is the device's to set: a driver may write back what it read.
-        let added = value & known & !self.status;
-        if value & self.status & known != self.status & known {
+        let added = value & known & !self.driver.status;
+        if value & self.driver.status & known != self.driver.status & known {
             self.note("status bits taken back");
             return;
         }
-        if self.status & (FAILED | NEEDS_RESET) != 0 {
+        if self.driver.status & (FAILED | NEEDS_RESET) != 0 {
             self.note("status written to a failed device");
             return;
         }
         if added & FAILED != 0 {
             warn!("virtio {}: the driver gave the device up", self.name());
-            self.status |= FAILED;
+            self.driver.status |= FAILED;
             return;
         }
-        let target = self.status | added;
+        let target = self.driver.status | added;
         let ordered = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK]
             .into_iter()
             .scan(0, |sum, bit| {
@@ -346,10 +361,10 @@ impl Transport {
         if added & FEATURES_OK != 0 && !self.features_are_acceptable() {
             // 2.2.2: the device leaves FEATURES_OK off, and the driver reads that.
             self.note("features refused");
-            self.status |= added & (ACKNOWLEDGE | DRIVER);
+            self.driver.status |= added & (ACKNOWLEDGE | DRIVER);
             return;
         }
-        self.status = target;
+        self.driver.status = target;
         if added & DRIVER_OK != 0 {
             self.activate(Rings::New);
         }
@@ -357,8 +372,8 @@ impl Transport {
 
     fn features_are_acceptable(&self) -> bool {
         // 6.1: a modern device may insist on VERSION_1.
-        self.driver_features & VERSION_1 != 0
-            && self.driver_features & !self.offered_features() == 0
+        self.driver.features & VERSION_1 != 0
+            && self.driver.features & !self.offered_features() == 0
     }
 
     /// Stops the device with all that it has been asked done: from now on nothing of it touches guest memory. The guest must stand still.
@@ -370,12 +385,7 @@ impl Transport {
         }
         TransportState {
             device_type: self.device.device_type(),
-            status: self.status,
-            device_features_select: self.device_features_select,
-            driver_features_select: self.driver_features_select,
-            driver_features: self.driver_features,
-            queue_select: self.queue_select,
-            queues: self.queues.clone(),
+            driver: self.driver.clone(),
             interrupt_status: self.registers.get(VIRTIO_MMIO_INTERRUPT_STATUS),
             config_generation: self.registers.get(VIRTIO_MMIO_CONFIG_GENERATION),
         }
@@ -383,25 +393,20 @@ impl Transport {
 
     /// Starts the device again where [`Self::stand_still`] stopped it, or another one of its kind.
     pub fn carry_on(&mut self, state: &TransportState) -> Result<(), CarryOnError> {
-        let sizes = state.queues.iter().map(|queue| queue.max_size);
+        let sizes = state.driver.queues.iter().map(|queue| queue.max_size);
         if state.device_type != self.device.device_type()
             || !sizes.eq(self.device.queue_sizes().iter().copied())
         {
             return Err(CarryOnError::WrongDevice(self.name()));
         }
-        self.status = state.status;
-        self.device_features_select = state.device_features_select;
-        self.driver_features_select = state.driver_features_select;
-        self.driver_features = state.driver_features;
-        self.queue_select = state.queue_select;
-        self.queues.clone_from(&state.queues);
+        self.driver.clone_from(&state.driver);
         self.registers
             .set(VIRTIO_MMIO_INTERRUPT_STATUS, state.interrupt_status);
         self.registers
             .set(VIRTIO_MMIO_CONFIG_GENERATION, state.config_generation);
-        if state.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK {
+        if self.driver.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK {
             self.activate(Rings::Used);
-            if self.status & NEEDS_RESET != 0 {
+            if self.driver.status & NEEDS_RESET != 0 {
                 return Err(CarryOnError::NotStarted(self.name()));
             }
             // An interrupt may have been on its way when the guest was stopped; one too many does no harm.
@@ -423,7 +428,7 @@ impl Transport {
         };
         let activation = Activation {
             memory: self.memory.clone(),
-            features: self.driver_features,
+            features: self.driver.features,
             queues,
             interrupt: Arc::clone(&self.interrupt),
         };
@@ -436,7 +441,8 @@ impl Transport {
 
     /// The queues as the device gets them, each one checked.
     fn frozen_queues(&self, rings: Rings) -> Result<Vec<ActiveQueue>, String> {
-        self.queues
+        self.driver
+            .queues
             .iter()
             .zip(&self.kicks)
             .enumerate()
@@ -478,7 +484,7 @@ impl Transport {
             .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(config.avail_ring)))
             .and_then(|()| queue.try_set_used_ring_address(GuestAddress(config.used_ring)))
             .map_err(|_| "misaligned")?;
-        queue.set_event_idx(self.driver_features & EVENT_IDX != 0);
+        queue.set_event_idx(self.driver.features & EVENT_IDX != 0);
         queue.set_ready(true);
         if rings == Rings::Used {
             // Nothing is half done, so the device goes on after the last buffer that it has used.
@@ -494,7 +500,7 @@ impl Transport {
 
     /// 2.1.2: tells the driver that only a reset helps.
     fn require_reset(&mut self) {
-        self.status |= NEEDS_RESET;
+        self.driver.status |= NEEDS_RESET;
         self.interrupt.signal_config_change();
     }
 
@@ -504,19 +510,16 @@ impl Transport {
             self.active = false;
         }
         self.interrupt.acknowledge(u32::MAX);
-        self.status = 0;
-        self.device_features_select = 0;
-        self.driver_features_select = 0;
-        self.driver_features = 0;
-        self.queue_select = 0;
-        for queue in &mut self.queues {
-            *queue = QueueConfig::new(queue.max_size);
-        }
+        self.driver = DriverState::new(self.device.queue_sizes());
     }
 
     /// A driver's mistake. At debug level: a hostile guest can make as many as it likes.
     fn note(&self, what: &str) {
-        debug!("virtio {}: {what} (status {:#x})", self.name(), self.status);
+        debug!(
+            "virtio {}: {what} (status {:#x})",
+            self.name(),
+            self.driver.status
+        );
     }
 }
 

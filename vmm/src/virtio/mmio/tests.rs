@@ -206,8 +206,8 @@ fn queues_are_frozen_at_driver_ok() {
     driver.queue(0, 32, [0x7000, 0x8000, 0x9000]);
     driver.write(VIRTIO_MMIO_QUEUE_READY, 0);
     assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 1);
-    assert_eq!(driver.transport.queues[0].desc_table, 0x1000);
-    assert_eq!(driver.transport.queues[0].size, 64);
+    assert_eq!(driver.transport.driver.queues[0].desc_table, 0x1000);
+    assert_eq!(driver.transport.driver.queues[0].size, 64);
 }
 
 #[test]
@@ -215,10 +215,10 @@ fn a_ready_queue_can_be_disabled_but_not_changed() {
     let mut driver = Driver::negotiated();
     driver.queue(0, 64, [0x1000, 0x2000, 0x3000]);
     driver.write(VIRTIO_MMIO_QUEUE_NUM, 32);
-    assert_eq!(driver.transport.queues[0].size, 64);
+    assert_eq!(driver.transport.driver.queues[0].size, 64);
     driver.write(VIRTIO_MMIO_QUEUE_READY, 0);
     driver.write(VIRTIO_MMIO_QUEUE_NUM, 32);
-    assert_eq!(driver.transport.queues[0].size, 32);
+    assert_eq!(driver.transport.driver.queues[0].size, 32);
 }
 
 #[test]
@@ -279,8 +279,8 @@ fn reset_stops_the_device_once_and_forgets_everything() {
     driver.status(0);
     assert_eq!(driver.log.lock().unwrap().resets, 1);
     assert_eq!(driver.read(VIRTIO_MMIO_QUEUE_READY), 0);
-    assert_eq!(driver.transport.driver_features, 0);
-    assert_eq!(driver.transport.queues[1].size, 256);
+    assert_eq!(driver.transport.driver.features, 0);
+    assert_eq!(driver.transport.driver.queues[1].size, 256);
 }
 
 #[test]
@@ -345,10 +345,10 @@ fn a_state_that_does_not_fit_the_device_or_its_memory_is_refused() {
     let state = || Driver::running().transport.stand_still();
     let damages: [fn(&mut TransportState); 5] = [
         |state| state.device_type = 1,
-        |state| state.queues.truncate(1),
-        |state| state.queues[0].max_size = 128,
-        |state| state.queues[0].used_ring = MEMORY as u64,
-        |state| state.queues[1].size = 3,
+        |state| state.driver.queues.truncate(1),
+        |state| state.driver.queues[0].max_size = 128,
+        |state| state.driver.queues[0].used_ring = MEMORY as u64,
+        |state| state.driver.queues[1].size = 3,
     ];
     for (n, damage) in damages.into_iter().enumerate() {
         let mut state = state();
