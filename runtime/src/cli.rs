@@ -13,6 +13,7 @@ mod inspect;
 mod known;
 mod lifecycle;
 mod log;
+mod misuse;
 mod proxy;
 mod signals;
 mod terminal;
@@ -33,7 +34,12 @@ const FAILURE: i32 = 1;
 
 /// Runs OCI containers, each in its own small KVM guest.
 #[derive(Debug, Parser)]
-#[command(name = "bulkhead", version, disable_version_flag = true)]
+#[command(
+    name = "bulkhead",
+    version,
+    disable_version_flag = true,
+    disable_help_subcommand = true
+)]
 struct Arguments {
     /// Print version
     #[arg(short, long, action = ArgAction::Version)]
@@ -107,6 +113,15 @@ enum Command {
     Features,
     /// Tell whether this machine can run guests
     Check,
+    /// Print this, or the help of a command
+    #[command(visible_alias = "h")]
+    Help {
+        /// Name of the command
+        command: Option<String>,
+        /// Without effect
+        #[arg(hide = true)]
+        more: Vec<String>,
+    },
 }
 
 impl Command {
@@ -128,6 +143,7 @@ impl Command {
             Self::Spec(_) => "spec",
             Self::Features => "features",
             Self::Check => "check",
+            Self::Help { .. } => "help",
         }
     }
 }
@@ -165,15 +181,8 @@ fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
 pub fn main() -> i32 {
     let arguments = match parse() {
         Ok(arguments) => arguments,
-        Err(error) => {
-            // Help and version come this way too.
-            let _ = error.print();
-            if !error.use_stderr() {
-                return 0;
-            }
-            note_misuse(&error);
-            return FAILURE;
-        }
+        // Help and version come this way too.
+        Err(error) => return misuse::tell(&error),
     };
     let name = arguments.command.name();
     // Warnings; errors are what commands return.
@@ -214,6 +223,7 @@ pub fn main() -> i32 {
             Command::Spec(args) => describe::spec(args),
             Command::Features => describe::features(),
             Command::Check => Ok(check::check(&context.config)),
+            Command::Help { command, .. } => Ok(misuse::help(command.as_deref())),
         });
     result.unwrap_or_else(|error| {
         if let Some(Unread(cause)) = error.downcast_ref()
@@ -229,10 +239,11 @@ pub fn main() -> i32 {
 
 /// Reads the command line. Switches may have a value, `--detach=false`, which runc's may too; help does not show it.
 fn parse() -> Result<Arguments, clap::Error> {
-    Arguments::try_parse().or_else(|error| {
+    Arguments::try_parse().or_else(|asked| {
         let line = with_values(Arguments::command()).try_get_matches();
         line.and_then(|matches| Arguments::from_arg_matches(&matches))
-            .map_err(|_| error)
+            // What is wrong with the line even so; not if it asks for help, or for the version.
+            .map_err(|wrong| if asked.use_stderr() { wrong } else { asked })
     })
 }
 
@@ -249,34 +260,6 @@ fn with_values(command: clap::Command) -> clap::Command {
         _ => arg,
     });
     command.mut_subcommands(with_values)
-}
-
-/// The flags before the command, whatever follows.
-#[derive(Debug, Parser)]
-#[command(disable_help_flag = true)]
-struct Beginning {
-    #[command(flatten)]
-    globals: Globals,
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    _rest: Vec<std::ffi::OsString>,
-}
-
-/// Writes a wrong command line to the log file, as runc does, if it names one: clients show what they find there.
-fn note_misuse(error: &clap::Error) {
-    let Ok(Beginning { globals, .. }) = Beginning::try_parse() else {
-        return;
-    };
-    if let Ok(log) = Log::open(globals.log.as_deref(), globals.log_format) {
-        log.note(&sentence(&error.to_string()));
-    }
-}
-
-/// The first paragraph of what clap says, which tells what is wrong; usage and hints follow.
-fn sentence(text: &str) -> String {
-    let lines = text.lines().take_while(|line| !line.trim().is_empty());
-    let words: Vec<_> = lines.flat_map(str::split_whitespace).collect();
-    let all = words.join(" ");
-    all.strip_prefix("error: ").unwrap_or(&all).to_owned()
 }
 
 /// Nobody reads what this command prints.

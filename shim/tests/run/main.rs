@@ -401,19 +401,31 @@ fn errors_go_to_the_log_file_in_runcs_form() {
 #[test]
 fn wrong_command_lines_go_to_the_log_file_too() {
     let Some(bed) = Bed::new(&[]) else { return };
-    for (words, expected) in [
+    for (words, code, expected) in [
         (
             &["create", "--bogus", "c1"][..],
+            1,
             "unexpected argument '--bogus' found",
         ),
         (
             &["--bogus", "create", "c1"],
+            1,
             "unexpected argument '--bogus' found",
         ),
-        (&["create"], "required arguments were not provided: <ID>"),
-        (&["nonesuch"], "unrecognized subcommand 'nonesuch'"),
+        (
+            &["--debug=false", "create"],
+            1,
+            "required arguments were not provided: <ID>",
+        ),
+        (&["nonesuch"], 3, "unrecognized subcommand 'nonesuch'"),
+        (
+            &["help", "nonesuch"],
+            3,
+            "unrecognized subcommand 'nonesuch'",
+        ),
         (
             &["list", "--format", "xml"],
+            1,
             "invalid value 'xml' for '--format <FORMAT>'",
         ),
     ] {
@@ -424,7 +436,7 @@ fn wrong_command_lines_go_to_the_log_file_too() {
             .arg(&log)
             .args(["--log-format", "json"]);
         let output = command.args(words).output().unwrap();
-        assert_eq!(output.status.code(), Some(1), "{words:?}");
+        assert_eq!(output.status.code(), Some(code), "{words:?}");
         assert!(text(&output.stderr).starts_with("error: "), "{words:?}");
         let entry: Value = serde_json::from_str(&fs::read_to_string(&log).unwrap()).unwrap();
         assert_eq!(entry["level"], "error");

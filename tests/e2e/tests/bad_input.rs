@@ -370,7 +370,6 @@ fn a_wrong_command_line_is_refused() {
         &["run"][..],
         &["bogus"],
         &["run", "--bogus", "x"],
-        &[],
         &["create"],
         &["exec"],
         &["exec", "nonesuch"],
