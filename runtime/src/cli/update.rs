@@ -33,10 +33,10 @@ pub struct UpdateArgs {
     /// Whether the container runs only when nothing else does, 0 or 1
     #[arg(long, value_name = "IDLE")]
     cpu_idle: Option<i64>,
-    /// Period of the realtime quota: cgroup v1's
+    /// Accepted for runc's sake, which ignores it as well where cgroup v2 is: that has no realtime quota
     #[arg(long, value_name = "US", hide = true)]
     cpu_rt_period: Option<u64>,
-    /// Realtime quota: cgroup v1's
+    /// Accepted for runc's sake: see above
     #[arg(long, value_name = "US", hide = true, allow_hyphen_values = true)]
     cpu_rt_runtime: Option<i64>,
     /// Processors to run on
@@ -139,8 +139,6 @@ fn of_flags(args: &UpdateArgs) -> anyhow::Result<Value> {
     for (flag, given) in [
         ("--l3-cache-schema", args.l3_cache_schema.is_some()),
         ("--mem-bw-schema", args.mem_bw_schema.is_some()),
-        ("--cpu-rt-period", args.cpu_rt_period.is_some()),
-        ("--cpu-rt-runtime", args.cpu_rt_runtime.is_some()),
     ] {
         if given {
             bail!("{flag} is not supported: neither a VM nor cgroup v2 has it; leave it out");
@@ -206,6 +204,18 @@ mod tests {
         assert_eq!(
             resources(&["--memory", "1000", "--cpu-quota=-1", "--pids-limit", "-1"]).unwrap(),
             json!({"memory": {"limit": 1000}, "cpu": {"quota": -1}, "pids": {"limit": -1}})
+        );
+    }
+
+    #[test]
+    fn a_realtime_quota_is_ignored_as_runc_ignores_it_with_cgroup_v2() {
+        assert_eq!(
+            resources(&["--cpu-rt-period", "1000000", "--cpu-rt-runtime", "950000"]).unwrap(),
+            json!({})
+        );
+        assert_eq!(
+            resources(&["--cpu-rt-runtime=-1", "--cpu-share", "512"]).unwrap(),
+            json!({"cpu": {"shares": 512}})
         );
     }
 
