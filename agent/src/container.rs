@@ -365,14 +365,14 @@ impl Containers {
         self.find(id)?.delete_exec(exec_id)
     }
 
-    /// Sends a signal.
+    /// Sends a signal; 0 sends none and only asks whether there is anybody to take one (kill(2)).
     pub fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
         fault::point("signal-asked");
         let container = self.find(id)?;
         let number = i32::try_from(signal)
             .ok()
-            .filter(|number| (1..=64).contains(number))
-            .ok_or_else(|| Error::Request(format!("signal: {signal} is not from 1 to 64")))?;
+            .filter(|number| (0..=64).contains(number))
+            .ok_or_else(|| Error::Request(format!("signal: {signal} is not from 0 to 64")))?;
         if all {
             container.signal_all(number)
         } else if exec_id.is_empty() {

@@ -721,7 +721,11 @@ async fn signals_reach_the_process() {
     bed.start("box").await.unwrap();
     let mut ready = [0; 6];
     stdout.read_exact(&mut ready).await.unwrap();
-    for bad in [0, 65, u32::MAX] {
+    // Asks whether it is there, and changes nothing.
+    for all in [false, true] {
+        bed.signal("box", 0, all).await.unwrap();
+    }
+    for bad in [65, u32::MAX] {
         assert_eq!(
             bed.signal("box", bad, false).await.unwrap_err().0,
             Code::INVALID_ARGUMENT
@@ -732,8 +736,10 @@ async fn signals_reach_the_process() {
     stdout.read_to_string(&mut rest).await.unwrap();
     assert_eq!(rest, "got it\n");
     assert_eq!(bed.wait("box").await.unwrap().exit_code, 5);
-    let error = bed.signal("box", 15, false).await.unwrap_err();
-    assert_eq!(error, (Code::NOT_FOUND, "container not running".to_owned()));
+    for signal in [0, 15] {
+        let error = bed.signal("box", signal, false).await.unwrap_err();
+        assert_eq!(error, (Code::NOT_FOUND, "container not running".to_owned()));
+    }
     bed.signal("box", 9, true).await.unwrap();
 }
 

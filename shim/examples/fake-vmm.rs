@@ -415,13 +415,17 @@ impl Agent for FakeAgent {
         let process = processes.get_mut(&request.exec_id).unwrap();
         match process.pid {
             Some(pid) => {
-                let signal = nix::sys::signal::Signal::try_from(request.signal as i32).unwrap();
+                let signal = match request.signal {
+                    0 => None,
+                    number => Some(nix::sys::signal::Signal::try_from(number as i32).unwrap()),
+                };
                 let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal);
             }
             // What waits for its exec.
-            None => {
+            None if request.signal != 0 => {
                 process.exit.send_replace(Some(128 + request.signal));
             }
+            None => {}
         }
         Ok(SignalProcessResponse::default())
     }

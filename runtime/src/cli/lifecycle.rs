@@ -21,7 +21,7 @@ pub struct KillArgs {
     pub all: bool,
     /// Name of the container
     id: String,
-    /// Signal: a number, or a name with or without SIG
+    /// Signal: a number, or a name with or without SIG; 0 only asks whether the container is there
     #[arg(default_value = "SIGTERM")]
     signal: String,
 }

@@ -79,12 +79,12 @@ impl Signals {
     }
 }
 
-/// A signal as users name it: a number, or a name with or without `SIG`, in any case.
+/// A signal as users name it: a number, or a name with or without `SIG`, in any case. 0 is none and has no name (kill(2)).
 pub fn parse(text: &str) -> anyhow::Result<u32> {
     let unknown =
-        || anyhow!("unknown signal {text:?}: give a number from 1 to 64 or a name such as TERM");
+        || anyhow!("unknown signal {text:?}: give a number from 0 to 64 or a name such as TERM");
     if let Ok(number) = text.parse::<u32>() {
-        return (1..=64)
+        return (0..=64)
             .contains(&number)
             .then_some(number)
             .ok_or_else(unknown);
@@ -110,6 +110,7 @@ mod tests {
     #[test]
     fn signals_have_numbers_and_names() {
         for (text, number) in [
+            ("0", 0),
             ("15", 15),
             ("64", 64),
             ("TERM", 15),
@@ -120,7 +121,7 @@ mod tests {
         ] {
             assert_eq!(parse(text).unwrap(), number, "{text}");
         }
-        for text in ["", "0", "65", "-1", "NONE", "RTMIN+99", "RTMAX+1"] {
+        for text in ["", "SIG0", "65", "-1", "NONE", "RTMIN+99", "RTMAX+1"] {
             assert!(
                 parse(text)
                     .unwrap_err()

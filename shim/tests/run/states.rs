@@ -2,8 +2,35 @@
 
 use bulkhead_e2e::processes;
 
-use crate::bed::text;
-use crate::faults::{running, status};
+use crate::bed::{Bed, text};
+use crate::faults::{CREATE, running, status};
+
+#[test]
+fn signal_0_asks_whether_a_container_is_there_and_changes_nothing() {
+    let Some(bed) = Bed::new(&["/bin/sleep", "1000"]) else {
+        return;
+    };
+    let kill = |words: &[&str]| {
+        let output = bed.about(words);
+        (output.status.code(), text(&output.stderr))
+    };
+    let there = (Some(0), String::new());
+    for (step, expected) in [(CREATE, "created"), (&["start", "c1"], "running")] {
+        assert!(bed.about(step).status.success(), "{step:?}");
+        assert_eq!(kill(&["kill", "c1", "0"]), there, "{expected}");
+        assert_eq!(kill(&["kill", "--all", "c1", "0"]), there, "{expected}");
+        assert_eq!(status(&bed), expected);
+    }
+    let vmm = bed.pid_of("fake-vmm");
+    assert_eq!(kill(&["kill", "c1", "KILL"]), there);
+    processes::wait_for_end(&[vmm.as_raw().unsigned_abs()]);
+    let (code, said) = kill(&["kill", "c1", "0"]);
+    assert_eq!(code, Some(1));
+    assert!(said.contains("container not running"), "{said}");
+    assert_eq!(kill(&["kill", "--all", "c1", "0"]), there);
+    assert!(bed.about(&["delete", "c1"]).status.success());
+    bed.await_clean();
+}
 
 #[test]
 fn what_does_not_go_with_a_containers_state_is_refused_in_the_words_that_clients_look_for() {
