@@ -11,6 +11,7 @@ use bulkhead_protocol::agent::StreamKind;
 use bulkhead_runtime::id::ContainerId;
 use bulkhead_runtime::stdio::{Attach, Flow, Stdio};
 use bulkhead_runtime::streams::{self, Stream};
+use bulkhead_vmm::fault;
 use nix::sys::socket::{Shutdown, shutdown};
 use tokio::sync::oneshot;
 
@@ -132,27 +133,47 @@ impl Streams {
         Ok(())
     }
 
-    /// Returns when every stream is attached, or one can't be.
-    async fn attached(&mut self) -> anyhow::Result<()> {
-        for attached in &mut self.attached {
-            // A thread that is gone without a word has nothing to tell.
-            attached.await.unwrap_or(Ok(()))?;
-        }
-        Ok(())
-    }
-
     /// Returns when all output is written. A reader of it may be slow, and a signal says not to wait for it.
     pub async fn written(&mut self, signals: &mut Signals) {
         tokio::select! {
-            () = self.drained() => {}
+            () = all_drained(&mut self.drained) => {}
             _ = signals.end() => {}
         }
     }
+}
 
-    async fn drained(&mut self) {
-        for drained in &mut self.drained {
-            let _ = drained.await;
+/// Returns when every stream is attached, or one can't be.
+async fn all_attached(streams: &mut [oneshot::Receiver<anyhow::Result<()>>]) -> anyhow::Result<()> {
+    for attached in streams {
+        // A thread that is gone without a word has nothing to tell.
+        attached.await.unwrap_or(Ok(()))?;
+    }
+    Ok(())
+}
+
+/// Returns when all output has come to its end and is written. Can be asked again.
+async fn all_drained(streams: &mut Vec<oneshot::Receiver<()>>) {
+    while let Some(drained) = streams.last_mut() {
+        let _ = drained.await;
+        streams.pop();
+    }
+}
+
+/// Fails when the output has ended, the process most likely with it, and the container's server says nothing: neither of that end nor,
+/// asked after a while, anything else. One that answers is right to be silent, and is not asked again.
+async fn missed_end(
+    known: Option<&Known>,
+    output: &mut Vec<oneshot::Receiver<()>>,
+) -> anyhow::Result<()> {
+    match known {
+        // Without output its end is no event.
+        Some(known) if !output.is_empty() => {
+            all_drained(output).await;
+            known.sign_of_life().await?;
+            fault::point("client: server answered after the output");
+            Ok(())
         }
+        _ => Ok(()),
     }
 }
 
@@ -213,8 +234,12 @@ fn pump_descriptor(descriptor: Descriptor, socket: UnixStream) -> io::Result<u64
 }
 
 /// Follows a started process to its end, passing on what comes in for it: signals, and a new size of our terminal. Returns
-/// its exit code; its output may still be on its way ([`Streams::drained`]). With `known`, the container, a server that takes no
-/// signal is not waited for longer than it answers.
+/// its exit code; its output may still be on its way ([`Streams::written`]). With `known`, the container, a server that takes no
+/// signal, or does not tell of the end of a process that has closed its output, is not waited for longer than it answers.
+///
+/// The end of the output is one event, and leads to one question: a process can close its output and live on for hours, in which nothing
+/// is asked. So a server is still waited for without limit, until a signal comes, if it stops after it has answered that question, if
+/// another process holds the output open, or if none of the output is ours (it goes to `/dev/null`).
 pub async fn follow(
     known: Option<&Known>,
     server: &Server<'_>,
@@ -222,16 +247,21 @@ pub async fn follow(
     streams: &mut Streams,
 ) -> anyhow::Result<u32> {
     let wait = server.wait();
-    let attached = streams.attached();
-    tokio::pin!(wait, attached);
-    let mut all_attached = false;
+    let attached = all_attached(&mut streams.attached);
+    let missed = missed_end(known, &mut streams.drained);
+    tokio::pin!(wait, attached, missed);
+    let (mut is_attached, mut is_asked) = (false, false);
     loop {
         tokio::select! {
             code = &mut wait => return Ok(code?),
             // Without its streams a process could wait for ever.
-            result = &mut attached, if !all_attached => {
+            result = &mut attached, if !is_attached => {
                 result?;
-                all_attached = true;
+                is_attached = true;
+            }
+            result = &mut missed, if !is_asked => {
+                result?;
+                is_asked = true;
             }
             signal = signals.next() => {
                 let passing = async {

@@ -18,7 +18,7 @@ use bulkhead_runtime::standin;
 use bulkhead_runtime::state::{Record, StateDir};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::Invocation;
 use super::client::{ProcessState, Server, ServerError};
@@ -126,15 +126,19 @@ impl Known {
     pub async fn patiently<T>(&self, answer: impl Future<Output = T>) -> anyhow::Result<T> {
         tokio::pin!(answer);
         loop {
-            if let Ok(answer) = timeout(PATIENCE, &mut answer).await {
-                return Ok(answer);
-            }
             tokio::select! {
+                biased;
                 answer = &mut answer => return Ok(answer),
-                // What it is busy with may keep it from this for a while.
-                alive = self.server_state(PATIENCE) => drop(alive?),
+                alive = self.sign_of_life() => alive?,
             }
         }
+    }
+
+    /// Gives an answer that is due some time to come, and then asks its server for another, once: an error tells that there was none.
+    pub async fn sign_of_life(&self) -> anyhow::Result<()> {
+        sleep(PATIENCE).await;
+        // What it is busy with may keep it from this for a while.
+        self.server_state(PATIENCE).await.map(drop)
     }
 
     /// Ends its sandbox whatever it is doing, its server too if that does not do it.

@@ -1,10 +1,12 @@
 //! Who waits for a server or a guest that answers nothing, and how long.
 
-use std::process::Output;
+use std::io::Read;
+use std::process::{ChildStdin, Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
 
 use bulkhead_e2e::watch;
 
+use crate::Running;
 use crate::bed::{Bed, finish, text};
 use crate::faults::{CREATE, SERVER_PROGRAM, assert_told, running, status, stop};
 
@@ -77,6 +79,76 @@ fn a_signal_that_a_server_does_not_take_ends_the_command_in_the_foreground() {
     let output = command.ended();
     assert_eq!(output.status.code(), Some(1));
     assert_told(&output, "run");
+    bed.await_clean();
+}
+
+/// A command in the foreground, once its program has said that it is there. The program ends with its input.
+fn in_the_foreground(mut command: Command) -> (Running, ChildStdin) {
+    command.stdin(Stdio::piped());
+    let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let stdin = child.stdin.take().unwrap();
+    let mut ready = [0; 6];
+    child
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut ready)
+        .unwrap();
+    (Running(Some(child)), stdin)
+}
+
+fn exec(bed: &Bed, script: &str) -> Command {
+    let mut command = bed.bulkhead();
+    command.args(["exec", "c1", "/bin/sh", "-c", script]);
+    command
+}
+
+#[test]
+fn a_server_that_does_not_tell_of_an_end_is_given_up_once_the_output_has_ended() {
+    let script = "echo ready; read line; exit 3";
+    let Some(bed) = Bed::new(&["/bin/sh", "-c", script]) else {
+        return;
+    };
+    let other = running("").unwrap();
+    // Both at once: each takes the time in which an answer might still come.
+    let commands = [
+        (&bed, bed.command(), 1, "did not answer and was killed"),
+        (&other, exec(&other, script), 255, "does not answer"),
+    ];
+    let waiting = commands.map(|(bed, command, code, told)| {
+        let (command, stdin) = in_the_foreground(command);
+        stop(bed.pid_of(SERVER_PROGRAM));
+        drop(stdin);
+        (command, code, told)
+    });
+    for (command, code, told) in waiting {
+        assert_failed(&command.ended(), code, "the end", told);
+    }
+    bed.await_clean();
+    assert!(other.about(&["delete", "--force", "c1"]).status.success());
+    other.await_clean();
+}
+
+#[test]
+fn a_process_that_closes_its_output_and_lives_on_is_waited_for_as_its_server_answers() {
+    let Some(bed) = running("") else { return };
+    let script = "echo ready; exec >/dev/null 2>&1; read line; exit 3";
+    let mut command = exec(&bed, script);
+    // At this step its children are killed, of which it has none: so it goes on, and the log tells that it was there.
+    let asked = bed.path("asked");
+    command
+        .env(
+            "BULKHEAD_FAULT",
+            "children at client: server answered after the output",
+        )
+        .env("BULKHEAD_FAULT_LOG", &asked);
+    let (command, stdin) = in_the_foreground(command);
+    watch::until(&bed.path(""), &[], || asked.exists());
+    drop(stdin);
+    let output = command.ended();
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    assert!(bed.about(&["delete", "--force", "c1"]).status.success());
     bed.await_clean();
 }
 
