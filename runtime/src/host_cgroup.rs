@@ -238,7 +238,12 @@ fn of_host(resources: &LinuxResources, guest_mib: u64) -> Result<LinuxResources,
         .build()
         .map_err(|e| e.to_string())?;
     host.set_devices(None);
-    host.set_cpu(resources.cpu().clone());
+    let mut cpu = resources.cpu().clone();
+    if let Some(cpu) = &mut cpu {
+        // cgroup v2 has none, and runc passes them over there.
+        cpu.set_realtime_runtime(None).set_realtime_period(None);
+    }
+    host.set_cpu(cpu);
     host.set_block_io(resources.block_io().clone());
     let mut unified = resources.unified().clone().unwrap_or_default();
     unified.retain(|file, _| {
@@ -320,5 +325,19 @@ mod tests {
             [(&"cpu.max".to_owned(), &"500000 1000000".to_owned())]
         );
         assert!(host.pids().is_none() && host.devices().is_none());
+    }
+
+    #[test]
+    fn a_realtime_quota_is_passed_over() {
+        let resources: LinuxResources = serde_json::from_str(
+            r#"{"cpu":{"realtimeRuntime":5000,"realtimePeriod":10000,"shares":512}}"#,
+        )
+        .unwrap();
+        let cpu = of_host(&resources, 128).unwrap().cpu().clone().unwrap();
+        assert_eq!(
+            (cpu.realtime_runtime(), cpu.realtime_period()),
+            (None, None)
+        );
+        assert_eq!(cpu.shares(), Some(512));
     }
 }

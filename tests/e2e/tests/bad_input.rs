@@ -278,11 +278,6 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
             &["linux.resources.unified", "../x"],
         ),
         (
-            "realtime processors",
-            |c| c["linux"]["resources"]["cpu"] = json!({"realtimeRuntime": 5000}),
-            &["cgroup", "realtime is not supported"],
-        ),
-        (
             "unknown personality",
             |c| c["linux"]["personality"] = json!({"domain": "SOLARIS"}),
             &["linux.personality"],
