@@ -19,7 +19,6 @@ const STEPS: &[(&str, &str, Option<Goal>)] = &[
     ("write", "write 64 MiB and sync", DATA),
     ("read", "read 64 MiB, for the first time", DATA),
     ("read again", "read the same 64 MiB again", DATA),
-    ("read a third time", "and a third time", DATA),
     (
         "random reads",
         "4 KiB at random places, for the first time",

@@ -144,7 +144,6 @@ impl Work {
         fs::remove_file(self.path("written"))?;
         step("read", mib, "MiB", &|| self.read())?;
         step("read again", mib, "MiB", &|| self.read())?;
-        step("read a third time", mib, "MiB", &|| self.read())?;
         step("random reads", reads, "reads", &|| self.read_at_random())?;
 
         let many = self.path("many");
@@ -296,7 +295,6 @@ mod tests {
             "write\t1\tMiB",
             "read\t1\tMiB",
             "read again\t1\tMiB",
-            "read a third time\t1\tMiB",
             "random reads\t16\treads",
             "make\t3\tfiles",
             "stat\t3\tfiles",
