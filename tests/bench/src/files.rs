@@ -90,7 +90,8 @@ pub fn measure(
     Ok(())
 }
 
-fn with_helper(bundle: Bundle, helper: &Path) -> anyhow::Result<Bundle> {
+/// Puts the program that works in containers into a bundle, as `/container-work`.
+pub fn with_helper(bundle: Bundle, helper: &Path) -> anyhow::Result<Bundle> {
     std::fs::copy(helper, bundle.in_root("container-work"))
         .with_context(|| format!("cannot copy {}", helper.display()))?;
     Ok(bundle)

@@ -13,6 +13,7 @@ use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::run_command;
 use bulkhead_e2e::container::{Container, bulkhead, runc};
 
+use crate::files::with_helper;
 use crate::life::alternate;
 use crate::table::{Comparison, Goal, Measure, median, print};
 
@@ -36,9 +37,10 @@ pub fn measure(
 ) -> anyhow::Result<()> {
     let blocks = format!("count={}", MIB * (1 << 20) / CHUNK);
     let source = Bundle::busybox(&["dd", "if=/dev/zero", "bs=64k", &blocks, "status=none"]);
-    let sink = Bundle::busybox(&["/container-work", "sink", &(MIB << 20).to_string()]);
-    std::fs::copy(helper, sink.in_root("container-work"))
-        .with_context(|| format!("cannot copy {}", helper.display()))?;
+    let sink = with_helper(
+        Bundle::busybox(&["/container-work", "sink", &(MIB << 20).to_string()]),
+        helper,
+    )?;
     for (way, how) in [
         (Way::Foreground, "`run` in the foreground"),
         (Way::Created, "`create` with pipes"),
@@ -50,28 +52,22 @@ pub fn measure(
         let (ours, theirs) = alternate(rounds, || write(bulkhead()), || write(runc()))?;
         comparisons.push(comparison("standard input", how, ours, theirs));
     }
-    second_pipe(rounds, &source, &sink)
+    second_pipe(rounds, helper, &source, &sink)
 }
 
 /// Prints how runc, with a second pipe between the container's process and the caller's pipe, does beside itself without: any virtual
 /// machine has both, one in the guest and one on the host.
-fn second_pipe(rounds: usize, source: &Bundle, sink: &Bundle) -> anyhow::Result<()> {
-    let with_relay = |bundle: &Bundle, pipeline: &str| -> anyhow::Result<Bundle> {
-        let relay = Bundle::shell(pipeline);
-        let helper = bundle.in_root("container-work");
-        if helper.exists() {
-            std::fs::copy(helper, relay.in_root("container-work"))?;
-        }
-        Ok(relay)
-    };
+fn second_pipe(rounds: usize, helper: &Path, source: &Bundle, sink: &Bundle) -> anyhow::Result<()> {
     let blocks = MIB * (1 << 20) / CHUNK;
-    let relayed_source = with_relay(
-        source,
-        &format!("dd if=/dev/zero bs=64k count={blocks} status=none | dd bs=64k status=none"),
-    )?;
-    let relayed_sink = with_relay(
-        sink,
-        &format!("dd bs=64k status=none | /container-work sink {}", MIB << 20),
+    let relayed_source = Bundle::shell(&format!(
+        "dd if=/dev/zero bs=64k count={blocks} status=none | dd bs=64k status=none"
+    ));
+    let relayed_sink = with_helper(
+        Bundle::shell(&format!(
+            "dd bs=64k status=none | /container-work sink {}",
+            MIB << 20
+        )),
+        helper,
     )?;
     let mut rows = Vec::new();
     for (stream, measure, direct, relayed) in [
