@@ -240,20 +240,16 @@ impl Containers {
                 namespace: *flag,
             })
             .collect();
-        // What the agent has made belongs to the guest's user namespace.
-        let network = if joins.is_empty()
-            && plan.id_maps.is_none()
-            && plan.made() & libc::CLONE_NEWNET as u64 != 0
-        {
-            self.ground.network.take()
-        } else {
-            None
-        };
         let mut namespaces = if joins.is_empty() {
             plan.made() & !init::MADE_BY_INIT
         } else {
             0
         };
+        let mut network = None;
+        // What the agent has made belongs to the guest's user namespace.
+        if namespaces & libc::CLONE_NEWNET as u64 != 0 && plan.id_maps.is_none() {
+            network = self.ground.network.take();
+        }
         if network.is_some() {
             namespaces &= !(libc::CLONE_NEWNET as u64);
         }

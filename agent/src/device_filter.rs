@@ -114,7 +114,7 @@ impl DeviceFilter {
     pub fn attach(&self, cgroup: BorrowedFd<'_>) -> Result<()> {
         let what = || "linux.resources.devices: cannot put the device filter on the cgroup";
         match USUAL.get() {
-            Some(usual) if *self == Self::usual() => attach(usual, cgroup).what(what),
+            Some(usual) if self.0 == DEFAULT_RULES => attach(usual, cgroup).what(what),
             _ => {
                 let program = load(&self.program()).what(what)?;
                 attach(&program, cgroup).what(what)
