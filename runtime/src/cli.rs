@@ -322,4 +322,28 @@ mod tests {
         }
         assert!(matches(&["kill", "--all=maybe", "c1"]).is_err());
     }
+
+    #[test]
+    fn behind_the_id_every_word_is_the_programs() {
+        for (line, id, words) in [
+            (&["exec", "c1", "--help"][..], "c1", &["--help"][..]),
+            (&["exec", "c1", "-t", "--", "sh"], "c1", &["-t", "--", "sh"]),
+            (
+                &["exec", "--tty", "--", "c1", "ls", "-l"],
+                "c1",
+                &["ls", "-l"],
+            ),
+            (&["ps", "c1", "--format", "pid"], "c1", &["--format", "pid"]),
+            (&["ps", "c1"], "c1", &[]),
+        ] {
+            let target = match matches(line).unwrap().command {
+                Command::Exec(args) => args.target,
+                Command::Ps(args) => args.target,
+                _ => panic!("{line:?}"),
+            };
+            assert_eq!(target.id(), id, "{line:?}");
+            assert_eq!(target.words(), words, "{line:?}");
+        }
+        assert!(matches(&["exec"]).is_err());
+    }
 }

@@ -19,6 +19,7 @@ use super::create::write_pid_file;
 use super::descriptors::Descriptors;
 use super::foreground::Foreground;
 use super::known::{Known, block_on};
+use super::lifecycle::IdAndWords;
 use super::proxy::{IdMaps, Job, Proxy};
 use super::terminal::Pair;
 use super::{Invocation, absolute};
@@ -73,11 +74,8 @@ pub struct ExecArgs {
     /// Without effect: the VM of a paused container stands still, so that nothing can be executed in it before a resume
     #[arg(long)]
     ignore_paused: bool,
-    /// Name of the container
-    id: String,
-    /// Program and arguments
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    args: Vec<String>,
+    #[command(flatten)]
+    pub target: IdAndWords,
 }
 
 /// The process did not come to be; runc's exit code for it is another than for other failures.
@@ -102,7 +100,7 @@ fn run(invocation: &Invocation, args: &ExecArgs) -> anyhow::Result<i32> {
             "--cgroup {path}: a process of a container in a VM runs in the container's own cgroup; leave it out"
         );
     }
-    let known = Known::find(invocation, &args.id)?;
+    let known = Known::find(invocation, args.target.id())?;
     let process = process(&known, args)?;
     if args.detach {
         detached(&known, args, process, descriptors)
@@ -138,7 +136,7 @@ fn process(known: &Known, args: &ExecArgs) -> anyhow::Result<Map<String, Value>>
 }
 
 fn change(process: &mut Map<String, Value>, args: &ExecArgs) -> anyhow::Result<()> {
-    process.insert("args".into(), json!(args.args));
+    process.insert("args".into(), json!(args.target.words()));
     process.insert("terminal".into(), json!(args.tty));
     process.remove("consoleSize");
     if let Some(cwd) = &args.cwd {

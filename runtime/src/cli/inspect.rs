@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::Invocation;
 use super::client::ProcessState;
 use super::known::{Known, block_on};
-use super::lifecycle::IdArgs;
+use super::lifecycle::{IdAndWords, IdArgs};
 
 /// How lists are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -39,11 +39,8 @@ pub struct PsArgs {
     /// How to print
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     format: Format,
-    /// Name of the container
-    id: String,
-    /// Options of ps(1) [default: -ef]
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    options: Vec<String>,
+    #[command(flatten)]
+    pub target: IdAndWords,
 }
 
 /// A container as runc prints it.
@@ -194,14 +191,14 @@ fn table<const N: usize>(header: [String; N], rows: Vec<[String; N]>) -> String 
 
 /// Runs `bulkhead ps`: the processes of the host that stand for the container's.
 pub fn ps(invocation: &Invocation, args: &PsArgs) -> anyhow::Result<i32> {
-    let known = Known::find(invocation, &args.id)?;
+    let known = Known::find(invocation, args.target.id())?;
     let pids = known.unless_stopped(async |server| Ok(known.patiently(server.pids()).await??))?;
     let pids = pids.unwrap_or_default();
     if args.format == Format::Json {
         super::say(&format!("{}\n", serde_json::to_string(&pids)?))?;
         return Ok(0);
     }
-    let mut options = args.options.clone();
+    let mut options = args.target.words().to_vec();
     if options.is_empty() {
         options.push("-ef".to_owned());
     }

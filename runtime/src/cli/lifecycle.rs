@@ -14,6 +14,26 @@ pub struct IdArgs {
     pub id: String,
 }
 
+/// A container, and words for a program: behind the container's name nothing is a flag of ours.
+#[derive(Debug, Args)]
+pub struct IdAndWords {
+    /// Name of the container, and what is for the program
+    #[arg(value_names = ["ID", "ARGS"], num_args = 1.., required = true, trailing_var_arg = true)]
+    all: Vec<String>,
+}
+
+impl IdAndWords {
+    /// Name of the container.
+    pub fn id(&self) -> &str {
+        self.all.first().map_or("", String::as_str)
+    }
+
+    /// What is for the program.
+    pub fn words(&self) -> &[String] {
+        self.all.get(1..).unwrap_or_default()
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct KillArgs {
     /// Send the signal to every process of the container
