@@ -1,7 +1,7 @@
 //! A stand-in for the VMM and its guest, for tests of the server and the command line where KVM can't boot a kernel: it
 //! speaks the control socket, the hybrid vsock and the agent's API, and runs the container's program as a plain process.
 //!
-//! `FAKE_VMM` chooses how it misbehaves.
+//! `FAKE_VMM` chooses how it misbehaves, and `FAKE_VMM_LOG` names a file that tells what the agent was asked.
 
 #![allow(clippy::unwrap_used)] // a failure of a test is a panic
 
@@ -21,7 +21,8 @@ use bulkhead_protocol::agent::{
     DeleteContainerRequest, DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse,
     ExecProcessRequest, ExecProcessResponse, Flow, HelloRequest, HelloResponse, ShutdownRequest,
     ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartContainerRequest,
-    StartContainerResponse, StreamHeader, StreamKind, WaitProcessRequest, WaitProcessResponse,
+    StartContainerResponse, StreamHeader, StreamKind, WaitOomRequest, WaitOomResponse,
+    WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::{Agent, create_agent};
 use bulkhead_protocol::{CONTROL_PORT, PROTOCOL_VERSION};
@@ -77,6 +78,10 @@ fn main() {
         match recv_request(&*control) {
             Ok((Request::Shutdown, _)) => {
                 end(&control, exit_code::POWER_OFF, "shut down by request")
+            }
+            // Its processes run on: who is asked nothing meanwhile can't tell.
+            Ok((Request::Pause | Request::Resume, _)) => {
+                let _ = send_message(&*control, &Message::Response(Response::Ok));
             }
             Ok(_) => {}
             Err(_) => std::process::exit(exit_code::ORPHANED),
@@ -139,6 +144,7 @@ fn serve_agent(mode: &str, control: Arc<OwnedFd>, streams: Streams) {
             streams,
             processes: Processes::default(),
             asked: Notify::new(),
+            ooms: watch::Sender::new(0),
         };
         let connection = futures_stream(stream);
         let mut server = Server::new()
@@ -174,6 +180,8 @@ struct FakeAgent {
     processes: Processes,
     /// Whether it has been asked if it is still there.
     asked: Notify,
+    /// Kills for want of memory: SIGUSR1 in the mode "ooms".
+    ooms: watch::Sender<u64>,
 }
 
 type Processes = Arc<Mutex<HashMap<String, Process>>>;
@@ -289,6 +297,17 @@ fn execute(exec_id: &str, processes: &Processes, streams: &Streams) -> ttrpc::Re
     Ok(())
 }
 
+/// Tells the test what has been asked.
+fn log(line: &str) {
+    if let Some(path) = std::env::var_os("FAKE_VMM_LOG") {
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(path);
+        writeln!(file.unwrap(), "{line}").unwrap();
+    }
+}
+
 fn status(code: Code, message: String) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, message))
 }
@@ -346,6 +365,10 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         request: ExecProcessRequest,
     ) -> ttrpc::Result<ExecProcessResponse> {
+        log("exec_process");
+        if self.mode == "slow exec" {
+            self.asked.notified().await;
+        }
         let process: Value = serde_json::from_slice(&request.process_json).unwrap();
         self.add(&request.exec_id, &process, &request.stdio);
         // Its streams come after the answer.
@@ -363,17 +386,39 @@ impl Agent for FakeAgent {
         })
     }
 
-    /// What the host asks to see whether anything is answered.
+    /// Without a container it is what the host asks to see whether anything is answered.
     async fn container_stats(
         &self,
         _: &TtrpcContext,
-        _: ContainerStatsRequest,
+        request: ContainerStatsRequest,
     ) -> ttrpc::Result<ContainerStatsResponse> {
         if self.mode == "mute" {
             std::future::pending::<()>().await;
         }
-        self.asked.notify_one();
-        Err(status(Code::INVALID_ARGUMENT, "no container".into()))
+        if request.container_id.is_empty() {
+            self.asked.notify_one();
+            return Err(status(Code::INVALID_ARGUMENT, "no container".into()));
+        }
+        let memory_events = HashMap::from([("oom_kill".to_owned(), *self.ooms.borrow())]);
+        log("container_stats");
+        Ok(ContainerStatsResponse {
+            memory_events,
+            ..Default::default()
+        })
+    }
+
+    async fn wait_oom(
+        &self,
+        _: &TtrpcContext,
+        request: WaitOomRequest,
+    ) -> ttrpc::Result<WaitOomResponse> {
+        let mut ooms = self.ooms.subscribe();
+        log(&format!("wait_oom by {}", self.ooms.receiver_count()));
+        let kills = *ooms.wait_for(|&kills| kills > request.seen).await.unwrap();
+        Ok(WaitOomResponse {
+            kills,
+            ..Default::default()
+        })
     }
 
     async fn delete_process(
@@ -381,6 +426,7 @@ impl Agent for FakeAgent {
         _: &TtrpcContext,
         _: DeleteProcessRequest,
     ) -> ttrpc::Result<DeleteProcessResponse> {
+        log("delete_process");
         Ok(DeleteProcessResponse::default())
     }
 
@@ -409,6 +455,10 @@ impl Agent for FakeAgent {
             std::future::pending::<()>().await;
         }
         if self.mode == "undying" {
+            return Ok(SignalProcessResponse::default());
+        }
+        if self.mode == "ooms" && request.signal == nix::libc::SIGUSR1.unsigned_abs() {
+            self.ooms.send_modify(|kills| *kills += 1);
             return Ok(SignalProcessResponse::default());
         }
         let mut processes = self.processes.lock().unwrap();

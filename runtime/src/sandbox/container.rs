@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use oci_spec::runtime::Hooks;
+use tokio::sync::watch;
 
 use super::process::{Process, Status};
 use crate::adapt::HostBind;
+use crate::agent::{Agent, AgentError};
 use crate::hooks::HookState;
 use crate::id::ContainerId;
 
@@ -31,7 +33,11 @@ pub struct Container {
     paused: AtomicBool,
     deferred: Mutex<Vec<Signal>>,
     poststop: OnceLock<()>,
+    ooms: OnceLock<Ooms>,
 }
+
+/// How many processes the guest's kernel has killed for want of memory, or why that is not known.
+pub type Ooms = watch::Receiver<Result<u64, AgentError>>;
 
 /// An exec'd process, from the call that describes it.
 #[derive(Debug)]
@@ -80,6 +86,7 @@ impl Container {
             paused: AtomicBool::new(false),
             deferred: Mutex::default(),
             poststop: OnceLock::new(),
+            ooms: OnceLock::new(),
         }
     }
 
@@ -150,6 +157,28 @@ impl Container {
     /// Whether the caller is the one to run the poststop hooks.
     pub fn claim_poststop(&self) -> bool {
         self.poststop.set(()).is_ok()
+    }
+
+    /// Kills for want of memory. The guest is asked once for all who want to know, as it can't be told that one does not any more.
+    pub fn ooms(&self, agent: Agent) -> Ooms {
+        let watch = || {
+            let (sender, ooms) = watch::channel(Ok(0));
+            let id = self.id.clone();
+            tokio::spawn(async move {
+                let mut kills = 0;
+                loop {
+                    let told = agent.wait_oom(id.as_str(), kills).await;
+                    let ended = told.is_err();
+                    kills = told.as_ref().map_or(kills, |&told| told);
+                    let _ = sender.send_replace(told);
+                    if ended {
+                        break;
+                    }
+                }
+            });
+            ooms
+        };
+        self.ooms.get_or_init(watch).clone()
     }
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Exec>>> {

@@ -5,6 +5,7 @@ use oci_spec::runtime::LinuxResources;
 
 use super::process::Status;
 use super::{Sandbox, SandboxError};
+use crate::agent::AgentError;
 use crate::sizing::BASE_MEMORY_MIB;
 
 impl Sandbox {
@@ -67,8 +68,14 @@ impl Sandbox {
     /// Waits for a kill for want of memory beyond the first `seen`; returns how many there were.
     pub async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, SandboxError> {
         let machine = self.live_machine(id, "cannot watch the container")?;
-        let agent = machine.agent().await?;
-        machine.explain(agent.wait_oom(id, seen).await).await
+        let mut ooms = self.container(id)?.ooms(machine.agent().await?);
+        let more =
+            |told: &Result<u64, AgentError>| told.as_ref().map_or(true, |&kills| kills > seen);
+        let told = match ooms.wait_for(more).await {
+            Ok(told) => told.clone(),
+            Err(_) => Err(AgentError::Silent),
+        };
+        machine.explain(told).await
     }
 
     fn live_machine(

@@ -102,6 +102,7 @@ impl Bed {
         let mut command = Command::new(bulkhead());
         command
             .env("FAKE_VMM", self.mode)
+            .env("FAKE_VMM_LOG", self.path("agent.log"))
             .arg("--config")
             .arg(self.path("config.toml"))
             .current_dir(self.path("bundle"));
@@ -122,6 +123,12 @@ impl Bed {
     /// Another command about the container.
     pub fn about(&self, words: &[&str]) -> Output {
         finish(self.bulkhead().args(words))
+    }
+
+    /// How often the guest's agent has been asked this.
+    pub fn asked(&self, what: &str) -> usize {
+        let log = fs::read_to_string(self.path("agent.log")).unwrap_or_default();
+        log.lines().filter(|line| *line == what).count()
     }
 
     /// Runs it to its end.

@@ -6,6 +6,7 @@
 mod bed;
 mod descriptors;
 mod faults;
+mod kept;
 mod patience;
 mod states;
 
