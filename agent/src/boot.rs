@@ -22,6 +22,10 @@ use crate::timeline::Timeline;
 /// Where the unified hierarchy is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
+/// Processes and pending signals that a user may have whose container sets no limit of them. Linux derives its own from the memory, of
+/// which a guest has too little for that.
+const MAX_PROCESSES: u64 = 65_536;
+
 /// Descriptors that the agent may have open, and the hard limit of containers whose spec sets none.
 pub const MAX_FILES: u64 = 524_288;
 
@@ -116,9 +120,15 @@ pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Hierarc
     let hierarchy =
         Hierarchy::set_up(Path::new(CGROUP_ROOT)).context("cannot set up the cgroups")?;
     timeline.mark("cgroups");
-    // More descriptors than the kernel's 1024: each stream takes two.
-    if let Err(errno) = setrlimit(Resource::RLIMIT_NOFILE, MAX_FILES, MAX_FILES) {
-        tracing::warn!(%errno, "cannot raise the limit of open files");
+    for (resource, limit) in [
+        // More descriptors than the kernel's 1024: each stream takes two.
+        (Resource::RLIMIT_NOFILE, MAX_FILES),
+        (Resource::RLIMIT_NPROC, MAX_PROCESSES),
+        (Resource::RLIMIT_SIGPENDING, MAX_PROCESSES),
+    ] {
+        if let Err(errno) = setrlimit(resource, limit, limit) {
+            tracing::warn!(?resource, %errno, "cannot raise a limit");
+        }
     }
     make_dir("/run/bulkhead")?;
     make_dir(GUEST_SHARE)?;

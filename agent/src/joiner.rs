@@ -93,12 +93,12 @@ fn protect(job: &Job<'_>) -> Result<()> {
     // Until the exec nobody in the container may look into this copy of the agent; the fork inherits it.
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the process")?;
     launch::set_oom_score(job.process.oom_score_adj)?;
-    process::set_affinity(job.process)?;
-    // In a user namespace they can't be raised any more.
-    process::set_limits(job.process)
+    process::set_affinity(job.process)
 }
 
 fn join(job: &Job<'_>, init: OwnedFd) -> Result<Joined> {
+    // In a user namespace they can't be raised any more; while the agent's descriptors were there, they were too low for those.
+    process::set_limits(job.process)?;
     sys::join_namespaces(init.as_fd(), job.namespaces).map_err(|errno| match errno {
         Errno::ESRCH => stopped(),
         errno => Error::system("cannot join the container's namespaces", errno),

@@ -307,6 +307,13 @@ mod tests {
             ("/process/env", json!(["=1"]), "process.env[0]"),
             ("/process/env", json!([7]), "process.env[0]"),
             ("/process/user/uid", json!("root"), "process.user.uid"),
+            ("/process/user/uid", json!(u32::MAX), "process.user.uid"),
+            ("/process/user/gid", json!(1u32 << 31), "process.user.gid"),
+            (
+                "/process/user/additionalGids",
+                json!([1, u32::MAX]),
+                "process.user.additionalGids[1]",
+            ),
             (
                 "/process/rlimits",
                 json!([{"type": "RLIMIT_X", "soft": 1, "hard": 1}]),

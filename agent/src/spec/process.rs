@@ -68,7 +68,7 @@ pub struct Capabilities {
 
 impl Process {
     /// Parses and checks the process of an exec. What it does not say is as in the container's own process, as runc
-    /// has it for capabilities, limits and `oomScoreAdj`; `noNewPrivileges` is its own to say.
+    /// has it for capabilities and `oomScoreAdj`; `noNewPrivileges` is its own to say.
     pub fn for_exec(json: &[u8], container: &Self) -> Result<Self> {
         let spec = parse::parse_process(json)?;
         refuse_what_is_not_done(&spec)?;
@@ -118,6 +118,12 @@ impl Process {
             return Err(Error::spec("process.cwd", "must not hold a null byte"));
         }
         let user = process.user();
+        let groups = user.additional_gids().clone().unwrap_or_default();
+        check_id("process.user.uid", user.uid())?;
+        check_id("process.user.gid", user.gid())?;
+        for (index, gid) in groups.iter().enumerate() {
+            check_id(&format!("process.user.additionalGids[{index}]"), *gid)?;
+        }
         Ok(Self {
             terminal: process.terminal().unwrap_or(false),
             args,
@@ -125,7 +131,7 @@ impl Process {
             cwd,
             uid: user.uid(),
             gid: user.gid(),
-            groups: user.additional_gids().clone().unwrap_or_default(),
+            groups,
             umask: user.umask().unwrap_or(0o022) & 0o777,
             capabilities: process
                 .capabilities()
@@ -163,6 +169,18 @@ impl Process {
             }),
         })
     }
+}
+
+/// Checks that a number may be a user's or a group's: runc's range. The largest one of 32 bits would be none at all to the kernel, and the
+/// process would stay root.
+fn check_id(field: &str, id: u32) -> Result<()> {
+    if i32::try_from(id).is_err() {
+        return Err(Error::spec(
+            field,
+            "must be in the range of users and groups, 0 to 2147483647",
+        ));
+    }
+    Ok(())
 }
 
 impl Process {

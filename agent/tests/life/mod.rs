@@ -84,6 +84,11 @@ pub async fn the_user_limits_and_capabilities_of_an_exec_are_its_own_or_the_cont
             "x"
         ]
     );
+
+    // Fewer descriptors than the agent has.
+    let mut process = bed.process("ulimit -n");
+    process["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 12, "hard": 12}]);
+    assert_eq!(bed.exec_output("box", &process).await, "12\n");
 }
 
 pub async fn an_exec_is_never_seen_with_more_capabilities_than_its_own() {

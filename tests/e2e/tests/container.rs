@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::ffi::OsStr;
+use std::ffi::{CStr, CString, OsStr};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -262,6 +262,65 @@ fn user_groups_umask_and_working_directory_are_those_of_the_config() {
     );
 }
 
+/// Gives a file an access control list (acl(5)) in which a user has rights that the owning group has not.
+fn give_access(path: &Path, attribute: &CStr, user: u32) {
+    const NOBODY: u32 = u32::MAX;
+    let entries: [(u16, u16, u32); 5] = [
+        (0x01, 6, NOBODY), // the owner
+        (0x02, 6, user),
+        (0x04, 0, NOBODY), // the owning group
+        (0x10, 6, NOBODY), // the mask
+        (0x20, 0, NOBODY), // others
+    ];
+    let mut list = 2u32.to_le_bytes().to_vec();
+    for (tag, rights, id) in entries {
+        list.extend(tag.to_le_bytes());
+        list.extend(rights.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    let path = CString::new(path.as_os_str().as_bytes()).unwrap();
+    // SAFETY: two C strings, and a buffer of the length given; the kernel only reads them.
+    let done = unsafe {
+        let (value, len) = (list.as_ptr().cast(), list.len());
+        libc::setxattr(path.as_ptr(), attribute.as_ptr(), value, len, 0)
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn access_control_lists_hold_as_under_runc() {
+    let script = "cat /given; echo $?; (: >>/given) 2>/dev/null; echo $?; touch /folder/made; stat -c %a /folder/made; cat /plain";
+    let mut bundle = Bundle::shell(script);
+    for (name, mode) in [("given", 0o660), ("plain", 0o640), ("folder", 0o777)] {
+        let path = bundle.in_root(name);
+        if name == "folder" {
+            fs::create_dir(&path).unwrap();
+        } else {
+            fs::write(&path, format!("{name}\n")).unwrap();
+        }
+        std::os::unix::fs::chown(&path, Some(0), Some(100)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    give_access(&bundle.in_root("given"), c"system.posix_acl_access", 4242);
+    give_access(&bundle.in_root("folder"), c"system.posix_acl_default", 4242);
+    for user in [1000, 4242] {
+        bundle.config["process"]["user"] = json!({"uid": user, "gid": 100});
+        fs::write(bundle.in_root("given"), "given\n").unwrap();
+        let _ = fs::remove_file(bundle.in_root("folder/made"));
+        assert_same_as_runc(&bundle);
+    }
+}
+
+#[test]
+fn what_the_hosts_kernel_makes_up_is_read_whole() {
+    let mut bundle = Bundle::shell("cat /host/version /host/sys/kernel/osrelease /filesystems");
+    bundle.config["mounts"].as_array_mut().unwrap().extend([
+        json!({"destination": "/host", "type": "bind", "source": "/proc", "options": ["bind", "ro"]}),
+        json!({"destination": "/filesystems", "type": "bind", "source": "/proc/filesystems", "options": ["bind", "ro"]}),
+    ]);
+    assert_same_as_runc(&bundle);
+}
+
 #[test]
 fn a_missing_working_directory_is_made() {
     let mut bundle = Bundle::shell("pwd");
@@ -309,6 +368,15 @@ fn capabilities_limits_and_no_new_privs_are_those_of_the_config() {
         );
         assert_same_as_runc(&bundle);
     }
+}
+
+#[test]
+fn a_users_processes_are_not_limited_by_the_guests_memory() {
+    let mut bundle = Bundle::shell("grep -E 'processes|pending' /proc/self/limits | tr -s ' '");
+    bundle.config["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    let expected =
+        "Max processes 65536 65536 processes \nMax pending signals 65536 65536 signals \n";
+    assert_eq!(run(&bundle).expect_code(0).stdout, expected);
 }
 
 #[test]

@@ -79,15 +79,6 @@ impl DriverQueue {
             .ok_or(Error::InvalidAvailRingIndex)
     }
 
-    /// Whether the driver has made more chains available.
-    pub fn has_more(&self, mem: &GuestMemoryMmap) -> bool {
-        !self.broken
-            && self
-                .queue
-                .avail_idx(mem, Ordering::Relaxed)
-                .is_ok_and(|idx| idx != Wrapping(self.queue.next_avail()))
-    }
-
     /// Hands the last `count` popped chains back, as if they had not been taken. None of them may have been completed.
     pub fn unpop(&mut self, count: u16) {
         self.queue

@@ -10,6 +10,10 @@ use fuse_backend_rs::file_buf::FileVolatileSlice;
 use fuse_backend_rs::file_traits::FileReadWriteVolatile;
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::Mode;
+use nix::sys::statfs::{
+    CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, DEBUGFS_MAGIC, PROC_SUPER_MAGIC, SECURITYFS_MAGIC,
+    TRACEFS_MAGIC, fstatfs,
+};
 
 /// Largest extended attribute or list of names (`XATTR_SIZE_MAX`).
 const XATTR_MAX: usize = 65536;
@@ -68,6 +72,21 @@ pub fn metadata(fd: BorrowedFd<'_>) -> io::Result<Metadata> {
     Ok(Metadata {
         stat,
         mount: buffer.stx_mnt_id,
+    })
+}
+
+/// Whether a file is one that a kernel makes up when it is read, and whose size says nothing.
+pub fn is_made_up(fd: BorrowedFd<'_>) -> bool {
+    fstatfs(fd).is_ok_and(|system| {
+        [
+            PROC_SUPER_MAGIC,
+            CGROUP_SUPER_MAGIC,
+            CGROUP2_SUPER_MAGIC,
+            DEBUGFS_MAGIC,
+            TRACEFS_MAGIC,
+            SECURITYFS_MAGIC,
+        ]
+        .contains(&system.filesystem_type())
     })
 }
 

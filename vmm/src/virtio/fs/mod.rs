@@ -20,6 +20,7 @@ mod tables;
 mod tests;
 mod worker;
 
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -112,13 +113,17 @@ impl Fs {
     }
 }
 
-/// How many descriptors the guest's files may take.
+/// How many descriptors the guest's files may take: what the host allows any process (`fs.nr_open`) as far as this one may, for every
+/// file that the guest has cached takes one.
 fn descriptor_budget() -> io::Result<usize> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-        Ok(()) => hard,
-        Err(_) => soft,
-    };
+    let most = fs::read_to_string("/proc/sys/fs/nr_open")
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
+    let raise = |limit| setrlimit(Resource::RLIMIT_NOFILE, limit, limit).map(|()| limit);
+    let limit = raise(most.unwrap_or(hard))
+        .or_else(|_| raise(hard))
+        .unwrap_or(soft);
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     Ok(limit - RESERVED_DESCRIPTORS.min(limit / 2))
 }

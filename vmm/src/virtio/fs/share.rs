@@ -9,7 +9,7 @@
 //! guest asks again after [`CACHE_TIME`], also for names that were not there, and keeps a file's pages over an open only if the file has
 //! not changed meanwhile.
 //!
-//! Left to the guest's kernel: permission checks, locks (they hold among the guest's processes), and copying ranges.
+//! Left to the guest's kernel: permission checks (access control lists too), locks (they hold among the guest's processes), and copying ranges.
 
 use std::collections::HashMap;
 use std::ffi::CStr;
@@ -63,6 +63,7 @@ const WANTED: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::PARALLEL_DIROPS)
     .union(FsOptions::MAX_PAGES)
     .union(FsOptions::CACHE_SYMLINKS)
+    .union(FsOptions::POSIX_ACL)
     .union(FsOptions::HANDLE_KILLPRIV_V2);
 
 /// A shared directory tree.
@@ -157,9 +158,13 @@ impl Share {
             .reopen(inode.as_fd(), OFlag::from_bits_retain(flags))
     }
 
-    /// Whether the guest may keep the pages that it has of a file which it opens.
+    /// Whether the guest may keep the pages that it has of a file which it opens, and whether it is to have any at all.
     fn open_options(inode: &Inode, fd: &OwnedFd) -> OpenOptions {
         match host::metadata(fd.as_fd()) {
+            // What a kernel makes up when it is read has no size, and a cache would end there.
+            Ok(metadata) if metadata.stat.st_size == 0 && host::is_made_up(fd.as_fd()) => {
+                OpenOptions::DIRECT_IO
+            }
             Ok(metadata) if inode.unchanged(Stamp::from(&metadata)) => OpenOptions::KEEP_CACHE,
             _ => OpenOptions::empty(),
         }
@@ -192,11 +197,14 @@ fn component(name: &CStr) -> io::Result<&CStr> {
 /// The extended attributes that the guest may see and set: users' own, file capabilities, access control lists. The others
 /// belong to the host (`trusted.*`, labels of security modules).
 fn attribute_is_shared(name: &[u8]) -> bool {
-    name.starts_with(b"user.")
-        || matches!(
-            name,
-            b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default"
-        )
+    name.starts_with(b"user.") || name == b"security.capability" || is_access_list(name)
+}
+
+fn is_access_list(name: &[u8]) -> bool {
+    matches!(
+        name,
+        b"system.posix_acl_access" | b"system.posix_acl_default"
+    )
 }
 
 fn shared_attribute(name: &CStr) -> io::Result<&CStr> {
@@ -630,7 +638,12 @@ impl FileSystem for Share {
         size: u32,
     ) -> io::Result<GetxattrReply> {
         let inode = self.inodes.get(inode)?;
-        let (len, value) = xattr::get(inode.as_fd(), shared_attribute(name)?, size as usize)?;
+        let found = xattr::get(inode.as_fd(), shared_attribute(name)?, size as usize);
+        let (len, value) = found.map_err(|found| match found.raw_os_error() {
+            // To Linux, a file that can't have a list would be one whose list can't be read, and nobody's to use.
+            Some(libc::EOPNOTSUPP) if is_access_list(name.to_bytes()) => error(libc::ENODATA),
+            _ => found,
+        })?;
         Ok(if size == 0 {
             GetxattrReply::Count(len as u32)
         } else {

@@ -2,8 +2,9 @@
 
 use std::ffi::CString;
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use fuse_backend_rs::abi::fuse_abi::{
     AttrOut, CreateIn, EntryOut, GetxattrIn, InHeader, InitIn, InitOut, LinkIn, MkdirIn, MknodIn,
@@ -11,6 +12,8 @@ use fuse_backend_rs::abi::fuse_abi::{
     WriteIn, WriteOut,
 };
 use fuse_backend_rs::api::filesystem::{FsOptions, OpenOptions};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{SigSet, Signal};
 use tempfile::TempDir;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestAddressSpace};
 
@@ -131,6 +134,22 @@ impl Guest {
             .read_slice(&mut reply, GuestAddress(REPLY))
             .unwrap();
         reply
+    }
+
+    /// Makes the `i`th of several requests available, without a notification; returns its head.
+    fn put(&mut self, i: u64, opcode: Opcode, node: u64, body: &[u8]) -> u16 {
+        let header = self.header(opcode as u32, node, body.len());
+        let request = [header.as_slice(), body].concat();
+        let at = REQUEST + i * 256;
+        self.memory
+            .memory()
+            .write_slice(&request, GuestAddress(at))
+            .unwrap();
+        let pieces = [
+            Piece::read(at, request.len()),
+            Piece::write(REPLY + i * 4096, 4096),
+        ];
+        self.requests.post(&pieces).unwrap()
     }
 
     fn call(&mut self, opcode: Opcode, node: u64, body: &[u8]) -> Answer<Vec<u8>> {
@@ -388,7 +407,9 @@ fn the_protocol_is_negotiated() {
     let out = guest.init();
     assert_eq!((out.major, out.max_write, out.max_pages), (7, 1 << 20, 256));
     let flags = FsOptions::from_bits_truncate(out.flags.into());
-    assert!(flags.contains(FsOptions::PARALLEL_DIROPS | FsOptions::HANDLE_KILLPRIV_V2));
+    assert!(flags.contains(
+        FsOptions::PARALLEL_DIROPS | FsOptions::HANDLE_KILLPRIV_V2 | FsOptions::POSIX_ACL
+    ));
     assert!(!flags.intersects(
         FsOptions::WRITEBACK_CACHE
             | FsOptions::POSIX_LOCKS
@@ -1163,26 +1184,68 @@ fn a_driver_that_breaks_its_ring_is_ignored_and_the_device_still_stops() {
     guest.fs.reset();
 }
 
+/// A lease on a file: to open it for writing takes until the lease is gone.
+struct Lease(fs::File);
+
+impl Lease {
+    /// Takes one, whose breaking this thread alone is told of.
+    fn take(path: &Path) -> Self {
+        let file = fs::File::open(path).unwrap();
+        let fd = file.as_raw_fd();
+        Self::signal().thread_block().unwrap();
+        let owner = [0 /* F_OWNER_TID */, nix::unistd::gettid().as_raw()];
+        // SAFETY: the descriptor is open, and the owner is what F_SETOWN_EX reads: its kind and its number.
+        unsafe {
+            assert_eq!(libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK), 0);
+            assert_eq!(libc::fcntl(fd, 15 /* F_SETOWN_EX */, owner.as_ptr()), 0);
+        }
+        Self(file)
+    }
+
+    fn signal() -> SigSet {
+        SigSet::from_iter([Signal::SIGIO])
+    }
+
+    /// Returns when somebody waits for its end.
+    fn contested(&self) {
+        Self::signal().wait().unwrap();
+    }
+
+    fn give_back(self) {
+        // SAFETY: the descriptor is open.
+        let done = unsafe { libc::fcntl(self.0.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
+        assert_eq!(done, 0);
+    }
+}
+
 #[test]
 fn one_slow_request_does_not_hold_up_the_others() {
     let mut guest = Guest::new();
+    fs::write(guest.path("slow"), "x").unwrap();
     fs::write(guest.path("f"), "x").unwrap();
-    // Many requests at once, answered in any order.
+    let node = guest.lookup(ROOT, "slow").unwrap().nodeid;
+    let lease = Lease::take(&guest.path("slow"));
+    let open = OpenIn {
+        flags: libc::O_RDWR as u32,
+        fuse_flags: 0,
+    };
+    let slow = guest.put(0, Opcode::Open, node, open.as_slice());
+    guest.requests.notify();
+    lease.contested();
+    let quick = guest.put(1, Opcode::Lookup, ROOT, &c("f"));
+    assert!(guest.requests.notify());
+    assert_eq!(guest.requests.wait(&guest.line).0, quick);
+    lease.give_back();
+    assert_eq!(guest.requests.wait(&guest.line).0, slow);
+}
+
+#[test]
+fn requests_that_come_at_once_are_all_answered() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "x").unwrap();
     let mut heads = std::collections::HashSet::new();
-    for i in 0..50u64 {
-        let header = guest.header(Opcode::Lookup as u32, ROOT, 2);
-        let request = [header.as_slice(), &c("f")].concat();
-        let at = REQUEST + i * 256;
-        guest
-            .memory
-            .memory()
-            .write_slice(&request, GuestAddress(at))
-            .unwrap();
-        let pieces = [
-            Piece::read(at, request.len()),
-            Piece::write(REPLY + i * 4096, 4096),
-        ];
-        heads.insert(guest.requests.post(&pieces).unwrap());
+    for i in 0..50 {
+        heads.insert(guest.put(i, Opcode::Lookup, ROOT, &c("f")));
     }
     guest.requests.notify();
     while !heads.is_empty() {
@@ -1216,17 +1279,55 @@ fn a_reset_forgets_everything_and_the_device_starts_again() {
     guest.lookup(ROOT, "f").unwrap();
 }
 
-#[test]
-fn mounts_below_the_share_belong_to_it_and_are_told_apart() {
-    // A mount namespace of this test's own: the device's threads are made by this thread and inherit it.
+/// A mount namespace of a test's own, if it may have one: the device's threads are made by this thread and inherit it.
+fn own_mounts() -> bool {
     if !root() || nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).is_err() {
         eprintln!("skipped: cannot make mounts");
-        return;
+        return false;
     }
-    use nix::mount::{MntFlags, MsFlags, mount, umount2};
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+    true
+}
 
+#[test]
+fn what_a_kernel_makes_up_is_read_past_the_guests_cache() {
+    if !own_mounts() {
+        return;
+    }
+    let mut guest = Guest::new();
+    let path = guest.path("version");
+    fs::write(&path, "").unwrap();
+    let direct = |open: &OpenOut| {
+        OpenOptions::from_bits_truncate(open.open_flags).contains(OpenOptions::DIRECT_IO)
+    };
+    let empty = guest.lookup(ROOT, "version").unwrap().nodeid;
+    assert!(!direct(&guest.open(empty, libc::O_RDONLY).unwrap()));
+    let none: Option<&str> = None;
+    mount(Some("/proc/version"), &path, none, MsFlags::MS_BIND, none).unwrap();
+    let node = guest.lookup(ROOT, "version").unwrap().nodeid;
+    let open = guest.open(node, libc::O_RDONLY).unwrap();
+    assert!(direct(&open));
+    let version = fs::read("/proc/version").unwrap();
+    assert_eq!(guest.read(node, open.fh, 0, 4096).unwrap(), version);
+
+    // No list of users, and no failure either, which would be one for everybody who asks for the file.
+    let get = GetxattrIn {
+        size: 100,
+        padding: 0,
+    };
+    let name = c("system.posix_acl_access");
+    let list = guest.call(Opcode::Getxattr, node, &[get.as_slice(), &name].concat());
+    assert_eq!(list.err(), Some(libc::ENODATA));
+    umount2(&path, MntFlags::MNT_DETACH).unwrap();
+}
+
+#[test]
+fn mounts_below_the_share_belong_to_it_and_are_told_apart() {
+    if !own_mounts() {
+        return;
+    }
+    let none: Option<&str> = None;
     let mut guest = Guest::new();
     for name in ["one", "two", "bind", "readonly"] {
         fs::create_dir(guest.path(name)).unwrap();

@@ -159,14 +159,14 @@ impl Worker {
             let memory = self.memory.memory();
             let mem: &GuestMemoryMmap = &memory;
             let mut queue = lock(&channel.queue);
-            queue.disarm(mem);
             let Some(chain) = queue.pop(mem) else {
                 if queue.arm(mem) {
                     continue;
                 }
                 return;
             };
-            let more = queue.has_more(mem);
+            // While this one is served, which may take long, the other threads sleep until they hear of the next.
+            let more = queue.arm(mem);
             drop(queue);
             if more {
                 // Nobody reads the counter, and nobody lives to see it full.
