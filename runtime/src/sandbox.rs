@@ -41,7 +41,7 @@ use crate::timeline::Timeline;
 
 pub use boot::BootError;
 use boot::Machine;
-use container::{Container, Signal};
+use container::{Container, Deferred, Signal};
 use end::KILL_TIMEOUT;
 pub use error::SandboxError;
 pub use exec::{Exec, ExecOptions, OPTIONS};
@@ -447,7 +447,7 @@ impl Sandbox {
         };
         if container.status() == Status::Paused {
             if signal.number != libc::SIGKILL.unsigned_abs() {
-                container.defer(signal);
+                container.defer(Deferred::Signal(signal));
                 return Ok(());
             }
             let resumed = self.resume(id).await;
@@ -498,7 +498,7 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Lets them run again, and delivers what came for the container's processes meanwhile.
+    /// Lets them run again, and sees to what came for the container's processes meanwhile.
     pub async fn resume(&self, id: &str) -> Result<(), SandboxError> {
         let container = self.container(id)?;
         if container.status() != Status::Paused {
@@ -511,8 +511,12 @@ impl Sandbox {
         machine.vmm().order(Request::Resume, vec![]).await?;
         container.set_paused(false);
         self.note(&container);
-        for signal in container.take_deferred() {
-            match deliver(machine, id, &signal).await {
+        for deferred in container.take_deferred() {
+            let done = match deferred {
+                Deferred::Signal(signal) => deliver(machine, id, &signal).await,
+                Deferred::Deletion(exec_id) => forget(machine, id, &exec_id).await,
+            };
+            match done {
                 // It may have ended before it stood still, or by the signal before this one.
                 Ok(()) | Err(SandboxError::Agent(AgentError::Refused { .. })) => {}
                 Err(error) => return Err(error),
@@ -709,4 +713,11 @@ async fn deliver(machine: &Machine, id: &str, signal: &Signal) -> Result<(), San
         .signal(id, &signal.exec_id, signal.number, signal.all)
         .await;
     machine.explain(answer).await
+}
+
+async fn forget(machine: &Machine, id: &str, exec_id: &str) -> Result<(), SandboxError> {
+    let agent = machine.agent().await?;
+    machine
+        .explain(agent.delete_process(id, exec_id).await)
+        .await
 }

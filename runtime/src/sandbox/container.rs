@@ -31,7 +31,7 @@ pub struct Container {
     pub init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     paused: AtomicBool,
-    deferred: Mutex<Vec<Signal>>,
+    deferred: Mutex<Vec<Deferred>>,
     poststop: OnceLock<()>,
     ooms: OnceLock<Ooms>,
 }
@@ -63,6 +63,15 @@ pub struct Signal {
     pub number: u32,
     /// Whether it is for every process.
     pub all: bool,
+}
+
+/// What a guest that stands still is asked when it goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Deferred {
+    /// To deliver a signal.
+    Signal(Signal),
+    /// To forget an exec'd process.
+    Deletion(String),
 }
 
 impl Container {
@@ -125,9 +134,9 @@ impl Container {
         self.execs().get(exec_id).cloned()
     }
 
-    /// Forgets an exec'd process.
-    pub fn remove_exec(&self, exec_id: &str) {
-        self.execs().remove(exec_id);
+    /// Forgets an exec'd process; `false` when somebody has before.
+    pub fn remove_exec(&self, exec_id: &str) -> bool {
+        self.execs().remove(exec_id).is_some()
     }
 
     /// The init and every exec'd process.
@@ -144,13 +153,13 @@ impl Container {
         }
     }
 
-    /// Keeps a signal for later.
-    pub fn defer(&self, signal: Signal) {
-        self.deferred().push(signal);
+    /// Keeps something for later.
+    pub fn defer(&self, deferred: Deferred) {
+        self.deferred().push(deferred);
     }
 
-    /// The signals that were kept.
-    pub fn take_deferred(&self) -> Vec<Signal> {
+    /// What was kept, in order.
+    pub fn take_deferred(&self) -> Vec<Deferred> {
         std::mem::take(&mut *self.deferred())
     }
 
@@ -187,7 +196,7 @@ impl Container {
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn deferred(&self) -> MutexGuard<'_, Vec<Signal>> {
+    fn deferred(&self) -> MutexGuard<'_, Vec<Deferred>> {
         self.deferred
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())

@@ -4,9 +4,9 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
-use super::container::{self, Signal};
+use super::container::{self, Deferred, Signal};
 use super::process::{Exit, Process, Status};
-use super::{Sandbox, SandboxError, deliver};
+use super::{KILL_TIMEOUT, Sandbox, SandboxError, deliver, forget};
 use crate::stdio::{Flow, Stdio, TerminalSize};
 
 /// A process to execute.
@@ -92,7 +92,11 @@ impl Sandbox {
         }
         let started = self.execute(&container, exec_id, &exec).await;
         if started.is_err() {
+            let is_guests = exec.process.status() != Status::Created;
             exec.process.ended(super::LOST_EXIT_CODE);
+            if is_guests {
+                let _ = self.delete_exec(id, exec_id).await;
+            }
             container.remove_exec(exec_id);
         }
         started
@@ -115,15 +119,6 @@ impl Sandbox {
             .exec(container.id.as_str(), exec_id, exec.spec.clone(), stdio)
             .await;
         machine.explain(answer).await?;
-        if exec.process.is_orphan() {
-            let kill = Signal {
-                exec_id: exec_id.to_owned(),
-                number: libc::SIGKILL.unsigned_abs(),
-                all: false,
-            };
-            deliver(machine, container.id.as_str(), &kill).await?;
-            return Err(SandboxError::Orphan);
-        }
         exec.process.started();
         self.timeline.mark("server: process executed");
         tokio::spawn(self.clone().watch_process(
@@ -132,6 +127,17 @@ impl Sandbox {
             exec.process.clone(),
             agent,
         ));
+        if exec.process.is_orphan() {
+            let kill = Signal {
+                exec_id: exec_id.to_owned(),
+                number: libc::SIGKILL.unsigned_abs(),
+                all: false,
+            };
+            deliver(machine, container.id.as_str(), &kill).await?;
+            // Its end is told when its output is taken, which nobody does.
+            let _ = tokio::time::timeout(KILL_TIMEOUT, exec.process.wait()).await;
+            return Err(SandboxError::Orphan);
+        }
         Ok(self.stand_in(&exec.process))
     }
 
@@ -146,17 +152,19 @@ impl Sandbox {
                 status,
             });
         }
-        container.remove_exec(exec_id);
+        if !container.remove_exec(exec_id) {
+            return Err(SandboxError::NoProcess(exec_id.to_owned()));
+        }
         self.timeline.mark("server: process deleted");
-        // With the container's init the guest has forgotten, or will forget, all of it.
         if status == Status::Stopped
-            && container.status() == Status::Running
             && let Ok(machine) = self.running_machine()
         {
-            let agent = machine.agent().await?;
-            machine
-                .explain(agent.delete_process(id, exec_id).await)
-                .await?;
+            match container.status() {
+                Status::Paused => container.defer(Deferred::Deletion(exec_id.to_owned())),
+                // With the container's init the guest has forgotten, or will forget, all of it.
+                Status::Stopped => {}
+                _ => forget(machine, id, exec_id).await?,
+            }
         }
         Ok(process.exit())
     }

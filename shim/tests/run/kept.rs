@@ -1,12 +1,15 @@
 //! What the guest's agent keeps for those who have asked: no longer than somebody still does.
 
 use std::fs::{self, File};
+use std::process::Stdio;
 
 use bulkhead_e2e::watch;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::Running;
 use crate::bed::{Bed, text};
-use crate::faults::running;
+use crate::faults::{CREATE, assert_told, running};
 
 /// `bulkhead events` in the background, that tells of nothing but kills for want of memory.
 fn events(bed: &Bed, output: &str) -> Running {
@@ -42,5 +45,67 @@ fn however_many_watch_for_ooms_the_guest_is_asked_once() {
     assert_eq!(bed.asked("wait_oom by 2"), 0);
     drop(watching);
     assert!(bed.about(&["delete", "--force", "c1"]).status.success());
+    bed.await_clean();
+}
+
+#[track_caller]
+fn done(bed: &Bed, words: &[&str]) {
+    let output = bed.about(words);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_process_that_was_executed_before_the_start_is_forgotten() {
+    let Some(bed) = Bed::new(&["/bin/true"]) else {
+        return;
+    };
+    done(&bed, CREATE);
+    done(&bed, &["exec", "c1", "/bin/true"]);
+    assert_eq!(bed.asked("delete_process"), 1);
+    done(&bed, &["exec", "--detach", "c1", "/bin/true"]);
+    watch::until(&bed.path(""), &[], || bed.asked("delete_process") == 2);
+    done(&bed, &["delete", "c1"]);
+    bed.await_clean();
+}
+
+#[test]
+fn a_process_that_has_ended_as_its_guest_was_paused_is_forgotten_when_that_goes_on() {
+    let Some(bed) = running("") else { return };
+    let mut command = bed.bulkhead();
+    command.args(["exec", "c1", "/bin/sh", "-c", "read line"]);
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    let stdin = child.stdin.take();
+    let exec = Running(Some(child));
+    watch::until(&bed.path(""), &[], || bed.asked("exec_process") == 1);
+    done(&bed, &["pause", "c1"]);
+    drop(stdin);
+    assert_eq!(exec.ended().status.code(), Some(1));
+    assert_eq!(bed.asked("delete_process"), 0);
+    done(&bed, &["resume", "c1"]);
+    assert_eq!(bed.asked("delete_process"), 1);
+    done(&bed, &["delete", "--force", "c1"]);
+    bed.await_clean();
+}
+
+#[test]
+fn a_process_whose_stand_in_was_killed_as_it_came_to_be_is_forgotten() {
+    let Some(bed) = running("slow exec") else {
+        return;
+    };
+    let mut command = bed.bulkhead();
+    command.args(["exec", "--detach", "c1", "/bin/sleep", "1000"]);
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let client = child.id();
+    let exec = Running(Some(child));
+    watch::until(&bed.path(""), &[], || bed.asked("exec_process") == 1);
+    let children = format!("/proc/{client}/task/{client}/children");
+    let stand_in = fs::read_to_string(children).unwrap();
+    let stand_in = Pid::from_raw(stand_in.trim().parse().unwrap());
+    kill(stand_in, Signal::SIGKILL).unwrap();
+    let output = exec.ended();
+    assert_eq!(output.status.code(), Some(255));
+    assert_told(&output, "exec");
+    watch::until(&bed.path(""), &[], || bed.asked("delete_process") == 1);
+    done(&bed, &["delete", "--force", "c1"]);
     bed.await_clean();
 }
