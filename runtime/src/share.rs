@@ -10,7 +10,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -60,7 +60,8 @@ pub struct Share {
     root: PathBuf,
     /// The writable mount under the one that the guest sees.
     skeleton: OwnedFd,
-    unmounted: AtomicBool,
+    /// How many mounts there are at the root: the read-only one with the containers' mounts, on the tmpfs.
+    mounts: AtomicU8,
 }
 
 impl Share {
@@ -97,7 +98,7 @@ impl Share {
         Ok(Self {
             root: root.to_path_buf(),
             skeleton,
-            unmounted: AtomicBool::new(false),
+            mounts: AtomicU8::new(2),
         })
     }
 
@@ -179,12 +180,9 @@ impl Share {
 
     /// Unmounts everything, so that the directory can be removed.
     pub fn unmount(&self) -> Result<(), ShareError> {
-        if self.unmounted.swap(true, Ordering::Relaxed) {
-            return Ok(());
-        }
-        // The read-only bind with the containers' mounts, then the tmpfs.
-        for _ in 0..2 {
+        while self.mounts.load(Ordering::Relaxed) > 0 {
             detach(&self.root).map_err(|e| ShareError::new("unmount", &self.root, e))?;
+            self.mounts.fetch_sub(1, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -240,12 +238,12 @@ fn set_attributes(target: &Path, attributes: u64, recursive: bool) -> io::Result
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
     /// Runs `test` in a mount namespace of its own; without root, says so and skips.
-    fn in_namespace(test: impl FnOnce() + Send) {
+    pub(crate) fn in_namespace(test: impl FnOnce() + Send) {
         if !nix::unistd::geteuid().is_root() {
             eprintln!("skipped: mounting needs root");
             return;
@@ -319,6 +317,27 @@ mod tests {
             let error = fs::create_dir(state.path().join("next")).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
             share.unmount().unwrap();
+        });
+    }
+
+    #[test]
+    fn what_could_not_be_unmounted_is_not_taken_for_unmounted() {
+        in_namespace(|| {
+            // Of this thread alone, unlike the C library's.
+            let become_user = |uid: libc::uid_t| {
+                // SAFETY: a system call on values.
+                let result = unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) };
+                assert_eq!(result, 0);
+            };
+            let state = tempfile::tempdir().unwrap();
+            let share = Share::new(state.path()).unwrap();
+            become_user(65534);
+            let refused = [share.unmount(), share.unmount()];
+            become_user(0);
+            assert!(refused.iter().all(Result::is_err), "{refused:?}");
+            share.unmount().unwrap();
+            share.unmount().unwrap();
+            fs::remove_dir(state.path()).unwrap();
         });
     }
 
