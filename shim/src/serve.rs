@@ -15,7 +15,7 @@ use bulkhead_runtime::oom;
 use bulkhead_runtime::sandbox::{Params, Sandbox};
 use bulkhead_runtime::share;
 use bulkhead_runtime::state::StateDir;
-use bulkhead_runtime::timeline::Timeline;
+use bulkhead_runtime::timeline::{Record, Timeline};
 use containerd_shim_protos::shim_async::create_task;
 use tokio::net::unix::pipe;
 use tokio::signal::unix::{SignalKind, signal};
@@ -67,7 +67,7 @@ pub fn serve(args: ServerArgs) -> anyhow::Result<()> {
                 })
         });
     if result.is_err() {
-        // An orderly end has removed it already.
+        // It comes before there is anything of the sandbox.
         let _ = state.remove();
     }
     result
@@ -105,10 +105,16 @@ async fn run(
     for moment in &record.entries {
         tracing::debug!(at_ns = moment.at_ns, name = moment.name, "timeline");
     }
-    if let Some(fd) = timeline_fd {
-        File::from(fd).write_all(&serde_json::to_vec(&record)?)?;
+    if let Some(fd) = timeline_fd
+        && let Err(error) = tell(&record, fd)
+    {
+        tracing::debug!(%error, "the client does not take the timeline");
     }
     Ok(())
+}
+
+fn tell(timeline: &Record, fd: OwnedFd) -> anyhow::Result<()> {
+    Ok(File::from(fd).write_all(&serde_json::to_vec(timeline)?)?)
 }
 
 /// The Task API under both of its names, and what it lacks.

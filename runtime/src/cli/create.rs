@@ -251,9 +251,9 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         Err(error) => {
             drop(lifeline);
             let last_words = std::fs::read_to_string(known.state.server_log()).unwrap_or_default();
-            // A server that ended in order has left no record, and nothing else.
+            // A server that ended in order has left nothing.
             let left = see_off(&known, child, &end, error.is::<Silent>())
-                .and_then(|_| clean_up(&known.state, known.state.load().ok()))
+                .and_then(|_| clean_up(&known.state))
                 .err();
             let error = told(error);
             // A server that answers has said in its answer what there is to say; its log may hold warnings besides.
@@ -357,7 +357,7 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     let silent = matches!(&result, Err(error) if error.is::<Silent>());
     let ended = see_off(&known, child, &end, silent)?;
     // The server leaves nothing, unless something made an end of it.
-    let cleaned = clean_up(&known.state, known.state.load().ok());
+    let cleaned = clean_up(&known.state);
     timeline.mark("client: server ended");
     if let (Some(path), Some(server)) = (&args.timeline, server_timeline) {
         write_timeline(path, &timeline, server)?;

@@ -185,8 +185,8 @@ impl Known {
     pub fn kill_server(&self) -> anyhow::Result<()> {
         let pid = self.state.server_pid()?;
         let server = standin::pidfd(pid).context("cannot find the sandbox server")?;
-        // It listens to this moment: until now its pid can't have become another's.
-        if self.connect().is_ok_and(|connection| connection.is_none()) {
+        // It listens to this moment: until now its pid can't have become another's. Nor has its id.
+        if self.connect().is_ok_and(|connection| connection.is_none()) || !self.state.is_there() {
             return Ok(());
         }
         standin::kill(server.as_fd()).context("cannot kill the sandbox server")?;
@@ -260,18 +260,24 @@ impl Known {
     }
 }
 
-/// Removes what a server has left that did not end in order, once the hooks have run that it did not run. What was on `record` tells
-/// what that is; it goes last, so that another try finds it.
-pub fn clean_up(state: &StateDir, record: Option<Record>) -> anyhow::Result<()> {
-    if let Some(record) = record {
-        if !record.poststop.is_empty() && state.is_left() {
+/// Removes what a server has left that did not end in order, once the hooks have run that it did not run. The record goes last, so
+/// that another try finds it, and until then nobody can make another container of that id.
+pub fn clean_up(state: &StateDir) -> anyhow::Result<()> {
+    let Some(left) = state.left()? else {
+        return Ok(());
+    };
+    if let Ok(mut record) = state.load() {
+        if !record.poststop.is_empty() {
             block_on(run_poststop_hooks(&record))?;
+            record.poststop.clear();
+            // At worst they run again.
+            let _ = state.save(&record);
         }
         if let Some(cgroup) = record.cgroup {
             cgroup.remove()?;
         }
     }
-    Ok(state.remove_ended()?)
+    Ok(left.remove()?)
 }
 
 async fn run_poststop_hooks(record: &Record) -> anyhow::Result<()> {
@@ -309,4 +315,83 @@ pub fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Res
         .enable_all()
         .build()?
         .block_on(work)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+    use std::fs;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
+    use std::process::Command;
+    use std::time::SystemTime;
+
+    use bulkhead_runtime::share::private_mount_namespace;
+    use nix::mount::{MsFlags, mount};
+    use nix::sys::socket::{Shutdown, shutdown};
+
+    #[test]
+    fn who_cleans_up_after_an_ended_server_spares_the_next_one_and_its_cgroup() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: mounting needs root");
+            return;
+        }
+        std::thread::spawn(|| {
+            private_mount_namespace().unwrap();
+            clean_up_between_two_of_one_id();
+        })
+        .join()
+        .unwrap();
+    }
+
+    /// Ends a listener as its process's end does, though another test may be forking.
+    fn end(listener: UnixListener) {
+        shutdown(listener.as_raw_fd(), Shutdown::Both).unwrap();
+    }
+
+    fn clean_up_between_two_of_one_id() {
+        let cgroups = Path::new("/sys/fs/cgroup");
+        let none = None::<&str>;
+        mount(none, cgroups, Some("cgroup2"), MsFlags::empty(), none).unwrap();
+        let cgroup = format!("/bulkhead-known-{}", std::process::id());
+        let directory = cgroups.join(&cgroup[1..]);
+        let record = Record {
+            oci_version: "1.0.2".into(),
+            id: "c1".into(),
+            bundle: "/b".into(),
+            rootfs: "/b/rootfs".into(),
+            created: SystemTime::UNIX_EPOCH,
+            annotations: HashMap::new(),
+            pid: 7,
+            status: Status::Running,
+            cgroup: serde_json::from_value(
+                serde_json::json!({"path": cgroup, "systemd": false, "name": "c1"}),
+            )
+            .unwrap(),
+            poststop: vec![],
+            failure: None,
+        };
+        let root = tempfile::tempdir().unwrap();
+        let id = ContainerId::new("c1").unwrap();
+        let (ended, listener) = StateDir::claim(root.path(), &id).unwrap();
+        ended.save(&record).unwrap();
+        end(listener);
+        ended.remove().unwrap();
+
+        let (next, listener) = StateDir::claim(root.path(), &id).unwrap();
+        next.save(&record).unwrap();
+        fs::create_dir(&directory).unwrap();
+        let mut process = Command::new("sleep").arg("1000").spawn().unwrap();
+        fs::write(directory.join("cgroup.procs"), process.id().to_string()).unwrap();
+        clean_up(&ended).unwrap();
+        let spared = (process.try_wait().unwrap(), next.load().ok());
+        end(listener);
+        clean_up(&next).unwrap();
+        process.kill().unwrap();
+        process.wait().unwrap();
+        assert_eq!(spared, (None, Some(record)));
+        assert!(!directory.exists() && !next.path().exists());
+    }
 }

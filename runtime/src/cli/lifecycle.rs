@@ -93,13 +93,11 @@ pub fn delete(invocation: &Invocation, args: &DeleteArgs) -> anyhow::Result<i32>
         Err(error) if args.force && error.is::<Unknown>() => return Ok(0),
         known => known?,
     };
-    // A server that ends in order takes it along.
-    let record = known.state.load().ok();
     if args.force {
         known.end()?;
     } else {
         known.delete()?;
     }
-    clean_up(&known.state, record)?;
+    clean_up(&known.state)?;
     Ok(0)
 }

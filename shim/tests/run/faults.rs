@@ -330,6 +330,39 @@ fn a_server_that_answers_nothing_is_done_without() {
 }
 
 #[test]
+fn an_id_is_taken_until_its_container_is_deleted_even_if_its_server_was_killed() {
+    let Some(bed) = Bed::new(&["/bin/sleep", "1000"]) else {
+        return;
+    };
+    let ended = bed.path("ended");
+    bed.spec(|spec| {
+        spec["process"]["args"] = json!(["/bin/sleep", "1000"]);
+        let script = format!("echo ended >> {ended:?}");
+        let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+        spec["hooks"] = json!({ "poststop": [hook] });
+    });
+    assert!(bed.about(CREATE).status.success());
+    kill(bed.pid_of(SERVER_PROGRAM), Signal::SIGKILL).unwrap();
+    await_end(&bed, "a killed server");
+    for words in [CREATE, &["run", "c1"]] {
+        let refused = bed.about(words);
+        assert_eq!(refused.status.code(), Some(1), "{words:?}");
+        assert_told(&refused, words[0]);
+        let said = text(&refused.stderr);
+        assert!(
+            said.contains("container with id c1 already exists"),
+            "{said}"
+        );
+    }
+    assert_eq!(status(&bed), "stopped");
+    assert!(!ended.exists());
+    assert!(bed.about(&["delete", "c1"]).status.success());
+    assert_eq!(fs::read_to_string(&ended).unwrap(), "ended\n");
+    assert!(bed.about(CREATE).status.success());
+    delete_at_once(&bed, Duration::from_secs(5));
+}
+
+#[test]
 fn a_container_whose_stand_in_has_ended_has_stopped_even_if_its_server_does_not_say_so() {
     let Some(bed) = running("") else { return };
     let state = bed.about(&["state", "c1"]);
