@@ -144,7 +144,7 @@ impl HostCgroup {
             .map_err(|e| self.failed("limit", &e))
     }
 
-    /// Kills what is in it, and removes it. The caller must not be.
+    /// Kills what is in it, and removes it with whatever cgroups somebody has made in it, as runc does. The caller must not be in it.
     pub fn remove(&self) -> Result<(), HostCgroupError> {
         if self.systemd {
             // Stopping the unit ends what is in it.
@@ -157,10 +157,7 @@ impl HostCgroup {
             return Ok(());
         };
         end_processes(&directory).map_err(|e| self.failed("empty", &e))?;
-        match fs::remove_dir(&directory) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(self.failed("remove", &e)),
-            _ => Ok(()),
-        }
+        remove_tree(&directory).map_err(|e| self.failed("remove", &e))
     }
 
     /// Its directory. systemd alone knows where its units are.
@@ -286,9 +283,29 @@ fn end_processes(directory: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Removes a cgroup, those in it first. They have files that can't be removed and need not be.
+fn remove_tree(directory: &Path) -> io::Result<()> {
+    let gone = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    };
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) => return gone(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    fs::remove_dir(directory).or_else(gone)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::share;
 
     #[test]
     fn a_path_names_a_cgroup_below_the_mount() {
@@ -339,5 +356,44 @@ mod tests {
             (None, None)
         );
         assert_eq!(cpu.shares(), Some(512));
+    }
+
+    /// A mount namespace with a hierarchy of cgroup v2 where it belongs, which hosts of version 1 have elsewhere.
+    fn with_cgroups(test: impl FnOnce() + Send) {
+        share::tests::in_namespace(|| {
+            let flags = nix::mount::MsFlags::empty();
+            nix::mount::mount(None::<&str>, ROOT, Some("cgroup2"), flags, None::<&str>).unwrap();
+            test();
+        });
+    }
+
+    #[test]
+    fn a_cgroup_is_removed_with_those_that_somebody_has_made_in_it() {
+        with_cgroups(|| {
+            let name = format!("bulkhead-test-{}", std::process::id());
+            let cgroup = HostCgroup {
+                path: Path::new("/").join(&name),
+                systemd: false,
+                name,
+            };
+            let directory = cgroup.directory().unwrap();
+            fs::create_dir_all(directory.join("a/b")).unwrap();
+            fs::create_dir(directory.join("c")).unwrap();
+            let mut process = std::process::Command::new("sleep")
+                .arg("1000")
+                .spawn()
+                .unwrap();
+            fs::write(directory.join("a/b/cgroup.procs"), process.id().to_string()).unwrap();
+            let removed = cgroup.remove();
+            process.kill().unwrap();
+            process.wait().unwrap();
+            let left = directory.exists();
+            for path in ["a/b", "a", "c", ""] {
+                let _ = fs::remove_dir(directory.join(path));
+            }
+            removed.unwrap();
+            assert!(!left);
+            cgroup.remove().unwrap();
+        });
     }
 }

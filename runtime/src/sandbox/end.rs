@@ -58,9 +58,13 @@ impl Sandbox {
             self.run_poststop_hooks(&container).await;
         }
         self.await_stand_ins().await;
-        self.remove_cgroup(left).await;
-        if let Err(error) = self.params.state.remove() {
-            tracing::error!(%error, "the state directory stays");
+        let removed = match self.remove_cgroup(left).await {
+            Ok(()) => self.params.state.remove().map_err(|e| e.to_string()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            tracing::error!(error, "the container stays on record, to be deleted again");
+            self.leave_record();
         }
         self.timeline.mark("server: cleaned");
     }
@@ -122,16 +126,24 @@ impl Sandbox {
         }
     }
 
-    async fn remove_cgroup(&self, left: Option<JoinHandle<io::Result<()>>>) {
+    async fn remove_cgroup(&self, left: Option<JoinHandle<io::Result<()>>>) -> Result<(), String> {
         let (Some(cgroup), Some(left)) = (self.cgroup.get(), left) else {
-            return;
+            return Ok(());
         };
-        let left = match left.await {
-            Ok(left) => left.map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        if let Err(error) = left.and_then(|()| cgroup.remove().map_err(|error| error.to_string())) {
-            tracing::warn!(error, "the host's cgroup stays");
+        let left = left.await.map_err(|error| error.to_string())?;
+        left.map_err(|error| error.to_string())?;
+        cgroup.remove().map_err(|error| error.to_string())
+    }
+
+    /// Notes, for whoever removes what this server could not, that nothing runs any more and no hook is to.
+    fn leave_record(&self) {
+        let noted = self.params.state.load().and_then(|mut record| {
+            record.status = Status::Stopped;
+            record.poststop.clear();
+            self.params.state.save(&record)
+        });
+        if let Err(error) = noted {
+            tracing::warn!(%error, "the record of the container is out of date");
         }
     }
 
