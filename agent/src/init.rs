@@ -173,6 +173,7 @@ fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
     let plan = job.plan;
     fault::point("init-forked");
     launch::reset_signals()?;
+    launch::end_on_request()?;
     setsid().what(|| "cannot make a session")?;
     make_time_namespace(plan)?;
     // While this is still the guest's root: the way to the root filesystem need not be open to others.

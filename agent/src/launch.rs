@@ -7,7 +7,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawF
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
-use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
+use nix::sys::signal::{
+    SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, sigaction, sigprocmask,
+};
 use nix::sys::stat::Mode;
 
 use crate::error::{Context, Error, Result};
@@ -95,6 +97,21 @@ pub fn reset_signals() -> Result<()> {
     // The one that the agent ignores; an exec resets handlers, not this.
     // SAFETY: the default action is no handler.
     unsafe { nix::sys::signal::signal(Signal::SIGPIPE, SigHandler::SigDfl) }.what(what)?;
+    Ok(())
+}
+
+/// Lets the usual requests to end do so until the exec, as they end runc's waiting init: PID 1 of a namespace takes no signal that it has
+/// no handler for.
+pub fn end_on_request() -> Result<()> {
+    extern "C" fn end(signal: libc::c_int) {
+        // SAFETY: may be called in a handler, and never returns.
+        unsafe { libc::_exit(128 + signal) }
+    }
+    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM] {
+        let action = SigAction::new(SigHandler::Handler(end), SaFlags::empty(), SigSet::empty());
+        // SAFETY: the handler calls nothing but `_exit`.
+        unsafe { sigaction(signal, &action) }.what(|| "cannot listen to signals")?;
+    }
     Ok(())
 }
 

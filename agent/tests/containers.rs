@@ -112,6 +112,7 @@ tests![
     mounts_that_fail_say_which_and_why,
     nothing_runs_before_start,
     a_created_containers_program_is_read_before_its_start,
+    a_created_container_ends_on_request,
     start_needs_a_created_container,
     signals_reach_the_process,
     a_deleted_container_leaves_nothing,
@@ -688,6 +689,18 @@ async fn nothing_runs_before_start() {
     bed.start("box").await.unwrap();
     bed.wait("box").await.unwrap();
     assert!(bed.rootfs().join("data/ran").exists());
+}
+
+async fn a_created_container_ends_on_request() {
+    let bed = Bed::new().await;
+    for signal in [1u32, 2, 15] {
+        bed.create("box", &bed.spec("true"), Stdio::default())
+            .await
+            .unwrap();
+        bed.signal("box", signal, false).await.unwrap();
+        assert_eq!(bed.wait("box").await.unwrap().exit_code, 128 + signal);
+        bed.delete("box").await.unwrap();
+    }
 }
 
 async fn start_needs_a_created_container() {

@@ -133,6 +133,9 @@ impl HostCgroup {
             // libcgroups takes a weight for shares and a quota for one of a second there. The guest holds them.
             resources.set_unified(None);
         }
+        let weight = self
+            .directory()
+            .and_then(|directory| Some((directory, take_io_weight(&mut resources)?)));
         let options = ControllerOpt {
             resources: &resources,
             disable_oom_killer: false,
@@ -141,7 +144,10 @@ impl HostCgroup {
         };
         self.manager()?
             .apply(&options)
-            .map_err(|e| self.failed("limit", &e))
+            .map_err(|e| self.failed("limit", &e))?;
+        weight.map_or(Ok(()), |(directory, weight)| {
+            set_io_weight(&directory, weight).map_err(|e| self.failed("limit", &e))
+        })
     }
 
     /// Kills what is in it, and removes it with whatever cgroups somebody has made in it, as runc does. The caller must not be in it.
@@ -255,6 +261,24 @@ fn of_host(resources: &LinuxResources, guest_mib: u64) -> Result<LinuxResources,
     Ok(host)
 }
 
+/// Takes the weight of block I/O out, which libcgroups calculates with too few bits.
+fn take_io_weight(resources: &mut LinuxResources) -> Option<u16> {
+    let block_io = resources.block_io_mut().as_mut()?;
+    let weight = block_io.weight().filter(|weight| *weight > 0);
+    block_io.set_weight(None);
+    weight
+}
+
+/// Sets the weight of block I/O, 10 to 1000: for BFQ, which has that range, or else in that of cgroup v2.
+fn set_io_weight(directory: &Path, weight: u16) -> io::Result<()> {
+    let bfq = directory.join("io.bfq.weight");
+    if bfq.exists() {
+        return fs::write(bfq, weight.to_string());
+    }
+    let weight = 1 + u32::from(weight).saturating_sub(10) * 9999 / 990;
+    fs::write(directory.join("io.weight"), weight.to_string())
+}
+
 fn populated(directory: &Path) -> io::Result<bool> {
     let events = fs::read_to_string(directory.join("cgroup.events"))?;
     Ok(events.lines().any(|line| line == "populated 1"))
@@ -322,6 +346,23 @@ mod tests {
         for path in ["/a", "a/b", "/a/./b"] {
             check_path(Path::new(path)).unwrap();
         }
+    }
+
+    #[test]
+    fn the_weight_of_block_io_is_bfqs_own_or_has_the_range_of_cgroup_v2() {
+        let mut resources: LinuxResources =
+            serde_json::from_str(r#"{"blockIO":{"weight":100}}"#).unwrap();
+        assert_eq!(take_io_weight(&mut resources), Some(100));
+        assert_eq!(take_io_weight(&mut resources), None);
+        let directory = tempfile::tempdir().unwrap();
+        let read = |name: &str| fs::read_to_string(directory.path().join(name)).unwrap();
+        for (weight, expected) in [(10, "1"), (17, "71"), (100, "910"), (1000, "10000")] {
+            set_io_weight(directory.path(), weight).unwrap();
+            assert_eq!(read("io.weight"), expected);
+        }
+        fs::write(directory.path().join("io.bfq.weight"), "").unwrap();
+        set_io_weight(directory.path(), 100).unwrap();
+        assert_eq!(read("io.bfq.weight"), "100");
     }
 
     #[test]

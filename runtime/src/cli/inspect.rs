@@ -99,7 +99,9 @@ fn owner(path: &Path) -> String {
 /// Runs `bulkhead state`.
 pub fn state(invocation: &Invocation, args: &IdArgs) -> anyhow::Result<i32> {
     let known = Known::find(invocation, &args.id)?;
-    let state = block_on(State::of(&known))?;
+    let mut state = block_on(State::of(&known))?;
+    // As with runc: a list alone tells it.
+    state.owner.clear();
     super::say(&format!("{}\n", serde_json::to_string_pretty(&state)?))?;
     Ok(0)
 }
