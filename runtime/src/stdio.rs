@@ -11,7 +11,8 @@
 //!
 //! containerd's own forms (paths of FIFOs, `fifo://`, `binary://`, `file://`) are for the server to attach.
 
-use bulkhead_protocol::agent;
+use bulkhead_protocol::FIRST_DESCRIPTOR;
+use bulkhead_protocol::agent::{self, StreamKind};
 use protobuf::EnumOrUnknown;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -92,6 +93,27 @@ impl Stdio {
             stderr: Attach::parse("stderr", stderr)?,
             terminal,
         })
+    }
+
+    /// The streams that the client attaches, each with the number of its descriptor in the process if it is none of the standard ones.
+    pub fn of_client(self, descriptors: &[Flow]) -> Vec<(StreamKind, u32)> {
+        let standard: &[_] = if self.terminal {
+            &[(Attach::Client, StreamKind::TERMINAL)]
+        } else {
+            &[
+                (self.stdin, StreamKind::STDIN),
+                (self.stdout, StreamKind::STDOUT),
+                (self.stderr, StreamKind::STDERR),
+            ]
+        };
+        let standard = standard.iter().filter(|(who, _)| *who == Attach::Client);
+        let further = (FIRST_DESCRIPTOR..)
+            .zip(descriptors)
+            .filter(|(_, flow)| **flow != Flow::Nowhere);
+        standard
+            .map(|&(_, kind)| (kind, 0))
+            .chain(further.map(|(number, _)| (StreamKind::DESCRIPTOR, number)))
+            .collect()
     }
 
     /// What the agent is told; `size` is the terminal's, in columns and rows, `descriptors` are those beyond these streams.

@@ -285,6 +285,7 @@ fn execute(exec_id: &str, processes: &Processes, streams: &Streams) -> ttrpc::Re
         status(Code::NOT_FOUND, message)
     })?;
     process.pid = Some(child.id());
+    log("executed");
     let exit = process.exit.clone();
     thread::spawn(move || {
         let end = child.wait().unwrap();

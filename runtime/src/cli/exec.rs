@@ -245,6 +245,7 @@ fn foreground(
     let stdio = foreground.stdio;
     let options = ExecOptions {
         proxy: None,
+        client: Some(std::process::id()),
         terminal_size: foreground.size.or_else(|| console_size(&process)),
         descriptors: descriptors.flows(),
     };
@@ -313,6 +314,7 @@ fn detached(
     })?;
     let options = ExecOptions {
         proxy: Some(proxy.pid),
+        client: None,
         terminal_size: console_size(&process),
         descriptors: flows,
     };

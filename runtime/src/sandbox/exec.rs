@@ -6,8 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use super::container::{self, Deferred, Signal};
 use super::process::{Exit, Process, Status};
-use super::{KILL_TIMEOUT, Sandbox, SandboxError, deliver, forget};
+use super::{KILL_TIMEOUT, LOST_EXIT_CODE, Sandbox, SandboxError, deliver, forget};
+use crate::standin;
 use crate::stdio::{Flow, Stdio, TerminalSize};
+use crate::streams::{self, Stream};
 
 /// A process to execute.
 #[derive(Debug)]
@@ -31,6 +33,8 @@ pub const OPTIONS: &str = "io.bulkhead";
 pub struct ExecOptions {
     /// The process of the host that stands for this one. Its end by SIGKILL is the process's.
     pub proxy: Option<u32>,
+    /// The command of the host in whose foreground it runs: once that has gone the process, when it ends, is nobody's to forget but the server's.
+    pub client: Option<u32>,
     /// Size of the terminal at the start.
     pub terminal_size: Option<TerminalSize>,
     /// What the process has from descriptor 3 on.
@@ -66,11 +70,73 @@ impl Sandbox {
             return Err(SandboxError::ExecExists(exec.exec_id));
         }
         self.timeline.mark("server: process described");
-        let watched = self.watch_stand_in(container.clone(), &exec.exec_id, options.proxy);
+        let watched = self
+            .watch_stand_in(container.clone(), &exec.exec_id, options.proxy)
+            .and_then(|()| self.watch_client(container.clone(), &exec.exec_id, options.client));
         if watched.is_err() {
             container.remove_exec(&exec.exec_id);
         }
         watched
+    }
+
+    /// Follows the command in whose foreground a process runs to its end. The process lives on without it, as under runc.
+    fn watch_client(
+        self: &Arc<Self>,
+        container: Arc<container::Container>,
+        exec_id: &str,
+        client: Option<u32>,
+    ) -> Result<(), SandboxError> {
+        let Some(pid) = client else {
+            return Ok(());
+        };
+        let ended = standin::Watch::new(pid).map_err(|cause| SandboxError::StandIn(pid, cause))?;
+        let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
+        tokio::spawn(async move {
+            ended.wait().await;
+            // An orderly client has seen to that itself.
+            let Some(exec) = container.exec(&exec_id) else {
+                return;
+            };
+            if exec.started.set(()).is_ok() {
+                // Nobody will.
+                exec.process.ended(LOST_EXIT_CODE);
+                container.remove_exec(&exec_id);
+                return;
+            }
+            exec.process.orphan();
+            if exec.process.status() == Status::Running {
+                sandbox.close_streams(&container, &exec_id, &exec);
+            }
+            exec.process.wait().await;
+            let _ = sandbox.delete_exec(container.id.as_str(), &exec_id).await;
+        });
+        Ok(())
+    }
+
+    /// Takes the streams that the client of a process has not taken, and closes them: nobody would hear of the end of a process
+    /// whose output nobody takes.
+    fn close_streams(
+        &self,
+        container: &container::Container,
+        exec_id: &str,
+        exec: &container::Exec,
+    ) {
+        let vsock = self.params.state.vsock();
+        let (container_id, exec_id) = (container.id.clone(), exec_id.to_owned());
+        let streams = exec.process.stdio.of_client(&exec.descriptors);
+        tokio::task::spawn_blocking(move || {
+            for (kind, descriptor) in streams {
+                let stream = Stream {
+                    container_id: container_id.as_str(),
+                    exec_id: &exec_id,
+                    kind,
+                    descriptor,
+                };
+                if let Err(error) = streams::attach(&vsock, &stream) {
+                    tracing::debug!(%error, ?kind, "a stream is not closed");
+                }
+            }
+        });
     }
 
     /// Executes it; returns its stand-in's pid.
@@ -93,7 +159,7 @@ impl Sandbox {
         let started = self.execute(&container, exec_id, &exec).await;
         if started.is_err() {
             let is_guests = exec.process.status() != Status::Created;
-            exec.process.ended(super::LOST_EXIT_CODE);
+            exec.process.ended(LOST_EXIT_CODE);
             if is_guests {
                 let _ = self.delete_exec(id, exec_id).await;
             }
@@ -127,7 +193,9 @@ impl Sandbox {
             exec.process.clone(),
             agent,
         ));
-        if exec.process.is_orphan() {
+        if exec.process.is_orphan() && exec.process.proxy.is_none() {
+            self.close_streams(container, exec_id, exec);
+        } else if exec.process.is_orphan() {
             let kill = Signal {
                 exec_id: exec_id.to_owned(),
                 number: libc::SIGKILL.unsigned_abs(),

@@ -86,12 +86,12 @@ impl Process {
         self.advance(Status::Created, Status::Running);
     }
 
-    /// Its stand-in has gone.
+    /// Its stand-in, or the command in whose foreground it runs, has gone.
     pub fn orphan(&self) {
         self.orphaned.store(true, Ordering::Relaxed);
     }
 
-    /// Whether its stand-in has gone. One that comes to be after that must not stay: nobody would take its output, nor its end.
+    /// Whether that has gone. Of one that comes to be after it nobody would take the output, nor the end.
     pub fn is_orphan(&self) -> bool {
         self.orphaned.load(Ordering::Relaxed)
     }

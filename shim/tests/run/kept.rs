@@ -1,14 +1,16 @@
 //! What the guest's agent keeps for those who have asked: no longer than somebody still does.
 
 use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
+use std::time::Instant;
 
 use bulkhead_e2e::watch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::Running;
-use crate::bed::{Bed, text};
+use crate::bed::{Bed, PATIENCE, finish, text};
 use crate::faults::{CREATE, assert_told, running};
 
 /// `bulkhead events` in the background, that tells of nothing but kills for want of memory.
@@ -105,6 +107,53 @@ fn a_process_whose_stand_in_was_killed_as_it_came_to_be_is_forgotten() {
     let output = exec.ended();
     assert_eq!(output.status.code(), Some(255));
     assert_told(&output, "exec");
+    watch::until(&bed.path(""), &[], || bed.asked("delete_process") == 1);
+    done(&bed, &["delete", "--force", "c1"]);
+    bed.await_clean();
+}
+
+/// The processes of the host that stand for the container's.
+fn pids(bed: &Bed) -> Vec<u32> {
+    let output = bed.about(&["ps", "--format", "json", "c1"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_process_whose_client_was_killed_lives_on_and_is_forgotten_once_it_has_ended() {
+    let Some(bed) = running("") else { return };
+    let init = pids(&bed);
+    let end = bed.path("end");
+    let script = format!("while [ ! -e {end:?} ]; do sleep 0.1; done");
+    let mut command = bed.bulkhead();
+    command.args(["exec", "c1", "/bin/sh", "-c", &script]);
+    let exec = Running(Some(command.spawn().unwrap()));
+    watch::until(&bed.path(""), &[], || bed.asked("executed") == 2);
+    drop(exec);
+    let running = pids(&bed);
+    assert_ne!(running, init);
+    fs::write(&end, "").unwrap();
+    watch::until(&bed.path(""), &[], || bed.asked("delete_process") == 1);
+    assert_eq!(pids(&bed), init);
+    done(&bed, &["delete", "--force", "c1"]);
+    bed.await_clean();
+}
+
+#[test]
+fn a_process_whose_client_was_killed_on_its_way_is_forgotten() {
+    let Some(bed) = running("") else { return };
+    let init = pids(&bed);
+    for step in ["client: process described", "client: process started"] {
+        let mut exec = bed.bulkhead();
+        exec.args(["exec", "c1", "/bin/true"]);
+        let output = finish(exec.env("BULKHEAD_FAULT", step));
+        assert_eq!(output.status.signal(), Some(9), "{step}");
+        let start = Instant::now();
+        while pids(&bed) != init {
+            assert!(start.elapsed() < PATIENCE, "{step}");
+        }
+    }
+    // The first was never executed.
     watch::until(&bed.path(""), &[], || bed.asked("delete_process") == 1);
     done(&bed, &["delete", "--force", "c1"]);
     bed.await_clean();
