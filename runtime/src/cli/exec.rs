@@ -1,7 +1,7 @@
 //! `bulkhead exec`: another process in a running container.
 
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail};
 use bulkhead_runtime::sandbox::{ExecOptions, OPTIONS};
@@ -12,17 +12,21 @@ use clap::Args;
 use nix::sched::CloneFlags;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
+use tokio::time::timeout;
 
 use super::attach::{Streams, follow, own_stdio};
-use super::client::Server;
+use super::client::{Server, ServerError};
 use super::create::write_pid_file;
 use super::descriptors::Descriptors;
 use super::foreground::Foreground;
-use super::known::{Known, block_on};
+use super::known::{Known, Silent, block_on};
 use super::lifecycle::IdAndWords;
 use super::proxy::{IdMaps, Job, Proxy};
 use super::terminal::Pair;
 use super::{Invocation, absolute};
+
+/// How long a process that was killed may take to end.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 pub struct ExecArgs {
@@ -260,17 +264,30 @@ fn foreground(
         fault::point("client: process described");
         let pid = known.patiently(server.start()).await??;
         fault::point("client: process started");
-        if let Some(path) = &args.pid_file {
-            write_pid_file(path, pid)?;
-        }
-        let mut streams = Streams::attach(
-            stdio,
-            descriptors,
-            &known.state.vsock(),
-            &known.id,
-            &exec_id,
-        )?;
-        let code = follow(Some(known), &server, signals, &mut streams).await?;
+        let followed = async {
+            if let Some(path) = &args.pid_file {
+                write_pid_file(path, pid)?;
+            }
+            let mut streams = Streams::attach(
+                stdio,
+                descriptors,
+                &known.state.vsock(),
+                &known.id,
+                &exec_id,
+            )?;
+            let code = follow(Some(known), &server, signals, &mut streams).await?;
+            anyhow::Ok((code, streams))
+        };
+        let (code, mut streams) = match followed.await {
+            Ok(followed) => followed,
+            Err(error) => {
+                // As under runc such a process does not stay. Of a server that answers nothing that can't be asked.
+                if !error.is::<Silent>() {
+                    let _ = timeout(KILL_TIMEOUT, end(&server)).await;
+                }
+                return Err(error);
+            }
+        };
         if i32::try_from(code) == Ok(NotExecuted::EXIT_CODE)
             && let Some(reason) = known.record().ok().and_then(|record| record.failure)
         {
@@ -282,6 +299,13 @@ fn foreground(
         Ok(code)
     })?;
     Ok(i32::try_from(code).unwrap_or(NotExecuted::EXIT_CODE))
+}
+
+/// Kills a process and waits for its end.
+async fn end(server: &Server<'_>) -> Result<(), ServerError> {
+    server.kill(libc::SIGKILL.unsigned_abs(), false).await?;
+    server.wait().await?;
+    server.delete().await
 }
 
 fn detached(

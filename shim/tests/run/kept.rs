@@ -158,3 +158,22 @@ fn a_process_whose_client_was_killed_on_its_way_is_forgotten() {
     done(&bed, &["delete", "--force", "c1"]);
     bed.await_clean();
 }
+
+#[test]
+fn a_process_whose_pid_can_not_be_written_is_ended() {
+    let Some(bed) = running("") else { return };
+    let init = pids(&bed);
+    for detach in [&[][..], &["--detach"]] {
+        let mut exec = bed.bulkhead();
+        exec.args(["exec", "--pid-file", "/nonexistent/pid"]);
+        let output = finish(exec.args(detach).args(["c1", "/bin/sleep", "1000"]));
+        assert_eq!(output.status.code(), Some(255));
+        assert_told(&output, "exec");
+        let start = Instant::now();
+        while pids(&bed) != init {
+            assert!(start.elapsed() < PATIENCE, "{detach:?}");
+        }
+    }
+    done(&bed, &["delete", "--force", "c1"]);
+    bed.await_clean();
+}
