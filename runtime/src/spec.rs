@@ -16,6 +16,9 @@ use crate::annotations::Overrides;
 /// File name of a bundle's configuration (runtime-spec, bundle.md).
 pub const CONFIG_FILE: &str = "config.json";
 
+/// Least memory limit of a container. Below, programs don't end but crawl, each page fetched from the host again and again.
+const LEAST_MEMORY: i64 = 2 << 20;
+
 /// A bundle whose spec this version can run.
 #[derive(Debug)]
 pub struct Bundle {
@@ -377,6 +380,16 @@ fn validate_linux(linux: &Linux) -> Result<(), SpecError> {
         return Err(SpecError::unsupported(
             "linux.mountLabel",
             "the guest's kernel has no SELinux; remove it",
+        ));
+    }
+    let limit = linux
+        .resources()
+        .as_ref()
+        .and_then(|resources| resources.memory().as_ref()?.limit());
+    if let Some(limit @ 1..LEAST_MEMORY) = limit {
+        return Err(SpecError::field(
+            "linux.resources.memory.limit",
+            format!("is {limit} bytes, too low for a process: give at least {LEAST_MEMORY}"),
         ));
     }
     Ok(())

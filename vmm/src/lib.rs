@@ -14,6 +14,7 @@ pub mod machine;
 pub mod memory;
 pub mod mptable;
 pub mod probe;
+pub mod rate;
 pub mod serial;
 pub mod server;
 pub mod socket;

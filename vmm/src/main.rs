@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use bulkhead_vmm::control::{CONTROL_FD, exit_code};
+use bulkhead_vmm::rate::Log;
 use bulkhead_vmm::server::Server;
 use bulkhead_vmm::timeline::Timeline;
 use clap::Parser;
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
     unsafe { std::env::set_var("RUST_MIN_STACK", bulkhead_vmm::STACK_SIZE.to_string()) };
     let args = Args::parse();
     let format = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
+        .with_writer(Log::default())
         .with_ansi(false);
     tracing_subscriber::registry()
         .with(format)

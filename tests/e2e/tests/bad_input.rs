@@ -273,6 +273,16 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
             &["linux.devices[0]"],
         ),
         (
+            "too little memory for a process",
+            |c| c["linux"]["resources"]["memory"] = json!({"limit": 1_048_576}),
+            &["linux.resources.memory.limit", "2097152"],
+        ),
+        (
+            "a user that is none",
+            |c| c["process"]["user"]["uid"] = json!(u32::MAX),
+            &["process.user.uid", "2147483647"],
+        ),
+        (
             "read and write limits of nothing",
             |c| c["linux"]["resources"]["unified"] = json!({"../x": "1"}),
             &["linux.resources.unified", "../x"],
