@@ -63,19 +63,23 @@ impl Container {
         Ok(self.cgroup.processes()?.into_iter().map(entry).collect())
     }
 
-    /// Waits until the kernel has killed more than `seen` of its processes for want of memory; how many by then.
-    pub async fn oom_kills(&self, seen: u64) -> Result<u64> {
+    /// Waits until the kernel has killed more than `seen` of its processes for want of memory; how many by then. Without
+    /// `seen` nothing is waited for.
+    pub async fn oom_kills(&self, seen: Option<u64>) -> Result<u64> {
         let mut deleted = self.deleted.subscribe();
         let gone = || Error::NoContainer(self.id.clone());
         let Some(events) = self.cgroup.memory_events()? else {
             // Without a memory controller nothing is ever counted.
+            if seen.is_none() {
+                return Ok(0);
+            }
             let _ = deleted.wait_for(|&deleted| deleted).await;
             return Err(gone());
         };
         let what = || "cannot watch the container's memory";
         loop {
             let kills = events.read().what(what)?.remove("oom_kill").unwrap_or(0);
-            if kills > seen {
+            if seen.is_none_or(|seen| kills > seen) {
                 return Ok(kills);
             }
             tokio::select! {

@@ -286,8 +286,8 @@ impl Agent {
     }
 
     /// Waits until the guest's kernel has killed more than `seen` processes of a container for want of memory, however
-    /// long it takes; returns how many.
-    pub async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, AgentError> {
+    /// long it takes; returns how many. Without `seen` it waits for none.
+    pub async fn wait_oom(&self, id: &str, seen: Option<u64>) -> Result<u64, AgentError> {
         let request = WaitOomRequest {
             container_id: id.to_owned(),
             seen,

@@ -400,12 +400,7 @@ impl Agent for FakeAgent {
             self.asked.notify_one();
             return Err(status(Code::INVALID_ARGUMENT, "no container".into()));
         }
-        let memory_events = HashMap::from([("oom_kill".to_owned(), *self.ooms.borrow())]);
-        log("container_stats");
-        Ok(ContainerStatsResponse {
-            memory_events,
-            ..Default::default()
-        })
+        Ok(ContainerStatsResponse::default())
     }
 
     async fn wait_oom(
@@ -414,8 +409,17 @@ impl Agent for FakeAgent {
         request: WaitOomRequest,
     ) -> ttrpc::Result<WaitOomResponse> {
         let mut ooms = self.ooms.subscribe();
-        log(&format!("wait_oom by {}", self.ooms.receiver_count()));
-        let kills = *ooms.wait_for(|&kills| kills > request.seen).await.unwrap();
+        let kills = match request.seen {
+            Some(seen) => {
+                log(&format!("wait_oom by {}", self.ooms.receiver_count()));
+                *ooms.wait_for(|&kills| kills > seen).await.unwrap()
+            }
+            None => {
+                let kills = *ooms.borrow();
+                log("ooms asked");
+                kills
+            }
+        };
         Ok(WaitOomResponse {
             kills,
             ..Default::default()

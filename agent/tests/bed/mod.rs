@@ -398,10 +398,14 @@ impl Bed {
         Ok(entries.map(|entry| (entry.pid, entry.exec_id)).collect())
     }
 
-    pub async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, (Code, String)> {
+    pub async fn wait_oom(
+        &self,
+        id: &str,
+        seen: impl Into<Option<u64>>,
+    ) -> Result<u64, (Code, String)> {
         let request = WaitOomRequest {
             container_id: id.to_owned(),
-            seen,
+            seen: seen.into(),
             ..Default::default()
         };
         let response = self.client.wait_oom(Context::default(), &request).await;

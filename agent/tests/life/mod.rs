@@ -849,6 +849,8 @@ pub async fn a_kill_for_want_of_memory_is_told_and_deletion_ends_the_wait() {
     } else {
         println!("SKIPPED: a kill for want of memory, which cgroup v2 has no controller for here");
     }
+    // Without a number that is known nothing is waited for.
+    assert_eq!(bed.wait_oom("box", None).await.unwrap(), seen);
     let waiting = bed.wait_oom("box", seen);
     tokio::pin!(waiting);
     assert!(

@@ -236,8 +236,9 @@ impl<'a> Server<'a> {
         Metrics::parse_from_bytes(bytes.unwrap_or_default()).map_err(|_| ServerError::Gone)
     }
 
-    /// Waits for a kill for want of memory beyond the first `seen`; returns how many there were.
-    pub async fn wait_oom(&self, seen: u64) -> Result<u64, ServerError> {
+    /// Waits for a kill for want of memory beyond the first `seen`, or for none without that; returns how many there were. Of a
+    /// container that stands still the answer comes when it goes on.
+    pub async fn wait_oom(&self, seen: Option<u64>) -> Result<u64, ServerError> {
         let request = WaitOomRequest {
             container_id: self.id.to_owned(),
             seen,

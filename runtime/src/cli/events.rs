@@ -64,9 +64,9 @@ async fn every(server: &Server<'_>, args: &EventsArgs) -> anyhow::Result<()> {
 
 async fn ooms(server: &Server<'_>, id: &str) -> anyhow::Result<()> {
     let watch = async {
-        let mut seen = server.stats().await?.memory_events.oom_kill;
+        let mut seen = server.wait_oom(None).await?;
         loop {
-            seen = server.wait_oom(seen).await?;
+            seen = server.wait_oom(Some(seen)).await?;
             print(&event("oom", id, None))?;
         }
     };
@@ -75,7 +75,7 @@ async fn ooms(server: &Server<'_>, id: &str) -> anyhow::Result<()> {
         .as_ref()
         .is_err_and(|error| matches!(error.downcast_ref(), Some(ServerError::Refused { .. })));
     if refused {
-        // It ends, which is for another to see, or stands still, and the statistics go on when it does.
+        // It ends, which is for another to see.
         std::future::pending::<()>().await;
     }
     ended

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use oci_spec::runtime::Hooks;
@@ -30,7 +29,7 @@ pub struct Container {
     /// Its first process, whose life is the container's.
     pub init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
-    paused: AtomicBool,
+    paused: watch::Sender<bool>,
     deferred: Mutex<Vec<Deferred>>,
     poststop: OnceLock<()>,
     ooms: OnceLock<Ooms>,
@@ -92,7 +91,7 @@ impl Container {
             hook_state,
             init: Arc::new(init),
             execs: Mutex::default(),
-            paused: AtomicBool::new(false),
+            paused: watch::Sender::new(false),
             deferred: Mutex::default(),
             poststop: OnceLock::new(),
             ooms: OnceLock::new(),
@@ -102,21 +101,25 @@ impl Container {
     /// Where in its life it is.
     pub fn status(&self) -> Status {
         match self.init.status() {
-            Status::Created | Status::Running if self.paused.load(Ordering::Relaxed) => {
-                Status::Paused
-            }
+            Status::Created | Status::Running if self.is_paused() => Status::Paused,
             status => status,
         }
     }
 
     /// Whether its guest stands still, even if it has ended by now.
     pub fn is_paused(&self) -> bool {
-        self.paused.load(Ordering::Relaxed)
+        *self.paused.borrow()
+    }
+
+    /// Waits until it does not.
+    pub async fn goes_on(&self) {
+        // Fails only without a sender, and `self` is one.
+        let _ = self.paused.subscribe().wait_for(|&paused| !paused).await;
     }
 
     /// It stands still, or goes on.
     pub fn set_paused(&self, paused: bool) {
-        self.paused.store(paused, Ordering::Relaxed);
+        self.paused.send_replace(paused);
     }
 
     /// Remembers an exec'd process; `false` when the id is taken.
@@ -176,7 +179,7 @@ impl Container {
             tokio::spawn(async move {
                 let mut kills = 0;
                 loop {
-                    let told = agent.wait_oom(id.as_str(), kills).await;
+                    let told = agent.wait_oom(id.as_str(), Some(kills)).await;
                     let ended = told.is_err();
                     kills = told.as_ref().map_or(kills, |&told| told);
                     let _ = sender.send_replace(told);

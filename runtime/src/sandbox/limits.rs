@@ -65,15 +65,23 @@ impl Sandbox {
         machine.explain(agent.stats(id).await).await
     }
 
-    /// Waits for a kill for want of memory beyond the first `seen`; returns how many there were.
-    pub async fn wait_oom(&self, id: &str, seen: u64) -> Result<u64, SandboxError> {
+    /// Waits for a kill for want of memory beyond the first `seen`, or for none without that; returns how many there were. A
+    /// container that stands still is asked when it goes on.
+    pub async fn wait_oom(&self, id: &str, seen: Option<u64>) -> Result<u64, SandboxError> {
+        let container = self.container(id)?;
+        container.goes_on().await;
         let machine = self.live_machine(id, "cannot watch the container")?;
-        let mut ooms = self.container(id)?.ooms(machine.agent().await?);
-        let more =
-            |told: &Result<u64, AgentError>| told.as_ref().map_or(true, |&kills| kills > seen);
-        let told = match ooms.wait_for(more).await {
-            Ok(told) => told.clone(),
-            Err(_) => Err(AgentError::Silent),
+        let agent = machine.agent().await?;
+        let told = match seen {
+            None => agent.wait_oom(id, None).await,
+            Some(seen) => {
+                let mut ooms = container.ooms(agent);
+                let more = |told: &Result<u64, AgentError>| {
+                    told.as_ref().map_or(true, |&kills| kills > seen)
+                };
+                let told = ooms.wait_for(more).await;
+                told.map_or(Err(AgentError::Silent), |told| told.clone())
+            }
         };
         machine.explain(told).await
     }

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bulkhead_e2e::watch;
 use nix::sys::signal::{Signal, kill};
@@ -32,7 +32,7 @@ fn however_many_watch_for_ooms_the_guest_is_asked_once() {
     let Some(bed) = running("ooms") else { return };
     for number in 1..=3 {
         let watching = events(&bed, "events");
-        let asked = || bed.asked("container_stats") >= number;
+        let asked = || bed.asked("ooms asked") >= number;
         watch::until(&bed.path(""), &[], asked);
         drop(watching);
     }
@@ -47,6 +47,29 @@ fn however_many_watch_for_ooms_the_guest_is_asked_once() {
     assert_eq!(bed.asked("wait_oom by 2"), 0);
     drop(watching);
     assert!(bed.about(&["delete", "--force", "c1"]).status.success());
+    bed.await_clean();
+}
+
+#[test]
+fn ooms_are_told_though_the_container_stood_still_when_they_began_to_be_watched() {
+    let Some(bed) = running("ooms") else { return };
+    oom(&bed);
+    for number in 1..=2 {
+        done(&bed, &["pause", "c1"]);
+        let name = format!("events{number}");
+        let watching = events(&bed, &name);
+        // Nothing shows that it has come so far; if it is slower it has less to wait for.
+        std::thread::sleep(Duration::from_millis(500));
+        done(&bed, &["resume", "c1"]);
+        watch::until(&bed.path(""), &[], || bed.asked("ooms asked") == number);
+        let said = || fs::read_to_string(bed.path(&name)).unwrap();
+        assert_eq!(said(), "");
+        oom(&bed);
+        let told = "{\"id\":\"c1\",\"type\":\"oom\"}\n";
+        watch::until(&bed.path(""), &[], || said() == told);
+        drop(watching);
+    }
+    done(&bed, &["delete", "--force", "c1"]);
     bed.await_clean();
 }
 
