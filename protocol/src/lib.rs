@@ -1,4 +1,4 @@
-//! The agent's API: the generated ttrpc code of `proto/agent.proto` and the few constants that both ends need.
+//! The agent's API: the generated ttrpc code of `proto/agent.proto`, and the few constants and rules that both ends need.
 //!
 //! The host (`runtime`) is the client, the guest's PID 1 (`agent`) the server. Nothing else belongs here.
 
@@ -55,3 +55,13 @@ pub const STEP_PREPARED: &str = "prepared";
 
 /// Length of the seed that a Hello brings, in bytes.
 pub const SEED_LENGTH: usize = 32;
+
+/// Longest id of a container: it becomes a directory's name.
+pub const MAX_CONTAINER_ID: usize = 255;
+
+/// Whether a container can have this id: a file's name of those that runc takes, in whose `^[\w+-\.]+$` the middle is the range from
+/// `+` to `.`, hence the comma.
+pub fn is_container_id(id: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "_+,-.".contains(c);
+    (1..=MAX_CONTAINER_ID).contains(&id.len()) && id != "." && id != ".." && id.chars().all(allowed)
+}

@@ -3,10 +3,8 @@
 use std::fmt;
 use std::path::Path;
 
+use bulkhead_protocol::{MAX_CONTAINER_ID, is_container_id};
 use thiserror::Error;
-
-/// Longest id: it becomes a directory's name.
-const MAX_LENGTH: usize = 255;
 
 /// An id that is safe as a file name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -19,7 +17,7 @@ pub enum IdError {
     #[error("container id is empty: give a name of letters, digits, `_`, `+`, `,`, `-` and `.`")]
     Empty,
     /// Longer than a file name can be.
-    #[error("container id has {0} bytes: use at most {MAX_LENGTH}")]
+    #[error("container id has {0} bytes: use at most {MAX_CONTAINER_ID}")]
     TooLong(usize),
     /// A character outside runc's `^[\w+-\.]+$`, or `.` or `..`.
     #[error(
@@ -29,17 +27,16 @@ pub enum IdError {
 }
 
 impl ContainerId {
-    /// Checks `id` as runc does: in its `^[\w+-\.]+$` the middle is the range from `+` to `.`, hence the comma.
+    /// Checks `id` as runc does, and the agent.
     pub fn new(id: impl Into<String>) -> Result<Self, IdError> {
         let id = id.into();
         if id.is_empty() {
             return Err(IdError::Empty);
         }
-        if id.len() > MAX_LENGTH {
+        if id.len() > MAX_CONTAINER_ID {
             return Err(IdError::TooLong(id.len()));
         }
-        let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '+' | ',' | '-' | '.');
-        if !id.chars().all(valid) || id == "." || id == ".." {
+        if !is_container_id(&id) {
             return Err(IdError::Format(id));
         }
         Ok(Self(id))

@@ -118,6 +118,7 @@ fn missing_or(path: &Path, cause: io::Error) -> SpecError {
 fn parse(text: &[u8]) -> Result<Spec, String> {
     let mut value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     drop_unknown_capabilities(value.pointer_mut("/process/capabilities"));
+    rename_scheduler_flags(value.pointer_mut("/process/scheduler/flags"));
     serde_path_to_error::deserialize(value).map_err(|error| {
         let field = error.path().to_string();
         // serde quotes the offending value, and arguments and environment are nobody's business.
@@ -158,6 +159,18 @@ pub fn drop_unknown_capabilities(sets: Option<&mut Value>) {
         let unknown = Vec::from_iter(unknown).join(" ");
         // runc's words, for which test suites look.
         tracing::warn!("ignoring unknown or unavailable capabilities: [{unknown}]");
+    }
+}
+
+/// Two flags have names in the `oci_spec` crate that are not the spec's.
+fn rename_scheduler_flags(flags: Option<&mut Value>) {
+    for flag in flags.and_then(Value::as_array_mut).into_iter().flatten() {
+        let name = match flag.as_str() {
+            Some("SCHED_FLAG_RESET_ON_FORK") => "SCHED_RESET_ON_FORK",
+            Some("SCHED_FLAG_DL_OVERRUN") => "SCHED_FLAG_D_L_OVERRUN",
+            _ => continue,
+        };
+        *flag = name.into();
     }
 }
 
@@ -478,6 +491,27 @@ pub(crate) mod tests {
             spec["process"]["capabilities"]["bounding"],
             json!(["CAP_KILL"])
         );
+    }
+
+    #[test]
+    fn flags_of_a_scheduler_have_the_names_of_the_spec_and_come_through_to_the_guest() {
+        let flags = json!([
+            "SCHED_FLAG_RESET_ON_FORK",
+            "SCHED_FLAG_RECLAIM",
+            "SCHED_FLAG_DL_OVERRUN",
+            "SCHED_FLAG_KEEP_POLICY",
+            "SCHED_FLAG_KEEP_PARAMS",
+            "SCHED_FLAG_UTIL_CLAMP_MIN",
+            "SCHED_FLAG_UTIL_CLAMP_MAX"
+        ]);
+        let mut config = good();
+        config["process"]["scheduler"] = json!({"policy": "SCHED_DEADLINE", "flags": flags});
+        let loaded = Bundle::load(bundle(&config.to_string()).path()).unwrap();
+        let spec = serde_json::to_vec(&loaded.spec).unwrap();
+        let spec: Spec = serde_json::from_slice(&spec).unwrap();
+        let process = spec.process().as_ref().unwrap();
+        let flags = process.scheduler().as_ref().unwrap().flags();
+        assert_eq!(flags.as_ref().unwrap().len(), 7);
     }
 
     #[test]

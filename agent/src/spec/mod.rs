@@ -485,12 +485,17 @@ mod tests {
     fn names_of_scheduler_flags_are_those_of_the_spec() {
         let flags = json!([
             "SCHED_FLAG_RESET_ON_FORK",
+            "SCHED_FLAG_RECLAIM",
             "SCHED_FLAG_DL_OVERRUN",
-            "SCHED_FLAG_KEEP_PARAMS"
+            "SCHED_FLAG_KEEP_POLICY",
+            "SCHED_FLAG_KEEP_PARAMS",
+            "SCHED_FLAG_UTIL_CLAMP_MIN",
+            "SCHED_FLAG_UTIL_CLAMP_MAX",
+            "SCHED_FLAG_RECLAIM"
         ]);
         let scheduler = json!({"policy": "SCHED_DEADLINE", "flags": flags});
         let plan = plan(&with("/process/scheduler", scheduler)).unwrap();
-        assert_eq!(plan.process.scheduler.unwrap().flags, 0x01 | 0x04 | 0x10);
+        assert_eq!(plan.process.scheduler.unwrap().flags, 0x7f);
         let scheduler = json!({"policy": "SCHED_IDLE", "flags": ["SCHED_FLAG_X"]});
         let error = super::Plan::from_json(
             &serde_json::to_vec(&with("/process/scheduler", scheduler)).unwrap(),

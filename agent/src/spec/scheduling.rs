@@ -67,7 +67,12 @@ impl Scheduler {
                 Policy::SchedIdle => 5,
                 Policy::SchedDeadline => 6,
             },
-            flags: scheduler.flags().iter().flatten().map(flag).sum(),
+            flags: scheduler
+                .flags()
+                .iter()
+                .flatten()
+                .map(flag)
+                .fold(0, |all, flag| all | flag),
             nice,
             priority,
             runtime,
