@@ -1,17 +1,17 @@
 //! The leak checker: everything a sandbox could leave on the host, compared before and after a test.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-/// What is on the host at one moment, each thing as one line.
+/// What is on the host at one moment, each thing as one line, and how often it is there: one mount can hide an equal one.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Host(BTreeSet<String>);
+pub struct Host(BTreeMap<String, usize>);
 
 impl Host {
     /// Looks at processes of ours, mounts, cgroups, network devices, unix sockets, and the files below the run-time folders.
     pub fn now() -> Self {
-        let mut things = BTreeSet::new();
+        let mut things = Things::new();
         processes(&mut things);
         lines("/proc/self/mountinfo", "mount", &mut things, |line| {
             // The first two fields are ids that change with every mount; what matters is what is mounted where.
@@ -37,12 +37,23 @@ impl Host {
     #[track_caller]
     pub fn assert_nothing_new(&self) {
         let now = Self::now();
-        let new: Vec<_> = now.0.difference(&self.0).collect();
+        let before = |thing| self.0.get(thing).copied().unwrap_or(0);
+        let new: Vec<_> = now
+            .0
+            .iter()
+            .filter(|(thing, count)| **count > before(*thing))
+            .collect();
         assert!(new.is_empty(), "left on the host: {new:#?}");
     }
 }
 
-fn processes(things: &mut BTreeSet<String>) {
+type Things = BTreeMap<String, usize>;
+
+fn add(things: &mut Things, thing: String) {
+    *things.entry(thing).or_default() += 1;
+}
+
+fn processes(things: &mut Things) {
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let name = entry.file_name();
         let Some(pid) = name
@@ -60,41 +71,31 @@ fn processes(things: &mut BTreeSet<String>) {
             .rsplit_once(") ")
             .is_some_and(|(_, rest)| rest.starts_with('Z'));
         if zombie || fs::read_link(entry.path().join("exe")).is_ok() {
-            things.insert(format!(
-                "process {pid} {}{}",
-                comm.trim(),
-                if zombie { " (zombie)" } else { "" }
-            ));
+            let state = if zombie { " (zombie)" } else { "" };
+            add(things, format!("process {pid} {}{state}", comm.trim()));
         }
     }
 }
 
-fn lines(
-    path: &str,
-    kind: &str,
-    things: &mut BTreeSet<String>,
-    pick: impl Fn(&str) -> Option<String>,
-) {
+fn lines(path: &str, kind: &str, things: &mut Things, pick: impl Fn(&str) -> Option<String>) {
     let text = fs::read_to_string(path).unwrap_or_default();
-    things.extend(
-        text.lines()
-            .filter_map(pick)
-            .map(|what| format!("{kind} {what}")),
-    );
+    for what in text.lines().filter_map(pick) {
+        add(things, format!("{kind} {what}"));
+    }
 }
 
-fn folders(path: &Path, kind: &str, things: &mut BTreeSet<String>) {
+fn folders(path: &Path, kind: &str, things: &mut Things) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            things.insert(format!("{kind} {}", entry.path().display()));
+            add(things, format!("{kind} {}", entry.path().display()));
             folders(&entry.path(), kind, things);
         }
     }
 }
 
-fn files(path: &Path, things: &mut BTreeSet<String>) {
+fn files(path: &Path, things: &mut Things) {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        things.insert(format!("file {}", entry.path().display()));
+        add(things, format!("file {}", entry.path().display()));
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             files(&entry.path(), things);
         }

@@ -652,15 +652,24 @@ fn the_leak_checker_sees_a_process_and_a_mount() {
     sleeper.kill().unwrap();
     sleeper.wait().unwrap();
     let folder = tempfile::tempdir().unwrap();
-    nix::mount::mount(
-        Some("t"),
-        folder.path(),
-        Some("tmpfs"),
-        nix::mount::MsFlags::empty(),
-        None::<&str>,
-    )
-    .unwrap();
+    let tmpfs = || {
+        let none: Option<&str> = None;
+        mount(
+            Some("t"),
+            folder.path(),
+            Some("tmpfs"),
+            MsFlags::empty(),
+            none,
+        )
+        .unwrap();
+    };
+    tmpfs();
     assert!(std::panic::catch_unwind(|| host.assert_nothing_new()).is_err());
-    nix::mount::umount(folder.path()).unwrap();
+    // One more of the same kind in the same place.
+    let host_with_one = Host::now();
+    tmpfs();
+    assert!(std::panic::catch_unwind(|| host_with_one.assert_nothing_new()).is_err());
+    umount2(folder.path(), MntFlags::empty()).unwrap();
+    umount2(folder.path(), MntFlags::empty()).unwrap();
     host.assert_nothing_new();
 }
