@@ -457,9 +457,11 @@ impl Sandbox {
             }
         }
         let delivery = deliver(machine, id, &signal);
-        if signal.number == libc::SIGKILL.unsigned_abs() && exec_id.is_empty() {
+        if signal.number == libc::SIGKILL.unsigned_abs() {
             match tokio::time::timeout(KILL_TIMEOUT, delivery).await {
                 Ok(delivered) => delivered?,
+                // One process is not worth its container.
+                Err(_) if !exec_id.is_empty() => return Err(AgentError::Silent.into()),
                 Err(_) => {
                     // What is to die dies, whatever its guest is doing.
                     tracing::warn!("the guest does not answer and is killed with its container");

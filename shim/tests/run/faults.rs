@@ -396,6 +396,33 @@ fn a_guest_that_does_not_let_its_container_be_killed_is_killed_with_it() {
 }
 
 #[test]
+fn a_process_whose_stand_in_was_killed_is_given_up_by_a_guest_that_answers_nothing() {
+    let Some(bed) = running("unwilling") else {
+        return;
+    };
+    let pid_file = bed.path("pid");
+    let mut exec = bed.bulkhead();
+    exec.args(["exec", "--detach", "--pid-file"]).arg(&pid_file);
+    let output = finish(exec.args(["c1", "/bin/sleep", "1000"]));
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let pid: i32 = fs::read_to_string(&pid_file).unwrap().parse().unwrap();
+    let listed = || {
+        let output = bed.about(&["ps", "--format", "json", "c1"]);
+        serde_json::from_slice::<Vec<i32>>(&output.stdout)
+            .unwrap()
+            .contains(&pid)
+    };
+    assert!(listed());
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    let start = Instant::now();
+    while listed() {
+        assert!(start.elapsed() < PATIENCE);
+    }
+    assert_eq!(status(&bed), "running");
+    delete_at_once(&bed, Duration::from_secs(5));
+}
+
+#[test]
 fn a_guest_that_answers_nothing_is_deleted_at_once() {
     let Some(bed) = running("unwilling") else {
         return;
