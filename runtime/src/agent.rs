@@ -12,9 +12,8 @@ use std::time::{Duration, SystemTime};
 use bulkhead_protocol::agent::{
     self, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
     DeleteContainerRequest, DeleteProcessRequest, ExecProcessRequest, HelloRequest, HelloResponse,
-    PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest, ShutdownRequest,
-    SignalProcessRequest, StartContainerRequest, Stdio, UpdateContainerRequest, WaitOomRequest,
-    WaitProcessRequest, WaitProcessResponse,
+    ResizeTerminalRequest, ShutdownRequest, SignalProcessRequest, StartContainerRequest, Stdio,
+    UpdateContainerRequest, WaitOomRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::AgentClient;
 use bulkhead_protocol::{PROTOCOL_VERSION, SEED_LENGTH};
@@ -242,26 +241,6 @@ impl Agent {
             ..Default::default()
         };
         limited(self.client.resize_terminal(Context::default(), &request)).await?;
-        Ok(())
-    }
-
-    /// Freezes every process of a container.
-    pub async fn pause(&self, id: &str) -> Result<(), AgentError> {
-        let request = PauseContainerRequest {
-            container_id: id.to_owned(),
-            ..Default::default()
-        };
-        limited(self.client.pause_container(Context::default(), &request)).await?;
-        Ok(())
-    }
-
-    /// Thaws them.
-    pub async fn resume(&self, id: &str) -> Result<(), AgentError> {
-        let request = ResumeContainerRequest {
-            container_id: id.to_owned(),
-            ..Default::default()
-        };
-        limited(self.client.resume_container(Context::default(), &request)).await?;
         Ok(())
     }
 

@@ -57,11 +57,6 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// Whether the guest was in order until its end.
-    pub fn is_power_off(&self) -> bool {
-        self.exit_code == Some(exit_code::POWER_OFF)
-    }
-
     /// Whether the machine itself failed, which on a `/dev/kvm` that can't run a kernel is how it shows.
     pub fn is_crash(&self) -> bool {
         self.exit_code == Some(exit_code::CRASH)
