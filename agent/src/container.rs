@@ -456,8 +456,9 @@ impl Container {
             return self.cgroup.kill();
         }
         for pid in self.cgroup.processes()? {
-            // SAFETY: touches no memory. A pid of this list can have ended and been reused only by a process of
-            // this guest, and PID 1 reaps only in its own loop, not now.
+            // PID 1 reaps none now, but parents in the container do: a pid of this list may be another's by now, one's that was
+            // forked since by a process of the container, or on the way into it. (Guests have one container today.)
+            // SAFETY: touches no memory.
             match Errno::result(unsafe { libc::kill(pid, number) }) {
                 Ok(_) | Err(Errno::ESRCH) => {}
                 Err(errno) => {
