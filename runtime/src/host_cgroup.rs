@@ -209,9 +209,9 @@ fn check_path(path: &Path) -> Result<(), HostCgroupError> {
     Ok(())
 }
 
-/// Moves this process out of whatever cgroup it is in, to where it was before: `directory`, or the root.
-pub fn leave_for(directory: &Path) -> io::Result<()> {
-    let pid = std::process::id().to_string();
+/// Moves a process out of whatever cgroup it is in, to `directory`, or to the root if that is no more.
+pub fn move_to(directory: &Path, pid: u32) -> io::Result<()> {
+    let pid = pid.to_string();
     fs::write(directory.join("cgroup.procs"), &pid)
         .or_else(|_| fs::write(Path::new(ROOT).join("cgroup.procs"), &pid))
 }
@@ -327,7 +327,7 @@ fn remove_tree(directory: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::share;
 
@@ -400,7 +400,7 @@ mod tests {
     }
 
     /// A mount namespace with a hierarchy of cgroup v2 where it belongs, which hosts of version 1 have elsewhere.
-    fn with_cgroups(test: impl FnOnce() + Send) {
+    pub(crate) fn with_cgroups(test: impl FnOnce() + Send) {
         share::tests::in_namespace(|| {
             let flags = nix::mount::MsFlags::empty();
             nix::mount::mount(None::<&str>, ROOT, Some("cgroup2"), flags, None::<&str>).unwrap();

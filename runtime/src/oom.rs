@@ -2,8 +2,8 @@
 //! containerd's shims are protected. A server that is killed can clean up nothing.
 
 use std::ffi::CString;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::OnceLock;
@@ -36,12 +36,18 @@ pub fn protect() {
     }
 }
 
-/// Gives `score` to a process that this one has started, or else, as runc leaves it, the caller's.
-pub fn set(pid: u32, score: Option<i32>) -> io::Result<()> {
+/// Gives `score` to the VMM or a stand-in, or else, as runc leaves it, the caller's. `is_alive` tells whether that process has not ended.
+pub fn set(pid: u32, score: Option<i32>, is_alive: impl FnOnce() -> bool) -> io::Result<()> {
     let Some(score) = score.or(CALLERS.get().copied()) else {
         return Ok(());
     };
-    fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
+    let path = format!("/proc/{pid}/oom_score_adj");
+    let mut file = File::options().write(true).open(path)?;
+    // What is open is that process's, and its number may be another's only after its end.
+    if !is_alive() {
+        return Err(nix::Error::ESRCH.into());
+    }
+    file.write_all(score.to_string().as_bytes())
 }
 
 /// Gives the caller's score to what is to be started.

@@ -5,6 +5,7 @@
 //! nothing of it.
 
 mod boot;
+mod cgroup;
 mod container;
 mod end;
 mod error;
@@ -28,19 +29,20 @@ use crate::agent::AgentError;
 use crate::annotations::Overrides;
 use crate::config::Config;
 use crate::hooks::{self, HookState, RuntimeNamespaces};
-use crate::host_cgroup::{self, HostCgroup};
+use crate::host_cgroup::HostCgroup;
 use crate::id::ContainerId;
 use crate::mounts_below::MountBelow;
 use crate::oom;
 use crate::sizing::Size;
 use crate::spec::Bundle;
-use crate::standin;
+use crate::standin::{self, StandIn};
 use crate::state::{self, StateDir};
 use crate::stdio::{Flow, Stdio, TerminalSize};
 use crate::timeline::Timeline;
 
 pub use boot::BootError;
 use boot::Machine;
+use cgroup::Cgroup;
 use container::{Container, Deferred, Signal};
 use end::KILL_TIMEOUT;
 pub use error::SandboxError;
@@ -53,6 +55,9 @@ const LOST_EXIT_CODE: u32 = 255;
 
 /// Exit code of a process that SIGKILL has ended.
 const KILLED_EXIT_CODE: u32 = 128 + libc::SIGKILL.unsigned_abs();
+
+/// Why nothing is begun any more.
+const CLOSING: &str = "the sandbox is being shut down";
 
 /// What a sandbox is made with. The current directory of the process must be the state directory.
 #[derive(Debug)]
@@ -126,9 +131,7 @@ pub struct Sandbox {
     /// Why the sandbox ended, if not by shutdown.
     failure: OnceLock<String>,
     closing: OnceLock<()>,
-    /// Where this process was before it entered the sandbox's cgroup.
-    origin: PathBuf,
-    cgroup: OnceLock<HostCgroup>,
+    cgroup: Cgroup,
     /// How many stand-ins there are.
     stand_ins: watch::Sender<usize>,
 }
@@ -143,8 +146,7 @@ impl Sandbox {
             containers: Mutex::default(),
             failure: OnceLock::new(),
             closing: OnceLock::new(),
-            origin: host_cgroup::own(),
-            cgroup: OnceLock::new(),
+            cgroup: Cgroup::new(),
             stand_ins: watch::Sender::new(0),
         })
     }
@@ -165,6 +167,7 @@ impl Sandbox {
         } = adapt(&bundle, &id)?;
         tell_of_listen_fds(&mut spec, create.options.listen_fds);
         self.timeline.mark("server: spec validated");
+        let proxy = create.options.proxy.map(find).transpose()?;
         let size = Size::of(&bundle.spec, &self.params.config)?;
         let hook_state = HookState {
             oci_version: bundle.spec.version().clone(),
@@ -178,7 +181,7 @@ impl Sandbox {
             binds,
             bundle.spec.hooks().clone(),
             hook_state,
-            Process::new(create.stdio, create.options.proxy),
+            Process::new(create.stdio, proxy),
         ));
         self.reserve(&container)?;
         let made = self
@@ -240,25 +243,31 @@ impl Sandbox {
             .machine
             .get_or_try_init(|| async {
                 if self.closing.get().is_some() {
-                    return Err(SandboxError::Failed(
-                        "the sandbox is being shut down".into(),
-                    ));
+                    return Err(SandboxError::Failed(CLOSING.into()));
                 }
                 if let Some(cgroup) = &cgroup {
                     cgroup.require_empty()?;
                 }
                 // On record before it is made: whoever cleans up after this process has to find it.
                 self.params.state.save(&record)?;
-                self.settle(cgroup, options)?;
+                self.settle(cgroup, container.init.proxy.as_ref()).await?;
+                if self.closing.get().is_some() {
+                    return Err(SandboxError::Failed(CLOSING.into()));
+                }
                 let cmdline = Overrides::of(&bundle.spec)?.kernel_arguments;
                 Machine::power_on(self, size, cmdline, !has_io_limits(&bundle.spec))
             })
             .await?;
         let oom_score = bundle.spec.process().as_ref();
         let oom_score = oom_score.and_then(|process| process.oom_score_adj());
-        for pid in options.proxy.into_iter().chain([machine.vmm().pid()]) {
-            oom::set(pid, oom_score).map_err(|cause| SandboxError::OomScore(pid, cause))?;
+        let set = |pid, is_alive: &dyn Fn() -> bool| {
+            oom::set(pid, oom_score, is_alive).map_err(|cause| SandboxError::OomScore(pid, cause))
+        };
+        if let Some(proxy) = &container.init.proxy {
+            set(proxy.pid(), &|| proxy.is_alive())?;
         }
+        // A child's number is its own until this process asks for its end.
+        set(machine.vmm().pid(), &|| true)?;
         record.pid = options.proxy.unwrap_or_else(|| machine.vmm().pid());
         self.params.state.save(&record)?;
         let pid = record.pid;
@@ -266,7 +275,7 @@ impl Sandbox {
         self.timeline.mark("server: mounts made");
         let spec_json = serde_json::to_vec(spec)
             .map_err(|e| SandboxError::Failed(format!("cannot write the guest's spec: {e}")))?;
-        self.watch_stand_in(container.clone(), "", options.proxy)?;
+        self.watch_stand_in(container.clone(), "", container.init.proxy.as_ref())?;
         self.run_create_hooks(container, pid).await?;
         let agent = machine.agent().await?;
         let stdio = container
@@ -283,12 +292,12 @@ impl Sandbox {
             )
             .await;
         machine.explain(answer).await?;
-        if let Some(cgroup) = self.cgroup.get() {
-            // Not before: a guest that may use a hundredth of a processor would boot for minutes.
-            let linux = bundle.spec.linux().as_ref();
-            let resources = linux.and_then(|linux| linux.resources().clone());
-            cgroup.apply(&resources.unwrap_or_default(), size.memory_mib)?;
-        }
+        // Not before: a guest that may use a hundredth of a processor would boot for minutes.
+        let linux = bundle.spec.linux().as_ref();
+        let resources = linux.and_then(|linux| linux.resources().clone());
+        self.cgroup
+            .apply(resources.unwrap_or_default(), size.memory_mib)
+            .await?;
         if container.init.is_orphan() {
             return Err(SandboxError::Orphan);
         }
@@ -305,21 +314,20 @@ impl Sandbox {
     }
 
     /// Moves this process to where the sandbox's processes belong: their cgroup and their network namespace.
-    fn settle(
+    async fn settle(
         &self,
         cgroup: Option<HostCgroup>,
-        options: &CreateOptions,
+        proxy: Option<&StandIn>,
     ) -> Result<(), SandboxError> {
-        standin::enter_network(options.proxy)
-            .map_err(|cause| SandboxError::StandIn(options.proxy.unwrap_or(0), cause))?;
+        standin::enter_network(proxy)
+            .map_err(|cause| SandboxError::StandIn(proxy.map_or(0, StandIn::pid), cause))?;
         let Some(cgroup) = cgroup else {
             tracing::debug!("this host has no cgroup v2, so no cgroup is made");
             return Ok(());
         };
-        cgroup.add(std::process::id())?;
-        let _ = self.cgroup.set(cgroup.clone());
-        if let Some(proxy) = options.proxy {
-            cgroup.add(proxy)?;
+        self.cgroup.enter(cgroup).await?;
+        if let Some(proxy) = proxy {
+            self.cgroup.add(proxy).await?;
         }
         self.timeline.mark("server: cgroup made");
         Ok(())
@@ -617,7 +625,7 @@ impl Sandbox {
 
     fn stand_in(&self, process: &Process) -> u32 {
         let vmm = || self.machine.get().map_or(0, |machine| machine.vmm().pid());
-        process.proxy.unwrap_or_else(vmm)
+        process.proxy.as_ref().map_or_else(vmm, StandIn::pid)
     }
 
     /// Whether there is no container.
@@ -687,6 +695,11 @@ impl Sandbox {
         let directory: &Path = self.params.config.debug_directory.as_deref()?;
         Some(directory.join(format!("{}-{suffix}.log", self.params.id)))
     }
+}
+
+/// Finds the process that a client says is to stand for a container's.
+fn find(pid: u32) -> Result<StandIn, SandboxError> {
+    StandIn::find(pid).map_err(|cause| SandboxError::StandIn(pid, cause))
 }
 
 /// Whether the container's limits slow down what its sandbox writes to the host's disks.

@@ -1,6 +1,5 @@
 //! The ends: of a process, of a stand-in, of the VM, of the sandbox.
 
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +11,7 @@ use super::container::Container;
 use super::process::{Process, Status};
 use super::{KILLED_EXIT_CODE, LOST_EXIT_CODE, Sandbox, SandboxError};
 use crate::agent::{Agent, AgentError};
-use crate::host_cgroup;
-use crate::standin;
+use crate::standin::{self, StandIn};
 use crate::timeline;
 use crate::vmm::Ended;
 
@@ -41,7 +39,8 @@ impl Sandbox {
     pub async fn shutdown(&self) {
         let _ = self.closing.set(());
         self.timeline.mark("server: sandbox ends");
-        let left = self.begin_to_leave_cgroup();
+        // The kernel takes a grace period of RCU for it: while the guest ends.
+        let left = tokio::spawn(self.cgroup.clone().leave());
         if let Some(machine) = self.machine.get() {
             let ended = self.power_off(machine).await;
             self.timeline.mark("server: VM ended");
@@ -107,15 +106,6 @@ impl Sandbox {
         ended
     }
 
-    /// Moves this process out of the container's cgroup, for which the kernel waits for a grace period of RCU: on a thread of its own,
-    /// while the guest ends.
-    fn begin_to_leave_cgroup(&self) -> Option<JoinHandle<io::Result<()>>> {
-        let origin = self.origin.clone();
-        self.cgroup
-            .get()
-            .map(|_| tokio::task::spawn_blocking(move || host_cgroup::leave_for(&origin)))
-    }
-
     /// Lets the stand-ins, whose streams have ended, write their last bytes and tell their processes' exit codes: the removal of the
     /// cgroup would kill them.
     async fn await_stand_ins(&self) {
@@ -126,13 +116,12 @@ impl Sandbox {
         }
     }
 
-    async fn remove_cgroup(&self, left: Option<JoinHandle<io::Result<()>>>) -> Result<(), String> {
-        let (Some(cgroup), Some(left)) = (self.cgroup.get(), left) else {
-            return Ok(());
-        };
-        let left = left.await.map_err(|error| error.to_string())?;
-        left.map_err(|error| error.to_string())?;
-        cgroup.remove().map_err(|error| error.to_string())
+    async fn remove_cgroup(&self, left: JoinHandle<Result<(), String>>) -> Result<(), String> {
+        left.await.map_err(|error| error.to_string())??;
+        self.cgroup
+            .remove()
+            .await
+            .map_err(|error| error.to_string())
     }
 
     /// Notes, for whoever removes what this server could not, that nothing runs any more and no hook is to.
@@ -194,12 +183,13 @@ impl Sandbox {
         self: &Arc<Self>,
         container: Arc<Container>,
         exec_id: &str,
-        proxy: Option<u32>,
+        proxy: Option<&StandIn>,
     ) -> Result<(), SandboxError> {
-        let Some(pid) = proxy else {
+        let Some(proxy) = proxy else {
             return Ok(());
         };
-        let ended = standin::Watch::new(pid).map_err(|cause| SandboxError::StandIn(pid, cause))?;
+        let ended = standin::Watch::new(proxy)
+            .map_err(|cause| SandboxError::StandIn(proxy.pid(), cause))?;
         let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
         self.stand_ins.send_modify(|count| *count += 1);
         tokio::spawn(async move {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::container::{self, Deferred, Signal};
 use super::process::{Exit, Process, Status};
-use super::{KILL_TIMEOUT, LOST_EXIT_CODE, Sandbox, SandboxError, deliver, forget};
+use super::{KILL_TIMEOUT, LOST_EXIT_CODE, Sandbox, SandboxError, deliver, find, forget};
 use crate::standin;
 use crate::stdio::{Flow, Stdio, TerminalSize};
 use crate::streams::{self, Stream};
@@ -57,7 +57,8 @@ impl Sandbox {
             None => ExecOptions::default(),
         };
         let spec = serde_json::to_vec(&json).map_err(|e| wrong(e.to_string()))?;
-        let process = Arc::new(Process::new(exec.stdio, options.proxy));
+        let proxy = options.proxy.map(find).transpose()?;
+        let process = Arc::new(Process::new(exec.stdio, proxy.clone()));
         process.created();
         let added = container::Exec {
             spec,
@@ -71,7 +72,7 @@ impl Sandbox {
         }
         self.timeline.mark("server: process described");
         let watched = self
-            .watch_stand_in(container.clone(), &exec.exec_id, options.proxy)
+            .watch_stand_in(container.clone(), &exec.exec_id, proxy.as_ref())
             .and_then(|()| self.watch_client(container.clone(), &exec.exec_id, options.client));
         if watched.is_err() {
             container.remove_exec(&exec.exec_id);
@@ -89,7 +90,8 @@ impl Sandbox {
         let Some(pid) = client else {
             return Ok(());
         };
-        let ended = standin::Watch::new(pid).map_err(|cause| SandboxError::StandIn(pid, cause))?;
+        let ended =
+            standin::Watch::new(&find(pid)?).map_err(|cause| SandboxError::StandIn(pid, cause))?;
         let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
         tokio::spawn(async move {
             ended.wait().await;
@@ -176,8 +178,8 @@ impl Sandbox {
     ) -> Result<u32, SandboxError> {
         running(container)?;
         let machine = self.running_machine()?;
-        if let (Some(cgroup), Some(proxy)) = (self.cgroup.get(), exec.process.proxy) {
-            cgroup.add(proxy)?;
+        if let Some(proxy) = &exec.process.proxy {
+            self.cgroup.add(proxy).await?;
         }
         let agent = machine.agent().await?;
         let stdio = exec.process.stdio.for_agent(exec.size, &exec.descriptors);

@@ -25,10 +25,7 @@ impl Sandbox {
             problem: e.to_string(),
         })?;
         machine.explain(agent.update(id, json).await).await?;
-        if let Some(cgroup) = self.cgroup.get() {
-            cgroup.apply(&resources, guest_mib)?;
-        }
-        Ok(())
+        Ok(self.cgroup.apply(resources, guest_mib).await?)
     }
 
     /// The guest's memory, which a limit must fit into.

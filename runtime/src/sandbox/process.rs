@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::standin::StandIn;
 use crate::stdio::Stdio;
 
 /// Life-cycle states (runtime-spec, runtime.md, "State"; `paused` is runc's).
@@ -53,7 +54,7 @@ pub struct Process {
     /// Who attaches its streams.
     pub stdio: Stdio,
     /// The process of the host that stands for it, if there is one of its own.
-    pub proxy: Option<u32>,
+    pub proxy: Option<StandIn>,
     status: Mutex<Status>,
     orphaned: AtomicBool,
     exit: watch::Sender<Option<Exit>>,
@@ -61,7 +62,7 @@ pub struct Process {
 
 impl Process {
     /// A process that is being made.
-    pub fn new(stdio: Stdio, proxy: Option<u32>) -> Self {
+    pub fn new(stdio: Stdio, proxy: Option<StandIn>) -> Self {
         Self {
             stdio,
             proxy,

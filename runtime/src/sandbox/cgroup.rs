@@ -1,0 +1,158 @@
+//! The host's cgroup of a sandbox, worked on where waiting does no harm: moves take a grace period of the kernel, removal the end of
+//! processes, systemd's answers as long as D-Bus, and the server has one thread.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use oci_spec::runtime::LinuxResources;
+use tokio::sync::Mutex;
+use tokio::task::spawn_blocking;
+
+use super::SandboxError;
+use crate::host_cgroup::{self, HostCgroup, HostCgroupError};
+use crate::standin::StandIn;
+
+/// The cgroup, if there is one, and no more than one at work on it.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    /// Where this process was before.
+    origin: PathBuf,
+    current: Arc<Mutex<Option<HostCgroup>>>,
+}
+
+impl Cgroup {
+    /// None yet.
+    pub fn new() -> Self {
+        Self {
+            origin: host_cgroup::own(),
+            current: Arc::default(),
+        }
+    }
+
+    /// Moves this process into `cgroup`, which is the sandbox's from then on.
+    pub async fn enter(&self, cgroup: HostCgroup) -> Result<(), SandboxError> {
+        self.work(|current| {
+            cgroup.add(std::process::id())?;
+            *current = Some(cgroup);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Moves a stand-in into it.
+    pub async fn add(&self, stand_in: &StandIn) -> Result<(), SandboxError> {
+        let (origin, stand_in) = (self.origin.clone(), stand_in.clone());
+        self.work(move |current| {
+            let Some(cgroup) = current else {
+                return Ok(());
+            };
+            cgroup.add(stand_in.pid())?;
+            if stand_in.is_alive() {
+                return Ok(());
+            }
+            // Its number may be another process's by now, which must not end with this sandbox.
+            let _ = host_cgroup::move_to(&origin, stand_in.pid());
+            Err(SandboxError::Orphan)
+        })
+        .await
+    }
+
+    /// Applies the host's part of a container's resources, for a guest of that size.
+    pub async fn apply(
+        &self,
+        resources: LinuxResources,
+        guest_mib: u64,
+    ) -> Result<(), HostCgroupError> {
+        self.work(move |current| match current {
+            Some(cgroup) => cgroup.apply(&resources, guest_mib),
+            None => Ok(()),
+        })
+        .await
+    }
+
+    /// Moves this process back to where it was before.
+    pub async fn leave(self) -> Result<(), String> {
+        let origin = self.origin.clone();
+        self.work(move |current| match current {
+            Some(_) => host_cgroup::move_to(&origin, std::process::id()).map_err(|e| e.to_string()),
+            None => Ok(()),
+        })
+        .await
+    }
+
+    /// Kills what is in it, and removes it. This process must have left.
+    pub async fn remove(&self) -> Result<(), HostCgroupError> {
+        self.work(|current| match current.take() {
+            Some(cgroup) => cgroup.remove(),
+            None => Ok(()),
+        })
+        .await
+    }
+
+    async fn work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Option<HostCgroup>) -> T + Send + 'static,
+    ) -> T {
+        let mut current = self.current.clone().lock_owned().await;
+        match spawn_blocking(move || work(&mut current)).await {
+            Ok(done) => done,
+            // Nobody cancels it.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host_cgroup::tests::with_cgroups;
+    use crate::id::ContainerId;
+    use crate::standin::tests::Reused;
+    use std::fs;
+    use std::sync::mpsc;
+
+    fn block_on(work: impl Future<Output = ()>) {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        runtime.block_on(work);
+    }
+
+    #[test]
+    fn others_go_on_while_the_cgroup_is_waited_for() {
+        let (sender, receiver) = mpsc::channel();
+        block_on(async {
+            let cgroup = Cgroup::new();
+            let work = cgroup.work(move |_| receiver.recv());
+            let other = async { sender.send(7) };
+            let (received, sent) = tokio::join!(work, other);
+            sent.unwrap();
+            assert_eq!(received, Ok(7));
+        });
+    }
+
+    #[test]
+    fn what_has_a_stand_ins_number_after_it_does_not_end_with_the_sandbox() {
+        with_cgroups(|| {
+            let spec = format!(
+                r#"{{"ociVersion":"1.0.2","linux":{{"cgroupsPath":"/bulkhead-stand-in-{}"}}}}"#,
+                std::process::id()
+            );
+            let spec = serde_json::from_str(&spec).unwrap();
+            let host = HostCgroup::of(&spec, &ContainerId::new("c1").unwrap(), false);
+            let host = host.unwrap().unwrap();
+            let reused = Reused::new();
+            let cgroup = Cgroup::new();
+            block_on(async {
+                *cgroup.current.lock().await = Some(host.clone());
+                let added = cgroup.add(&reused.0).await;
+                let path = format!("/proc/{}/cgroup", reused.0.pid());
+                let where_it_is = fs::read_to_string(path).unwrap();
+                cgroup.remove().await.unwrap();
+                assert!(matches!(added, Err(SandboxError::Orphan)), "{added:?}");
+                assert!(!where_it_is.contains("bulkhead-stand-in"), "{where_it_is}");
+            });
+            assert!(!host.directory().unwrap().exists());
+        });
+    }
+}
