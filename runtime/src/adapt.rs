@@ -159,16 +159,13 @@ fn host_bind(mount: &Mount, n: usize, bundle: &Path) -> Result<HostBind, SpecErr
             ),
         ));
     }
-    // The last of contradicting options counts, as in mount(8).
-    let read_only = options(mount)
-        .rev()
-        .find_map(|option| match option {
-            "ro" => Some(ReadOnly::Top),
-            "rro" => Some(ReadOnly::Recursive),
-            "rw" | "rrw" => Some(ReadOnly::No),
-            _ => None,
-        })
-        .unwrap_or(ReadOnly::No);
+    // The last of contradicting options counts, and the recursive forms win, as in the guest.
+    let last = |some: [&str; 2]| options(mount).rev().find(|option| some.contains(option));
+    let read_only = match (last(["rro", "rrw"]), last(["ro", "rw"])) {
+        (Some("rro"), _) => ReadOnly::Recursive,
+        (None, Some("ro")) => ReadOnly::Top,
+        _ => ReadOnly::No,
+    };
     let name = share_name(n, &source);
     Ok(HostBind {
         source,
@@ -282,6 +279,20 @@ mod tests {
                 Path::new(name),
                 "{source}"
             );
+        }
+    }
+
+    #[test]
+    fn recursive_options_say_what_is_read_only() {
+        for (options, expected) in [
+            (&["ro", "rw"][..], ReadOnly::No),
+            (&["rw", "ro"], ReadOnly::Top),
+            (&["rro", "rw"], ReadOnly::Recursive),
+            (&["rrw", "ro"], ReadOnly::No),
+        ] {
+            let mount = json!([{"destination": "/d", "type": "bind", "source": "/etc", "options": options}]);
+            let (_, adapted) = adapted(mount).unwrap();
+            assert_eq!(adapted.binds[1].read_only, expected, "{options:?}");
         }
     }
 

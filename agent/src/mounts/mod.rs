@@ -365,9 +365,10 @@ fn read_only_later(mount: &Mount) -> bool {
 }
 
 fn set_attributes(tree: BorrowedFd<'_>, options: &MountOptions) -> nix::Result<()> {
+    // In runc's order: the recursive forms win.
     for (set, clear, recursive) in [
-        (options.set_recursive, options.clear_recursive, true),
         (options.set, options.clear, false),
+        (options.set_recursive, options.clear_recursive, true),
     ] {
         if set | clear != 0 {
             sys::set_attributes(tree, set, clear, 0, recursive)?;
