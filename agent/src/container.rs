@@ -102,7 +102,7 @@ impl Containers {
         let owners = self.owners(&request.join)?;
         let mut plan = Plan::from_json(&request.spec_json, &joins_of(&owners))?;
         plan.hooks.bundle.clone_from(&request.bundle);
-        plan.add_mounts_below(&request.mounts_below)?;
+        plan.inherit(&request.root_options, &request.mounts_below)?;
         let terminal = &request.stdio.terminal;
         if plan.process.terminal != *terminal {
             return Err(Error::spec(

@@ -84,6 +84,23 @@ impl MountOptions {
         parsed
     }
 
+    /// Adds what a bind mount keeps of the mount that it is of. As with runc's remount, options that set attributes take the place of
+    /// the source's, but for those of access times as long as none is named, and for read-only, which the host holds to. In a user
+    /// namespace all are `locked`, and stay.
+    pub fn inherit(&mut self, source: &Self, locked: bool) {
+        const TIMES: u64 = attr::ATIME | attr::NODIRATIME;
+        let mut kept = attr::RDONLY | TIMES;
+        if self.set == 0 || locked {
+            kept = !0;
+        }
+        if (self.set | self.clear) & TIMES != 0 {
+            kept &= !TIMES;
+        }
+        let (set, clear) = (source.set & kept, source.clear & kept);
+        self.clear = (self.clear & !set) | clear;
+        self.set |= set;
+    }
+
     fn add(&mut self, option: &str) {
         if let Some((set, clear)) = attribute(option) {
             let known = set | clear;
@@ -216,6 +233,32 @@ mod tests {
             options.propagation,
             [(libc::MS_SLAVE, true), (libc::MS_PRIVATE, false)]
         );
+    }
+
+    #[test]
+    fn options_that_set_attributes_take_the_place_of_the_sources() {
+        let source = ["nosuid", "nodev", "noexec", "noatime"];
+        for (own, source, locked, expected) in [
+            (&["rbind", "rprivate"][..], &source[..], false, &source[..]),
+            (&["exec", "rw"], &["noexec", "ro"], false, &["noexec", "ro"]),
+            (&["rw"], &source, false, &[&source[..], &["rw"]].concat()),
+            (&["ro"], &source, false, &["ro", "noatime"]),
+            (&["nodev"], &["ro", "noexec"], false, &["nodev", "ro"]),
+            (&["strictatime"], &source, false, &["strictatime"]),
+            (&["ro"], &source, true, &[&source[..], &["ro"]].concat()),
+            (&["rexec"], &["noexec"], false, &["rexec", "noexec"]),
+            (&["ro"], &["relatime"], false, &["ro", "relatime"]),
+        ] {
+            let mut options = parse(own);
+            options.inherit(&parse(source), locked);
+            let expected = parse(expected);
+            let attributes = |of: &MountOptions| (of.set, of.clear, of.clear_recursive);
+            assert_eq!(
+                attributes(&options),
+                attributes(&expected),
+                "{own:?} of {source:?}"
+            );
+        }
     }
 
     #[test]

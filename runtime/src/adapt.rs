@@ -1,13 +1,14 @@
 //! From the bundle's spec to the guest's: what the host binds into the share, and the spec with the guest's paths.
 
-use std::fs;
+use std::fs::{self, Metadata};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::GUEST_SHARE;
 use oci_spec::runtime::{Hooks, LinuxResources, Mount, Spec};
 
 use crate::id::ContainerId;
-use crate::mounts_below::{MountBelow, Mounts};
+use crate::mounts_below::{Inherited, MountBelow, Mounts};
 use crate::spec::{Bundle, SpecError};
 
 /// Name of the root filesystem in a container's part of the share.
@@ -49,8 +50,8 @@ pub struct Adapted {
     pub spec: Spec,
     /// What the host binds.
     pub binds: Vec<HostBind>,
-    /// What comes along with recursive ones.
-    pub mounts_below: Vec<MountBelow>,
+    /// What they inherit of the mounts that they are of, and the mounts that come along with recursive ones.
+    pub inherited: Inherited,
 }
 
 /// Adapts `bundle` for the container `id`. Nothing is mounted yet; what is missing on the host is an error now.
@@ -68,26 +69,31 @@ pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
     if let Some(root) = spec.root_mut() {
         root.set_path(guest_dir.join(ROOTFS));
     }
-    // Looked at once, and only if there is a bind mount to bring any along.
-    let mut mounts = None;
-    let mut below = Vec::new();
+    let names = |source: &Path, error: io::Error| format!("names {}: {error}", source.display());
+    let root_error = |error| SpecError::field("root.path", names(&bundle.rootfs, error));
+    let mounts = Mounts::now().map_err(root_error)?;
+    let mut inherited = Inherited {
+        root: mounts.options_of(&bundle.rootfs).map_err(root_error)?,
+        binds: Vec::new(),
+    };
     for (n, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         if is_bind(mount) {
-            let bind = host_bind(mount, n, &bundle.dir)?;
+            let field = format!("mounts[{n}].source");
+            let (source, metadata) = source_of(mount, &field, &bundle.dir)?;
+            let bind = host_bind(mount, n, &source, &metadata);
+            let Some(bind) = bind else {
+                // The VMM opens no special file of the host for its guest.
+                let why = format!(
+                    "names {}, which is neither a directory nor a regular file: a guest can't share it",
+                    source.display()
+                );
+                return Err(SpecError::field(field, why));
+            };
             mount.set_source(Some(guest_dir.join(&bind.name)));
-            if bind.recursive && bind.directory {
-                let found = match &mut mounts {
-                    Some(mounts) => Ok(mounts),
-                    none => Mounts::now().map(|now| none.insert(now)),
-                }
-                .and_then(|mounts| mounts.below(n, &bind.source));
-                below.extend(found.map_err(|error| {
-                    SpecError::field(
-                        format!("mounts[{n}].source"),
-                        format!("names {}: {error}", bind.source.display()),
-                    )
-                })?);
-            }
+            let recursive = bind.recursive && bind.directory;
+            let found = mounts_of(&mounts, n, &source, recursive)
+                .map_err(|error| SpecError::field(field, names(&source, error)))?;
+            inherited.binds.extend(found);
             binds.push(bind);
         }
     }
@@ -115,7 +121,7 @@ pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
     Ok(Adapted {
         spec,
         binds,
-        mounts_below: below,
+        inherited,
     })
 }
 
@@ -140,24 +146,38 @@ fn options(mount: &Mount) -> impl DoubleEndedIterator<Item = &str> {
     mount.options().iter().flatten().map(String::as_str)
 }
 
-fn host_bind(mount: &Mount, n: usize, bundle: &Path) -> Result<HostBind, SpecError> {
-    let field = format!("mounts[{n}].source");
+/// The mount that bind mount number `n` is of, then those that come along.
+fn mounts_of(
+    mounts: &Mounts,
+    n: usize,
+    source: &Path,
+    recursive: bool,
+) -> io::Result<Vec<MountBelow>> {
+    let mut found = vec![MountBelow {
+        mount: n,
+        path: PathBuf::new(),
+        options: mounts.options_of(source)?,
+    }];
+    if recursive {
+        found.extend(mounts.below(n, source)?);
+    }
+    Ok(found)
+}
+
+fn source_of(mount: &Mount, field: &str, bundle: &Path) -> Result<(PathBuf, Metadata), SpecError> {
     let source = match mount.source() {
         Some(source) if !source.as_os_str().is_empty() => bundle.join(source),
         _ => return Err(SpecError::field(field, "is empty: say what to bind")),
     };
-    let metadata = fs::metadata(&source).map_err(|error| {
-        SpecError::field(&field, format!("names {}: {error}", source.display()))
-    })?;
+    let metadata = fs::metadata(&source)
+        .map_err(|error| SpecError::field(field, format!("names {}: {error}", source.display())))?;
+    Ok((source, metadata))
+}
+
+/// What the host binds: a directory or a regular file.
+fn host_bind(mount: &Mount, n: usize, source: &Path, metadata: &Metadata) -> Option<HostBind> {
     if !metadata.is_dir() && !metadata.is_file() {
-        // The VMM opens no special file of the host for its guest.
-        return Err(SpecError::field(
-            &field,
-            format!(
-                "names {}, which is neither a directory nor a regular file: a guest can't share it",
-                source.display()
-            ),
-        ));
+        return None;
     }
     // The last of contradicting options counts, and the recursive forms win, as in the guest.
     let last = |some: [&str; 2]| options(mount).rev().find(|option| some.contains(option));
@@ -166,10 +186,9 @@ fn host_bind(mount: &Mount, n: usize, bundle: &Path) -> Result<HostBind, SpecErr
         (None, Some("ro")) => ReadOnly::Top,
         _ => ReadOnly::No,
     };
-    let name = share_name(n, &source);
-    Ok(HostBind {
-        source,
-        name,
+    Some(HostBind {
+        source: source.to_path_buf(),
+        name: share_name(n, source),
         directory: metadata.is_dir(),
         recursive: options(mount).any(|option| option == "rbind"),
         read_only,
@@ -280,6 +299,21 @@ mod tests {
                 "{source}"
             );
         }
+    }
+
+    #[test]
+    fn the_guest_is_told_the_attributes_of_every_mount() {
+        let (_, adapted) = adapted(json!([
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/proc/x", "source": "/proc", "options": ["bind"]},
+        ]))
+        .unwrap();
+        assert!(!adapted.inherited.root.is_empty());
+        let [proc] = &adapted.inherited.binds[..] else {
+            panic!("{:?}", adapted.inherited.binds);
+        };
+        assert_eq!((proc.mount, &*proc.path), (1, Path::new("")));
+        assert!(!proc.options.is_empty());
     }
 
     #[test]

@@ -24,7 +24,7 @@ use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
-use crate::mounts_below::MountBelow;
+use crate::mounts_below::Inherited;
 
 /// How long an answer may take that has nothing to wait for. Generous: emulated machines are 20 times slower.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -160,9 +160,9 @@ impl Agent {
         bundle: &Path,
         spec_json: Vec<u8>,
         stdio: Stdio,
-        mounts_below: Vec<MountBelow>,
+        inherited: Inherited,
     ) -> Result<u32, AgentError> {
-        let mounts_below = mounts_below.into_iter().map(|below| agent::MountBelow {
+        let mounts_below = inherited.binds.into_iter().map(|below| agent::MountBelow {
             mount: u32::try_from(below.mount).unwrap_or(u32::MAX),
             path: below.path.into_os_string().into_vec(),
             options: below.options,
@@ -174,6 +174,7 @@ impl Agent {
             spec_json,
             stdio: Some(stdio).into(),
             mounts_below: mounts_below.collect(),
+            root_options: inherited.root,
             ..Default::default()
         };
         let answer = self

@@ -31,7 +31,7 @@ use crate::config::Config;
 use crate::hooks::{self, HookState, RuntimeNamespaces};
 use crate::host_cgroup::HostCgroup;
 use crate::id::ContainerId;
-use crate::mounts_below::MountBelow;
+use crate::mounts_below::Inherited;
 use crate::oom;
 use crate::sizing::Size;
 use crate::spec::Bundle;
@@ -163,7 +163,7 @@ impl Sandbox {
         let Adapted {
             mut spec,
             binds,
-            mounts_below,
+            inherited,
         } = adapt(&bundle, &id)?;
         tell_of_listen_fds(&mut spec, create.options.listen_fds);
         self.timeline.mark("server: spec validated");
@@ -185,14 +185,7 @@ impl Sandbox {
         ));
         self.reserve(&container)?;
         let made = self
-            .make(
-                &container,
-                &bundle,
-                size,
-                &spec,
-                mounts_below,
-                &create.options,
-            )
+            .make(&container, &bundle, size, &spec, inherited, &create.options)
             .await;
         if made.is_err() {
             container.lost(LOST_EXIT_CODE);
@@ -217,7 +210,7 @@ impl Sandbox {
         bundle: &Bundle,
         size: Size,
         spec: &Spec,
-        mounts_below: Vec<MountBelow>,
+        inherited: Inherited,
         options: &CreateOptions,
     ) -> Result<u32, SandboxError> {
         let id = &container.id;
@@ -283,13 +276,7 @@ impl Sandbox {
             .stdio
             .for_agent(options.terminal_size, &options.descriptors);
         let answer = agent
-            .create(
-                id.as_str(),
-                &container.bundle,
-                spec_json,
-                stdio,
-                mounts_below,
-            )
+            .create(id.as_str(), &container.bundle, spec_json, stdio, inherited)
             .await;
         machine.explain(answer).await?;
         // Not before: a guest that may use a hundredth of a processor would boot for minutes.

@@ -87,6 +87,8 @@ pub(super) fn root(plan: &Plan) -> Result<(OwnedFd, OwnedFd)> {
     let tree = sys::clone_tree_of(place.as_fd(), true).what(field)?;
     // As a copy it would be a peer of, or below, what it was copied from.
     sys::set_attributes(tree.as_fd(), 0, 0, libc::MS_PRIVATE, true).what(field)?;
+    let options = &plan.root_options;
+    sys::set_attributes(tree.as_fd(), options.set, options.clear, 0, false).what(field)?;
     Ok((place, tree))
 }
 

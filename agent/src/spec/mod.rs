@@ -22,7 +22,7 @@ use oci_spec::runtime as oci;
 
 use crate::cgroup::Limits;
 use crate::error::{Error, Result};
-use crate::mount_options::rootfs_propagation;
+use crate::mount_options::{MountOptions, rootfs_propagation};
 use crate::seccomp::Filter;
 use crate::sys::attr;
 
@@ -50,6 +50,8 @@ pub struct Plan {
     pub root: PathBuf,
     /// `root.readonly`.
     pub root_readonly: bool,
+    /// What the root filesystem's mount has of the host's.
+    pub root_options: MountOptions,
     /// `linux.rootfsPropagation`, if given.
     pub propagation: Option<(libc::c_ulong, bool)>,
     /// `mounts`, in their order.
@@ -133,6 +135,7 @@ impl Plan {
             time_offsets: namespaces::time_offsets(linux, namespaces.made())?,
             root: root.path().clone(),
             root_readonly: root.readonly().unwrap_or(false),
+            root_options: MountOptions::default(),
             propagation: match linux.rootfs_propagation().as_deref() {
                 None | Some("") => None,
                 Some(value) => Some(rootfs_propagation(value)?),
@@ -167,9 +170,20 @@ impl Plan {
 }
 
 impl Plan {
-    /// Adds the mounts that recursive bind mounts bring along.
-    pub fn add_mounts_below(&mut self, below: &[MountBelow]) -> Result<()> {
-        mounts::add_below(&mut self.mounts, below)
+    /// Adds what the container's mounts have of the host's: the attributes of those that the root filesystem and the bind mounts are
+    /// of, and the mounts that recursive ones bring along.
+    pub fn inherit(&mut self, root: &[String], below: &[MountBelow]) -> Result<()> {
+        let locked = self.id_maps.is_some();
+        if self.root_readonly {
+            // runc makes it so by a remount, which takes the other attributes away; here it becomes so at the end.
+            self.root_options.set |= attr::RDONLY;
+        }
+        self.root_options
+            .inherit(&MountOptions::parse(root), locked);
+        if self.root_readonly {
+            self.root_options.set &= !attr::RDONLY;
+        }
+        mounts::add_below(&mut self.mounts, below, locked)
     }
 
     /// `CLONE_NEW*` of the namespaces to make.

@@ -97,9 +97,9 @@ fn planned_mount(index: usize, mount: &oci::Mount, id_maps: Option<&IdMaps>) -> 
     })
 }
 
-/// Puts what is mounted below the sources of bind mounts behind these, with attributes of its own and with what the bind mounts say of
-/// everything below them.
-pub(super) fn add_below(mounts: &mut Vec<Mount>, below: &[MountBelow]) -> Result<()> {
+/// Gives bind mounts what they inherit of the mounts that they are of (whose path is empty), and puts what is mounted below their
+/// sources behind them, with attributes of its own and with what the bind mounts say of everything below them.
+pub(super) fn add_below(mounts: &mut Vec<Mount>, below: &[MountBelow], locked: bool) -> Result<()> {
     let mut added: Vec<Vec<Mount>> = mounts.iter().map(|_| Vec::new()).collect();
     for below in below {
         let index = below.mount as usize;
@@ -107,13 +107,20 @@ pub(super) fn add_below(mounts: &mut Vec<Mount>, below: &[MountBelow]) -> Result
         let inside = path
             .components()
             .all(|part| matches!(part, Component::Normal(_)));
-        let (Some(above), Some(added)) = (mounts.get(index), added.get_mut(index)) else {
+        let (Some(above), Some(added)) = (mounts.get_mut(index), added.get_mut(index)) else {
             return Err(Error::spec("mounts_below", "names no mount"));
         };
         let Some(source) = above.source.as_ref().filter(|_| inside) else {
             return Err(Error::spec("mounts_below", "is not below its mount"));
         };
         let mut options = MountOptions::parse(&below.options);
+        if path.as_os_str().is_empty() {
+            // A remount is of what is there, whatever its source.
+            if !above.options.remount {
+                above.options.inherit(&options, locked);
+            }
+            continue;
+        }
         options.bind = true;
         // What holds for everything below wins over the mount's own.
         let (set, clear) = (above.options.set_recursive, above.options.clear_recursive);
@@ -200,7 +207,7 @@ mod tests {
             bind(&["rbind", "ro", "rnosuid", "rprivate", "slave"]),
             bind(&["bind"]),
         ];
-        add_below(&mut mounts, &[below(0, "a"), below(0, "a/b")]).unwrap();
+        add_below(&mut mounts, &[below(0, "a"), below(0, "a/b")], false).unwrap();
         let places: Vec<_> = mounts
             .iter()
             .map(|mount| mount.destination.to_str())
@@ -214,9 +221,19 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_path_is_the_mount_that_a_bind_mount_is_of() {
+        let mut mounts = vec![bind(&["rbind"]), bind(&["bind", "remount", "ro"])];
+        add_below(&mut mounts, &[below(0, ""), below(1, "")], false).unwrap();
+        let options = |names: &[&str]| bind(names).options;
+        let found: Vec<_> = mounts.into_iter().map(|mount| mount.options).collect();
+        let expected = [&["rbind", "noexec"][..], &["bind", "remount", "ro"]];
+        assert_eq!(found, expected.map(options));
+    }
+
+    #[test]
     fn mounts_below_that_lead_elsewhere_are_refused() {
         for wrong in [below(1, "a"), below(0, "../a"), below(0, "/a")] {
-            assert!(add_below(&mut vec![bind(&["rbind"])], &[wrong]).is_err());
+            assert!(add_below(&mut vec![bind(&["rbind"])], &[wrong], false).is_err());
         }
     }
 }

@@ -445,6 +445,58 @@ fn what_is_mounted_below_a_volume_is_a_mount_of_the_container_too() {
 }
 
 #[test]
+fn a_volume_has_the_attributes_of_the_mount_it_is_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NODIRATIME;
+    let source = Mounted::on(dir.path().join("source"), all);
+    fs::copy("/bin/busybox", source.0.join("busybox")).unwrap();
+    for (source, options) in [
+        (source.0.clone(), &["rbind", "rprivate"][..]),
+        (source.0.clone(), &["rbind", "exec", "suid"]),
+        (source.0.clone(), &["bind", "ro"]),
+        (source.0.clone(), &["bind", "nosuid", "noatime"]),
+        (source.0.clone(), &["rbind", "rexec"]),
+        (source.0.join("busybox"), &["bind"]),
+    ] {
+        let mut bundle = Bundle::shell(
+            "awk '$5 == \"/volume\" {print $6}' /proc/self/mountinfo; \
+             for program in /volume /volume/busybox; do $program true 2>&1; echo $?; done",
+        );
+        let mount = json!({"destination": "/volume", "source": source, "options": options});
+        bundle.config["mounts"].as_array_mut().unwrap().push(mount);
+        assert_same_as_runc(&bundle);
+    }
+}
+
+#[test]
+fn the_root_has_the_attributes_of_the_mount_it_is_of() {
+    for (flags, read_only) in [
+        (MsFlags::MS_NODEV | MsFlags::MS_NOSUID, false),
+        (MsFlags::MS_NODEV | MsFlags::MS_NOSUID, true),
+        (MsFlags::MS_NOEXEC, false),
+    ] {
+        let mut bundle = Bundle::shell(
+            "awk '$5 == \"/\" {print $6}' /proc/self/mountinfo; mknod /tmp/k c 1 3; cat /tmp/k 2>&1; echo $?",
+        );
+        let root = bundle.in_root("/");
+        let outside = bundle.path().join("outside");
+        fs::rename(&root, &outside).unwrap();
+        let _mounted = Mounted::on(root.clone(), flags);
+        let copied = Command::new("cp")
+            .arg("-aT")
+            .arg(&outside)
+            .arg(&root)
+            .status();
+        assert!(copied.unwrap().success());
+        bundle.config["root"]["readonly"] = json!(read_only);
+        for set in ["bounding", "effective", "permitted"] {
+            bundle.config["process"]["capabilities"][set] = json!(["CAP_MKNOD"]);
+        }
+        assert_same_as_runc(&bundle);
+    }
+}
+
+#[test]
 fn a_read_only_root_refuses_writes() {
     let mut bundle = Bundle::shell("touch /x; echo $?; touch /dev/shm/x; echo $?");
     bundle.config["root"]["readonly"] = json!(true);
@@ -581,6 +633,7 @@ fn a_user_namespace_is_as_under_runc() {
     let mut bundle = Bundle::shell(
         "cat /proc/self/uid_map /proc/self/gid_map; id -u; id -G; cat /volume/shared; touch /volume/x 2>&1; \
          touch /tmp/mine; stat -c '%u %g %n' /tmp/mine /dev/pts /dev/shm /volume/shared; stat -c '%t %T' /dev/null; \
+         awk '$5 ~ \"^/(volume)?$\" {print $6}' /proc/self/mountinfo; \
          echo through > /dev/stdout; grep -E '^Cap' /proc/self/status; hostname; mount -t tmpfs x /tmp 2>&1; echo $?",
     );
     // runc's mapped root has to reach the root file system.
