@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use bulkhead_protocol::DEFAULT_DEVICES;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open};
 use nix::sys::stat::{Mode, SFlag, fstat, makedev, mknodat};
@@ -14,16 +15,6 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::paths::{self, Make};
 use crate::spec::Device;
 use crate::sys;
-
-/// Path, major, minor; all character devices that everybody may use.
-const DEFAULT_DEVICES: &[(&str, u32, u32)] = &[
-    ("/dev/null", 1, 3),
-    ("/dev/zero", 1, 5),
-    ("/dev/full", 1, 7),
-    ("/dev/random", 1, 8),
-    ("/dev/urandom", 1, 9),
-    ("/dev/tty", 5, 0),
-];
 
 const LINKS: &[(&str, &str)] = &[
     ("/proc/self/fd", "fd"),

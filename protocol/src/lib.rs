@@ -33,6 +33,17 @@ pub const SHARE_TAG: &str = "bulkhead";
 /// Where the guest mounts the share.
 pub const GUEST_SHARE: &str = "/run/bulkhead/share";
 
+/// The devices that every container has: path, major, minor; all character devices that everybody may use. A bind mount of one of
+/// the host's is one of the guest's own.
+pub const DEFAULT_DEVICES: &[(&str, u32, u32)] = &[
+    ("/dev/null", 1, 3),
+    ("/dev/zero", 1, 5),
+    ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8),
+    ("/dev/urandom", 1, 9),
+    ("/dev/tty", 5, 0),
+];
+
 /// I/O port of the machine's power button: a one-byte write of any value ends the VM in order. A machine without
 /// ACPI has no other way to tell power-off from reset.
 pub const POWER_OFF_PORT: u16 = 0x600;

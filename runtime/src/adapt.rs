@@ -2,9 +2,11 @@
 
 use std::fs::{self, Metadata};
 use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::GUEST_SHARE;
+use bulkhead_protocol::{DEFAULT_DEVICES, GUEST_SHARE};
+use nix::sys::stat::makedev;
 use oci_spec::runtime::{Hooks, LinuxResources, Mount, Spec};
 
 use crate::id::ContainerId;
@@ -81,20 +83,27 @@ pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
             let field = format!("mounts[{n}].source");
             let (source, metadata) = source_of(mount, &field, &bundle.dir)?;
             let bind = host_bind(mount, n, &source, &metadata);
-            let Some(bind) = bind else {
+            let in_guest = match (&bind, default_device(&metadata)) {
+                (Some(bind), _) => guest_dir.join(&bind.name),
+                (None, Some(device)) => device.into(),
                 // The VMM opens no special file of the host for its guest.
-                let why = format!(
-                    "names {}, which is neither a directory nor a regular file: a guest can't share it",
-                    source.display()
-                );
-                return Err(SpecError::field(field, why));
+                (None, None) => {
+                    let why = "neither a directory, nor a regular file, nor one of the devices that every container has";
+                    let why = format!(
+                        "names {}, which is {why}: a guest can't share it",
+                        source.display()
+                    );
+                    return Err(SpecError::field(field, why));
+                }
             };
-            mount.set_source(Some(guest_dir.join(&bind.name)));
-            let recursive = bind.recursive && bind.directory;
+            mount.set_source(Some(in_guest));
+            let recursive = bind
+                .as_ref()
+                .is_some_and(|bind| bind.recursive && bind.directory);
             let found = mounts_of(&mounts, n, &source, recursive)
                 .map_err(|error| SpecError::field(field, names(&source, error)))?;
             inherited.binds.extend(found);
-            binds.push(bind);
+            binds.extend(bind);
         }
     }
     if let Some(linux) = spec.linux_mut() {
@@ -174,6 +183,18 @@ fn source_of(mount: &Mount, field: &str, bundle: &Path) -> Result<(PathBuf, Meta
     Ok((source, metadata))
 }
 
+/// Where the guest has the same device of its own, if every container has it.
+fn default_device(metadata: &Metadata) -> Option<&'static str> {
+    if !metadata.file_type().is_char_device() {
+        return None;
+    }
+    let number = metadata.rdev();
+    DEFAULT_DEVICES
+        .iter()
+        .find(|(_, major, minor)| makedev((*major).into(), (*minor).into()) == number)
+        .map(|(path, ..)| *path)
+}
+
 /// What the host binds: a directory or a regular file.
 fn host_bind(mount: &Mount, n: usize, source: &Path, metadata: &Metadata) -> Option<HostBind> {
     if !metadata.is_dir() && !metadata.is_file() {
@@ -207,7 +228,10 @@ fn share_name(n: usize, source: &Path) -> PathBuf {
 mod tests {
     use super::*;
     use crate::spec::tests::{bundle, good};
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
     use serde_json::{Value, json};
+    use std::os::unix::net::UnixListener;
 
     fn adapted(mounts: Value) -> Result<(PathBuf, Adapted), String> {
         let mut config = good();
@@ -216,6 +240,8 @@ mod tests {
         config["annotations"] = json!({"a": "b"});
         let dir = bundle(&config.to_string());
         fs::write(dir.path().join("file"), "x").unwrap();
+        mkfifo(&dir.path().join("fifo"), Mode::S_IRUSR).unwrap();
+        UnixListener::bind(dir.path().join("socket")).unwrap();
         let loaded = Bundle::load(dir.path()).map_err(|e| e.to_string())?;
         let id = ContainerId::new("c1").unwrap();
         let adapted = adapt(&loaded, &id).map_err(|e| e.to_string())?;
@@ -302,6 +328,20 @@ mod tests {
     }
 
     #[test]
+    fn bind_mounts_of_what_every_container_has_are_of_the_guests_own() {
+        let mounts = DEFAULT_DEVICES.iter().map(|(path, ..)| {
+            json!({"destination": "/hidden", "source": path, "options": ["bind", "ro"]})
+        });
+        let (_, adapted) = adapted(mounts.collect()).unwrap();
+        let mounts = adapted.spec.mounts().as_deref().unwrap();
+        let sources = mounts.iter().map(|mount| mount.source().clone().unwrap());
+        let expected = DEFAULT_DEVICES.iter().map(|(path, ..)| PathBuf::from(path));
+        assert!(sources.eq(expected));
+        assert_eq!(adapted.binds.len(), 1, "the root alone");
+        assert_eq!(adapted.inherited.binds.len(), mounts.len());
+    }
+
+    #[test]
     fn the_guest_is_told_the_attributes_of_every_mount() {
         let (_, adapted) = adapted(json!([
             {"destination": "/proc", "type": "proc", "source": "proc"},
@@ -339,7 +379,9 @@ mod tests {
                 json!("/nonexistent"),
                 "`mounts[0].source` names /nonexistent: No such file",
             ),
-            (json!("/dev/null"), "neither a directory nor a regular file"),
+            (json!("fifo"), "neither a directory, nor a regular file"),
+            (json!("socket"), "neither a directory, nor a regular file"),
+            (json!("/dev/ptmx"), "names /dev/ptmx, which is neither"),
         ] {
             let mount = json!([{"destination": "/d", "type": "bind", "source": source}]);
             let message = adapted(mount).unwrap_err();

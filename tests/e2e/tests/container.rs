@@ -497,6 +497,20 @@ fn the_root_has_the_attributes_of_the_mount_it_is_of() {
 }
 
 #[test]
+fn the_usual_devices_can_be_volumes() {
+    let mut bundle = Bundle::shell(
+        "wc -c < /etc/group; head -c 3 /etc/zero | wc -c; echo x > /etc/group; echo $?; \
+         for d in /etc/group /etc/zero; do stat -c '%t %T %a %F' $d; done; grep -c ' /etc/' /proc/self/mountinfo",
+    );
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    for (source, destination) in [("/dev/null", "/etc/group"), ("/dev/zero", "/etc/zero")] {
+        let options = ["rbind", "rprivate", "ro"];
+        mounts.push(json!({"destination": destination, "source": source, "options": options}));
+    }
+    assert_same_as_runc(&bundle);
+}
+
+#[test]
 fn a_read_only_root_refuses_writes() {
     let mut bundle = Bundle::shell("touch /x; echo $?; touch /dev/shm/x; echo $?");
     bundle.config["root"]["readonly"] = json!(true);
