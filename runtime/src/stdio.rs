@@ -95,23 +95,29 @@ impl Stdio {
         })
     }
 
-    /// The streams that the client attaches, each with the number of its descriptor in the process if it is none of the standard ones.
-    pub fn of_client(self, descriptors: &[Flow]) -> Vec<(StreamKind, u32)> {
-        let standard: &[_] = if self.terminal {
-            &[(Attach::Client, StreamKind::TERMINAL)]
+    /// The standard streams that the client attaches, or the terminal in their place.
+    pub fn standard_of_client(self) -> impl Iterator<Item = StreamKind> {
+        let streams = if self.terminal {
+            vec![(Attach::Client, StreamKind::TERMINAL)]
         } else {
-            &[
+            vec![
                 (self.stdin, StreamKind::STDIN),
                 (self.stdout, StreamKind::STDOUT),
                 (self.stderr, StreamKind::STDERR),
             ]
         };
-        let standard = standard.iter().filter(|(who, _)| *who == Attach::Client);
+        streams
+            .into_iter()
+            .filter_map(|(who, kind)| (who == Attach::Client).then_some(kind))
+    }
+
+    /// The streams that the client attaches, each with the number of its descriptor in the process if it is none of the standard ones.
+    pub fn of_client(self, descriptors: &[Flow]) -> Vec<(StreamKind, u32)> {
         let further = (FIRST_DESCRIPTOR..)
             .zip(descriptors)
             .filter(|(_, flow)| **flow != Flow::Nowhere);
-        standard
-            .map(|&(_, kind)| (kind, 0))
+        self.standard_of_client()
+            .map(|kind| (kind, 0))
             .chain(further.map(|(number, _)| (StreamKind::DESCRIPTOR, number)))
             .collect()
     }

@@ -75,21 +75,10 @@ impl Streams {
             exec_id: exec_id.to_owned(),
         };
         let mut streams = Self::default();
-        let wanted: &[_] = if stdio.terminal {
-            &[(Attach::Client, StreamKind::TERMINAL)]
-        } else {
-            &[
-                (stdio.stdin, StreamKind::STDIN),
-                (stdio.stdout, StreamKind::STDOUT),
-                (stdio.stderr, StreamKind::STDERR),
-            ]
-        };
-        for &(attach, kind) in wanted {
-            if attach == Attach::Client {
-                let connect = target.connect(kind, 0);
-                let is_output = kind != StreamKind::STDIN;
-                streams.add(connect, is_output, move |socket| pump(kind, socket))?;
-            }
+        for kind in stdio.standard_of_client() {
+            let connect = target.connect(kind, 0);
+            let is_output = kind != StreamKind::STDIN;
+            streams.add(connect, is_output, move |socket| pump(kind, socket))?;
         }
         for descriptor in descriptors {
             if descriptor.flow != Flow::Nowhere {
