@@ -1,6 +1,7 @@
 //! The kernel's command line.
 
 use std::ffi::CString;
+use std::fs;
 
 use linux_loader::cmdline::{Cmdline, Error as InsertError};
 
@@ -35,11 +36,38 @@ pub enum CmdlineError {
     Nul(#[source] InsertError),
 }
 
-/// The command line of a guest with `slots` virtio-mmio slots, `extra` at its end.
+/// Guards against the processor's own faults are off, all of them (Documentation/admin-guide/kernel-parameters.txt).
+const NO_MITIGATIONS: &str = "mitigations=off";
+
+/// Where a host says how it was booted.
+const HOST_CMDLINE: &str = "/proc/cmdline";
+
+/// What a guest has to know of its host's command line: an administrator who has switched mitigations off does not want them in guests
+/// either, whose processes would be slower by them than those of other containers. Nothing, where the host's can't be read.
+pub fn inherited() -> &'static str {
+    of_host(&fs::read_to_string(HOST_CMDLINE).unwrap_or_default())
+}
+
+fn of_host(line: &str) -> &'static str {
+    // What follows is for init. Of several the kernel takes the last.
+    let words = line.split_whitespace().take_while(|word| *word != "--");
+    let chosen = words.filter(|word| word.starts_with("mitigations=")).last();
+    match chosen {
+        Some(NO_MITIGATIONS) => NO_MITIGATIONS,
+        _ => "",
+    }
+}
+
+/// The command line of a guest with `slots` virtio-mmio slots, `inherited` from its host, and `extra` at its end.
 ///
 /// A kernel without ACPI and device tree learns of virtio-mmio devices by `virtio_mmio.device=<size>@<base>:<irq>` only, so the
 /// spare slots must be named too.
-pub fn build(slots: usize, serial: bool, extra: &str) -> Result<CString, CmdlineError> {
+pub fn build(
+    slots: usize,
+    serial: bool,
+    inherited: &str,
+    extra: &str,
+) -> Result<CString, CmdlineError> {
     let mut line = Cmdline::new(layout::CMDLINE_MAX).map_err(CmdlineError::Insert)?;
     let mut insert = |words: &str| line.insert_str(words).map_err(CmdlineError::Insert);
     insert(ALWAYS)?;
@@ -51,8 +79,10 @@ pub fn build(slots: usize, serial: bool, extra: &str) -> Result<CString, Cmdline
             layout::slot_base(slot)
         ))?;
     }
-    if !extra.trim().is_empty() {
-        insert(extra.trim())?;
+    for words in [inherited, extra.trim()] {
+        if !words.is_empty() {
+            insert(words)?;
+        }
     }
     line.as_cstring().map_err(CmdlineError::Nul)
 }
@@ -63,7 +93,7 @@ mod tests {
 
     #[test]
     fn each_slot_is_named_with_its_line() {
-        let line = build(2, false, "").unwrap();
+        let line = build(2, false, "", "").unwrap();
         let line = line.to_str().unwrap();
         assert!(
             line.ends_with(
@@ -75,20 +105,41 @@ mod tests {
 
     #[test]
     fn serial_makes_it_the_console() {
-        let line = build(0, true, "").unwrap();
+        let line = build(0, true, "", "").unwrap();
         assert!(line.to_str().unwrap().contains("console=ttyS0"));
     }
 
     #[test]
     fn extra_words_come_last() {
-        let line = build(layout::MAX_SLOTS, false, " debug init=/bin/sh ").unwrap();
-        assert!(line.to_str().unwrap().ends_with(" debug init=/bin/sh"));
+        let line = build(
+            layout::MAX_SLOTS,
+            false,
+            NO_MITIGATIONS,
+            " debug init=/bin/sh ",
+        );
+        let line = line.unwrap();
+        let line = line.to_str().unwrap();
+        assert!(line.ends_with(" mitigations=off debug init=/bin/sh"));
+    }
+
+    #[test]
+    fn mitigations_are_off_where_the_hosts_are() {
+        for (host, expected) in [
+            ("ro mitigations=off quiet\n", NO_MITIGATIONS),
+            ("mitigations=auto mitigations=off", NO_MITIGATIONS),
+            ("mitigations=off mitigations=auto,nosmt", ""),
+            ("quiet -- mitigations=off", ""),
+            ("my.mitigations=off mitigations=offer", ""),
+            ("", ""),
+        ] {
+            assert_eq!(of_host(host), expected, "{host}");
+        }
     }
 
     #[test]
     fn what_does_not_fit_or_is_not_text_is_refused() {
         for extra in ["a".repeat(2048).as_str(), "a\0b", "a\nb"] {
-            assert!(build(4, false, extra).is_err());
+            assert!(build(4, false, "", extra).is_err());
         }
     }
 }

@@ -93,6 +93,16 @@ fn the_process_is_pid_1_on_a_kernel_of_its_own() {
 }
 
 #[test]
+fn what_runc_does_without_may_be_missing_in_a_config() {
+    let mut bundle = Bundle::shell("hostname; id; grep Seccomp: /proc/self/status");
+    bundle.config.as_object_mut().unwrap().remove("hostname");
+    bundle.config["linux"]["seccomp"] = json!({});
+    let process = bundle.config["process"].as_object_mut().unwrap();
+    process.remove("user");
+    assert_same_as_runc(&bundle);
+}
+
+#[test]
 fn standard_input_arrives_and_its_end_is_seen() {
     let host = Host::now();
     let ended = run_with_input(&Bundle::shell("cat; echo done"), b"one\ntwo\n").expect_code(0);
@@ -604,6 +614,22 @@ fn a_guest_is_as_large_as_limits_or_annotations_say() {
     assert!((60..100).contains(&annotated), "{annotated}");
     let limit = mebibytes(&limited);
     assert!((140..192).contains(&limit), "{limit}");
+}
+
+#[test]
+fn the_guests_kernel_guards_itself_against_the_processor_as_the_hosts_does() {
+    // The first word: what is done in particular depends on what the kernels know of the processor.
+    let mut bundle = Bundle::shell(
+        "read word rest </sys/devices/system/cpu/vulnerabilities/spectre_v2; echo ${word%%[;:,]*}",
+    );
+    assert_same_as_runc(&bundle);
+    for (argument, expected) in [
+        ("mitigations=off", "Vulnerable\n"),
+        ("mitigations=auto", "Mitigation\n"),
+    ] {
+        bundle.config["annotations"] = json!({"io.bulkhead.kernel_arguments": argument});
+        assert_eq!(run(&bundle).expect_code(0).stdout, expected);
+    }
 }
 
 #[test]

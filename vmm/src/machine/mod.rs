@@ -213,7 +213,7 @@ impl Machine {
         };
         let devices = devices(config)?;
         let slots = devices.len() + usize::from(config.spare_slots);
-        let cmdline = cmdline::build(slots, config.serial, &config.cmdline)?;
+        let cmdline = cmdline::build(slots, config.serial, cmdline::inherited(), &config.cmdline)?;
         boot::write_boot_params(&guest_memory, memory_bytes, &cmdline, &initramfs)?;
         boot::write_page_tables(&guest_memory)?;
         boot::write_gdt(&guest_memory)?;
