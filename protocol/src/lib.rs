@@ -44,6 +44,20 @@ pub const DEFAULT_DEVICES: &[(&str, u32, u32)] = &[
     ("/dev/tty", 5, 0),
 ];
 
+/// The name that the `oci_spec` crate has for a scheduler's flag: two are not the spec's.
+pub fn scheduler_flag(name: &str) -> &str {
+    match name {
+        "SCHED_FLAG_RESET_ON_FORK" => "SCHED_RESET_ON_FORK",
+        "SCHED_FLAG_DL_OVERRUN" => "SCHED_FLAG_D_L_OVERRUN",
+        name => name,
+    }
+}
+
+/// runc's linear map of cgroup v1's weights of block I/O, 10 to 1000, to those of cgroup v2's `io.weight`, 1 to 10000.
+pub fn io_weight(weight: u16) -> u64 {
+    1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9_999 / 990
+}
+
 /// I/O port of the machine's power button: a one-byte write of any value ends the VM in order. A machine without
 /// ACPI has no other way to tell power-off from reset.
 pub const POWER_OFF_PORT: u16 = 0x600;
@@ -75,4 +89,17 @@ pub const MAX_CONTAINER_ID: usize = 255;
 pub fn is_container_id(id: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "_+,-.".contains(c);
     (1..=MAX_CONTAINER_ID).contains(&id.len()) && id != "." && id != ".." && id.chars().all(allowed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::io_weight;
+
+    #[test]
+    fn the_weights_of_block_io_span_those_of_cgroup_v2() {
+        assert_eq!(
+            [0, 10, 17, 100, 500, 1000, u16::MAX].map(io_weight),
+            [1, 1, 71, 910, 4950, 10_000, 10_000]
+        );
+    }
 }

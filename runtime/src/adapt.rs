@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::{DEFAULT_DEVICES, GUEST_SHARE};
 use nix::sys::stat::makedev;
-use oci_spec::runtime::{Hooks, LinuxResources, Mount, Spec};
+use nix::unistd::gethostname;
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Mount, Spec};
 
 use crate::id::ContainerId;
 use crate::mounts_below::{Inherited, MountBelow, Mounts};
@@ -105,6 +106,15 @@ pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
             inherited.binds.extend(found);
             binds.extend(bind);
         }
+    }
+    let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
+    let has_uts = namespaces
+        .into_iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
+    if has_uts && spec.hostname().is_none() {
+        // A new UTS namespace begins as a copy, under runc of the host's.
+        spec.set_hostname(gethostname().ok().and_then(|name| name.into_string().ok()));
     }
     if let Some(linux) = spec.linux_mut() {
         // The host's cgroup is the host's matter; the guest has its own tree.

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::io_weight;
 use libcgroups::common::{
     AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager,
 };
@@ -275,8 +276,7 @@ fn set_io_weight(directory: &Path, weight: u16) -> io::Result<()> {
     if bfq.exists() {
         return fs::write(bfq, weight.to_string());
     }
-    let weight = 1 + u32::from(weight).saturating_sub(10) * 9999 / 990;
-    fs::write(directory.join("io.weight"), weight.to_string())
+    fs::write(directory.join("io.weight"), io_weight(weight).to_string())
 }
 
 fn populated(directory: &Path) -> io::Result<bool> {
@@ -356,10 +356,8 @@ pub(crate) mod tests {
         assert_eq!(take_io_weight(&mut resources), None);
         let directory = tempfile::tempdir().unwrap();
         let read = |name: &str| fs::read_to_string(directory.path().join(name)).unwrap();
-        for (weight, expected) in [(10, "1"), (17, "71"), (100, "910"), (1000, "10000")] {
-            set_io_weight(directory.path(), weight).unwrap();
-            assert_eq!(read("io.weight"), expected);
-        }
+        set_io_weight(directory.path(), 17).unwrap();
+        assert_eq!(read("io.weight"), "71");
         fs::write(directory.path().join("io.bfq.weight"), "").unwrap();
         set_io_weight(directory.path(), 100).unwrap();
         assert_eq!(read("io.bfq.weight"), "100");

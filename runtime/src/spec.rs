@@ -7,8 +7,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::scheduler_flag;
 use oci_spec::runtime::{Capability, Hooks, Linux, LinuxNamespaceType, Process, Spec};
-use serde_json::Value;
+use serde_json::{Value, json};
 use thiserror::Error;
 
 use crate::annotations::Overrides;
@@ -119,6 +120,8 @@ fn parse(text: &[u8]) -> Result<Spec, String> {
     let mut value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     drop_unknown_capabilities(value.pointer_mut("/process/capabilities"));
     rename_scheduler_flags(value.pointer_mut("/process/scheduler/flags"));
+    fill_in_user(value.pointer_mut("/process"));
+    drop_empty_seccomp(value.pointer_mut("/linux"));
     serde_path_to_error::deserialize(value).map_err(|error| {
         let field = error.path().to_string();
         // serde quotes the offending value, and arguments and environment are nobody's business.
@@ -162,15 +165,39 @@ pub fn drop_unknown_capabilities(sets: Option<&mut Value>) {
     }
 }
 
-/// Two flags have names in the `oci_spec` crate that are not the spec's.
+/// A process whose user, or its id or group, is not given is root's, as under runc.
+fn fill_in_user(process: Option<&mut Value>) {
+    let Some(process) = process.and_then(Value::as_object_mut) else {
+        return;
+    };
+    let user = process.entry("user").or_insert_with(|| json!({}));
+    for id in ["uid", "gid"] {
+        if let Some(user) = user.as_object_mut() {
+            user.entry(id).or_insert_with(|| json!(0));
+        }
+    }
+}
+
+/// A profile with neither a default action nor rules is none, as under runc.
+fn drop_empty_seccomp(linux: Option<&mut Value>) {
+    let Some(linux) = linux.and_then(Value::as_object_mut) else {
+        return;
+    };
+    let is_empty = |profile: &Value| {
+        profile.is_object()
+            && matches!(profile["defaultAction"].as_str(), None | Some(""))
+            && profile["syscalls"].as_array().is_none_or(Vec::is_empty)
+    };
+    if linux.get("seccomp").is_some_and(is_empty) {
+        linux.remove("seccomp");
+    }
+}
+
 fn rename_scheduler_flags(flags: Option<&mut Value>) {
     for flag in flags.and_then(Value::as_array_mut).into_iter().flatten() {
-        let name = match flag.as_str() {
-            Some("SCHED_FLAG_RESET_ON_FORK") => "SCHED_RESET_ON_FORK",
-            Some("SCHED_FLAG_DL_OVERRUN") => "SCHED_FLAG_D_L_OVERRUN",
-            _ => continue,
-        };
-        *flag = name.into();
+        if let Some(name) = flag.as_str() {
+            *flag = scheduler_flag(name).into();
+        }
     }
 }
 
@@ -436,7 +463,6 @@ fn rootfs(dir: &Path, spec: &Spec) -> Result<PathBuf, SpecError> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use serde_json::json;
 
     /// A spec that is fine.
     pub(crate) fn good() -> Value {
@@ -491,6 +517,32 @@ pub(crate) mod tests {
             spec["process"]["capabilities"]["bounding"],
             json!(["CAP_KILL"])
         );
+    }
+
+    #[test]
+    fn what_runc_does_without_may_be_missing() {
+        let mut config = good();
+        config["process"]["user"] = json!({"gid": 5});
+        config["linux"]["seccomp"] = json!({"architectures": ["SCMP_ARCH_X86_64"], "syscalls": []});
+        let load = |config: &Value| {
+            Bundle::load(bundle(&config.to_string()).path()).map(|loaded| loaded.spec)
+        };
+        let spec = load(&config).unwrap();
+        let user = |spec: &Spec| {
+            let user = spec.process().as_ref().unwrap().user().clone();
+            (user.uid(), user.gid())
+        };
+        assert_eq!(user(&spec), (0, 5));
+        assert!(spec.linux().as_ref().unwrap().seccomp().is_none());
+        config["process"].as_object_mut().unwrap().remove("user");
+        assert_eq!(user(&load(&config).unwrap()), (0, 0));
+        for seccomp in [
+            json!({"syscalls": [{"names": ["kill"], "action": "SCMP_ACT_ERRNO"}]}),
+            json!("none"),
+        ] {
+            config["linux"]["seccomp"] = seccomp;
+            assert!(load(&config).is_err(), "{config}");
+        }
     }
 
     #[test]

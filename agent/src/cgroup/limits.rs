@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use bulkhead_protocol::io_weight;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
 use super::write_file;
@@ -399,11 +400,6 @@ fn weight_of_shares(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
 }
 
-/// runc's linear map of v1's weights, 10..=1000, to those of `io.weight`, 1..=10000.
-fn io_weight(weight: u16) -> u64 {
-    1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9_999 / 990
-}
-
 fn checked_weight(weight: u16, field: &str) -> Result<u16> {
     if (10..=1000).contains(&weight) {
         return Ok(weight);
@@ -544,7 +540,6 @@ mod tests {
         let bfq = written(io(), &[("io.weight", ""), (BFQ_WEIGHT, "")]).unwrap();
         // A plain file keeps the last that was written to it.
         assert_eq!(bfq, pairs(&[("io.weight", ""), (BFQ_WEIGHT, "8:0 300")]));
-        assert_eq!((io_weight(10), io_weight(1000)), (1, 10_000));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! config.json as such: its form, and what it may hold that nobody knows.
 
+use bulkhead_protocol::scheduler_flag;
 use oci_spec::runtime as oci;
 
 use crate::error::{Error, Result};
@@ -120,17 +121,13 @@ fn drop_unknown_capabilities(value: &mut serde_json::Value, document: &Document)
     }
 }
 
-/// Two flags whose names the `oci_spec` crate has otherwise than the spec.
 fn rename_scheduler_flags(value: &mut serde_json::Value, document: &Document) {
     let flags = value
         .pointer_mut(document.scheduler_flags)
         .and_then(|flags| flags.as_array_mut());
     for flag in flags.into_iter().flatten() {
-        let name = match flag.as_str() {
-            Some("SCHED_FLAG_RESET_ON_FORK") => "SCHED_RESET_ON_FORK",
-            Some("SCHED_FLAG_DL_OVERRUN") => "SCHED_FLAG_D_L_OVERRUN",
-            _ => continue,
-        };
-        *flag = name.into();
+        if let Some(name) = flag.as_str() {
+            *flag = scheduler_flag(name).into();
+        }
     }
 }
