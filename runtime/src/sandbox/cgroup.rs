@@ -29,14 +29,10 @@ impl Cgroup {
         }
     }
 
-    /// Moves this process into `cgroup`, which is the sandbox's from then on.
+    /// Moves this process into `cgroup`, which is the sandbox's from then on, also if that fails: part of it may be made by then.
     pub async fn enter(&self, cgroup: HostCgroup) -> Result<(), SandboxError> {
-        self.work(|current| {
-            cgroup.add(std::process::id())?;
-            *current = Some(cgroup);
-            Ok(())
-        })
-        .await
+        self.work(|current| Ok(current.insert(cgroup).add(std::process::id())?))
+            .await
     }
 
     /// Moves a stand-in into it.
@@ -109,6 +105,7 @@ mod tests {
     use crate::id::ContainerId;
     use crate::standin::tests::Reused;
     use std::fs;
+    use std::path::Path;
     use std::sync::mpsc;
 
     fn block_on(work: impl Future<Output = ()>) {
@@ -128,6 +125,39 @@ mod tests {
             let (received, sent) = tokio::join!(work, other);
             sent.unwrap();
             assert_eq!(received, Ok(7));
+        });
+    }
+
+    #[test]
+    fn a_cgroup_that_takes_no_process_is_removed_like_any_other() {
+        with_cgroups(|| {
+            let parent = format!("bulkhead-threads-{}", std::process::id());
+            let directory = Path::new("/sys/fs/cgroup").join(&parent);
+            // Beside one of threads there is none of processes (Documentation/admin-guide/cgroup-v2.rst, "Threads").
+            fs::create_dir_all(directory.join("threads")).unwrap();
+            fs::write(directory.join("threads/cgroup.type"), "threaded").unwrap();
+            let spec =
+                format!(r#"{{"ociVersion":"1.0.2","linux":{{"cgroupsPath":"/{parent}/c"}}}}"#);
+            let spec = serde_json::from_str(&spec).unwrap();
+            let host = HostCgroup::of(&spec, &ContainerId::new("c1").unwrap(), false);
+            let host = host.unwrap().unwrap();
+            let cgroup = Cgroup::new();
+            let mut made = false;
+            let mut entered = Ok(());
+            block_on(async {
+                entered = cgroup.enter(host).await;
+                made = directory.join("c").exists();
+                cgroup.clone().leave().await.unwrap();
+                cgroup.remove().await.unwrap();
+            });
+            let left = directory.join("c").exists();
+            for directory in [directory.join("threads"), directory.join("c"), directory] {
+                let _ = fs::remove_dir(directory);
+            }
+            assert!(
+                entered.is_err() && made && !left,
+                "{entered:?} {made} {left}"
+            );
         });
     }
 
