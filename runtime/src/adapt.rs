@@ -10,9 +10,9 @@ use nix::sys::stat::makedev;
 use nix::unistd::gethostname;
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Mount, Spec};
 
-use crate::id::ContainerId;
 use crate::mounts_below::{Inherited, MountBelow, Mounts};
-use crate::spec::{Bundle, SpecError};
+use crate::share::Part;
+use crate::spec::{Bundle, SpecError, path_of};
 
 /// Name of the root filesystem in a container's part of the share.
 const ROOTFS: &str = "rootfs";
@@ -57,10 +57,10 @@ pub struct Adapted {
     pub inherited: Inherited,
 }
 
-/// Adapts `bundle` for the container `id`. Nothing is mounted yet; what is missing on the host is an error now.
-pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
+/// Adapts `bundle` for a container with that part of the share. Nothing is mounted yet; what is missing on the host is an error now.
+pub fn adapt(bundle: &Bundle, part: Part) -> Result<Adapted, SpecError> {
     let mut spec = bundle.spec.clone();
-    let guest_dir = Path::new(GUEST_SHARE).join(id);
+    let guest_dir = Path::new(GUEST_SHARE).join(part.directory());
     // The guest applies `root.readonly` itself, after it has made the mount points.
     let mut binds = vec![HostBind {
         source: bundle.rootfs.clone(),
@@ -108,11 +108,10 @@ pub fn adapt(bundle: &Bundle, id: &ContainerId) -> Result<Adapted, SpecError> {
         }
     }
     let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
-    let has_uts = namespaces
-        .into_iter()
-        .flatten()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
-    if has_uts && spec.hostname().is_none() {
+    let new_uts = namespaces.into_iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Uts && path_of(namespace).is_none()
+    });
+    if new_uts && spec.hostname().is_none() {
         // A new UTS namespace begins as a copy, under runc of the host's.
         spec.set_hostname(gethostname().ok().and_then(|name| name.into_string().ok()));
     }
@@ -253,8 +252,7 @@ mod tests {
         mkfifo(&dir.path().join("fifo"), Mode::S_IRUSR).unwrap();
         UnixListener::bind(dir.path().join("socket")).unwrap();
         let loaded = Bundle::load(dir.path()).map_err(|e| e.to_string())?;
-        let id = ContainerId::new("c1").unwrap();
-        let adapted = adapt(&loaded, &id).map_err(|e| e.to_string())?;
+        let adapted = adapt(&loaded, Part(3)).map_err(|e| e.to_string())?;
         Ok((loaded.dir, adapted))
     }
 
@@ -268,7 +266,7 @@ mod tests {
         ]))
         .unwrap();
         let spec = serde_json::to_value(&adapted.spec).unwrap();
-        let share = "/run/bulkhead/share/c1";
+        let share = "/run/bulkhead/share/3";
         assert_eq!(spec["root"]["path"], format!("{share}/rootfs"));
         assert_eq!(spec["mounts"][0]["source"], "proc");
         assert_eq!(

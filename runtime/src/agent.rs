@@ -12,8 +12,9 @@ use std::time::{Duration, SystemTime};
 use bulkhead_protocol::agent::{
     self, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
     DeleteContainerRequest, DeleteProcessRequest, ExecProcessRequest, HelloRequest, HelloResponse,
-    ResizeTerminalRequest, ShutdownRequest, SignalProcessRequest, StartContainerRequest, Stdio,
-    UpdateContainerRequest, WaitOomRequest, WaitProcessRequest, WaitProcessResponse,
+    NamespaceOf, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest,
+    ShutdownRequest, SignalProcessRequest, StartContainerRequest, Stdio, UpdateContainerRequest,
+    WaitOomRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::AgentClient;
 use bulkhead_protocol::{PROTOCOL_VERSION, SEED_LENGTH};
@@ -25,6 +26,7 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
 use crate::mounts_below::Inherited;
+use crate::spec::Join;
 
 /// How long an answer may take that has nothing to wait for. Generous: emulated machines are 20 times slower.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -161,6 +163,7 @@ impl Agent {
         spec_json: Vec<u8>,
         stdio: Stdio,
         inherited: Inherited,
+        joins: &[Join],
     ) -> Result<u32, AgentError> {
         let mounts_below = inherited.binds.into_iter().map(|below| agent::MountBelow {
             mount: u32::try_from(below.mount).unwrap_or(u32::MAX),
@@ -175,6 +178,14 @@ impl Agent {
             stdio: Some(stdio).into(),
             mounts_below: mounts_below.collect(),
             root_options: inherited.root,
+            join: joins
+                .iter()
+                .map(|join| NamespaceOf {
+                    type_: join.namespace.to_owned(),
+                    container_id: join.container.as_str().to_owned(),
+                    ..Default::default()
+                })
+                .collect(),
             ..Default::default()
         };
         let answer = self
@@ -242,6 +253,27 @@ impl Agent {
             ..Default::default()
         };
         limited(self.client.resize_terminal(Context::default(), &request)).await?;
+        Ok(())
+    }
+
+    /// Freezes every process of a container.
+    pub async fn pause(&self, id: &str) -> Result<(), AgentError> {
+        let request = PauseContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        self.patiently(self.client.pause_container(Context::default(), &request))
+            .await?;
+        Ok(())
+    }
+
+    /// Thaws them.
+    pub async fn resume(&self, id: &str) -> Result<(), AgentError> {
+        let request = ResumeContainerRequest {
+            container_id: id.to_owned(),
+            ..Default::default()
+        };
+        limited(self.client.resume_container(Context::default(), &request)).await?;
         Ok(())
     }
 

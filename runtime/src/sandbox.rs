@@ -15,6 +15,7 @@ mod process;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::SystemTime;
 
@@ -33,6 +34,7 @@ use crate::host_cgroup::HostCgroup;
 use crate::id::ContainerId;
 use crate::mounts_below::Inherited;
 use crate::oom;
+use crate::share::Part;
 use crate::sizing::Size;
 use crate::spec::Bundle;
 use crate::standin::{self, StandIn};
@@ -43,7 +45,7 @@ use crate::timeline::Timeline;
 pub use boot::BootError;
 use boot::Machine;
 use cgroup::Cgroup;
-use container::{Container, Deferred, Signal};
+use container::{Container, Deferred, Pause, Signal};
 use end::KILL_TIMEOUT;
 pub use error::SandboxError;
 pub use exec::{Exec, ExecOptions, OPTIONS};
@@ -128,6 +130,8 @@ pub struct Sandbox {
     timeline: Timeline,
     machine: OnceCell<Machine>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// How many parts of the share there have been.
+    parts: AtomicU64,
     /// Why the sandbox ended, if not by shutdown.
     failure: OnceLock<String>,
     closing: OnceLock<()>,
@@ -144,6 +148,7 @@ impl Sandbox {
             timeline,
             machine: OnceCell::new(),
             containers: Mutex::default(),
+            parts: AtomicU64::new(0),
             failure: OnceLock::new(),
             closing: OnceLock::new(),
             cgroup: Cgroup::new(),
@@ -159,12 +164,13 @@ impl Sandbox {
     /// Makes a container as far as `runc create` does; the first one boots the guest. Returns its stand-in's pid.
     pub async fn create(self: &Arc<Self>, create: Create) -> Result<u32, SandboxError> {
         let id = ContainerId::new(create.id)?;
-        let bundle = Bundle::load(&create.bundle)?;
+        let bundle = Bundle::load_beside(&create.bundle, |pid| self.container_of(pid))?;
+        let part = Part(self.parts.fetch_add(1, Ordering::Relaxed));
         let Adapted {
             mut spec,
             binds,
             inherited,
-        } = adapt(&bundle, &id)?;
+        } = adapt(&bundle, part)?;
         tell_of_listen_fds(&mut spec, create.options.listen_fds);
         self.timeline.mark("server: spec validated");
         let proxy = create.options.proxy.map(find).transpose()?;
@@ -178,6 +184,7 @@ impl Sandbox {
         let container = Arc::new(Container::new(
             id.clone(),
             bundle.dir.clone(),
+            part,
             binds,
             bundle.spec.hooks().clone(),
             hook_state,
@@ -191,14 +198,41 @@ impl Sandbox {
             container.lost(LOST_EXIT_CODE);
             self.run_poststop_hooks(&container).await;
             self.containers().remove(id.as_str());
+            self.undo(&container).await;
         }
         made
+    }
+
+    /// Removes what there is in the guest and in the share of a container that could not be made, for the sake of those that live on.
+    async fn undo(&self, container: &Container) {
+        if self.is_empty() {
+            return;
+        }
+        let Ok(machine) = self.running_machine() else {
+            return;
+        };
+        if let Some(agent) = machine.agent_if_ready() {
+            // Mostly there is none.
+            let _ = agent.delete(container.id.as_str()).await;
+        }
+        let removed = machine
+            .share()
+            .remove_container(container.part, &container.binds);
+        if let Err(error) = removed {
+            tracing::warn!(%error, "a part of the share stays until the sandbox ends");
+        }
     }
 
     fn reserve(&self, container: &Arc<Container>) -> Result<(), SandboxError> {
         let mut containers = self.containers();
         if containers.contains_key(container.id.as_str()) {
             return Err(SandboxError::Exists(container.id.clone()));
+        }
+        if containers.values().any(|other| other.stands_still()) {
+            return Err(SandboxError::Status {
+                what: "cannot create a container beside one that is paused (resume it first)",
+                status: Status::Paused,
+            });
         }
         containers.insert(container.id.as_str().to_owned(), container.clone());
         Ok(())
@@ -259,12 +293,18 @@ impl Sandbox {
         if let Some(proxy) = &container.init.proxy {
             set(proxy.pid(), &|| proxy.is_alive())?;
         }
-        // A child's number is its own until this process asks for its end.
-        set(machine.vmm().pid(), &|| true)?;
-        record.pid = options.proxy.unwrap_or_else(|| machine.vmm().pid());
-        self.params.state.save(&record)?;
-        let pid = record.pid;
-        machine.share().add_container(id, &container.binds)?;
+        let pid = options.proxy.unwrap_or_else(|| machine.vmm().pid());
+        if self.is_first(container) {
+            // A child's number is its own until this process asks for its end.
+            set(machine.vmm().pid(), &|| true)?;
+            record.pid = pid;
+            self.params.state.save(&record)?;
+        } else if let Some(proxy) = &container.init.proxy {
+            self.cgroup.add(proxy).await?;
+        }
+        machine
+            .share()
+            .add_container(container.part, &container.binds)?;
         self.timeline.mark("server: mounts made");
         let spec_json = serde_json::to_vec(spec)
             .map_err(|e| SandboxError::Failed(format!("cannot write the guest's spec: {e}")))?;
@@ -276,15 +316,24 @@ impl Sandbox {
             .stdio
             .for_agent(options.terminal_size, &options.descriptors);
         let answer = agent
-            .create(id.as_str(), &container.bundle, spec_json, stdio, inherited)
+            .create(
+                id.as_str(),
+                &container.bundle,
+                spec_json,
+                stdio,
+                inherited,
+                &bundle.joins,
+            )
             .await;
         machine.explain(answer).await?;
-        // Not before: a guest that may use a hundredth of a processor would boot for minutes.
-        let linux = bundle.spec.linux().as_ref();
-        let resources = linux.and_then(|linux| linux.resources().clone());
-        self.cgroup
-            .apply(resources.unwrap_or_default(), size.memory_mib)
-            .await?;
+        if self.is_first(container) {
+            // Not before: a guest that may use a hundredth of a processor would boot for minutes.
+            let linux = bundle.spec.linux().as_ref();
+            let resources = linux.and_then(|linux| linux.resources().clone());
+            self.cgroup
+                .apply(resources.unwrap_or_default(), size.memory_mib)
+                .await?;
+        }
         if container.init.is_orphan() {
             return Err(SandboxError::Orphan);
         }
@@ -440,14 +489,14 @@ impl Sandbox {
             number: signal,
             all,
         };
-        if container.status() == Status::Paused {
+        if container.stands_still() {
             if signal.number != libc::SIGKILL.unsigned_abs() {
                 container.defer(Deferred::Signal(signal));
                 return Ok(());
             }
             let resumed = self.resume(id).await;
             // Somebody else may have resumed it at the same time.
-            if container.status() == Status::Paused {
+            if container.stands_still() {
                 resumed?;
             }
         }
@@ -472,7 +521,8 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Stops every vCPU of the guest. There is one container in it.
+    /// Keeps every process of a container from running: by stopping the guest's vCPUs, or by freezing its cgroup if other containers are in
+    /// the guest.
     pub async fn pause(&self, id: &str) -> Result<(), SandboxError> {
         let container = self.container(id)?;
         if !matches!(container.status(), Status::Created | Status::Running) {
@@ -482,8 +532,20 @@ impl Sandbox {
             });
         }
         let machine = self.running_machine()?;
-        machine.vmm().order(Request::Pause, vec![]).await?;
-        container.set_paused(true);
+        if !self.shares_guest(&container) {
+            machine.vmm().order(Request::Pause, vec![]).await?;
+            // From here on no container is made beside it.
+            container.set_pause(Some(Pause::Guest));
+        }
+        if self.shares_guest(&container) {
+            if container.stands_still() {
+                machine.vmm().order(Request::Resume, vec![]).await?;
+                container.set_pause(None);
+            }
+            let agent = machine.agent().await?;
+            machine.explain(agent.pause(id).await).await?;
+            container.set_pause(Some(Pause::Cgroup));
+        }
         self.note(&container);
         if container.status() == Status::Stopped {
             self.let_go(machine, &container).await;
@@ -498,15 +560,21 @@ impl Sandbox {
     /// Lets them run again, and sees to what came for the container's processes meanwhile.
     pub async fn resume(&self, id: &str) -> Result<(), SandboxError> {
         let container = self.container(id)?;
-        if container.status() != Status::Paused {
+        let (Status::Paused, Some(pause)) = (container.status(), container.pause()) else {
             return Err(SandboxError::Status {
                 what: "container not paused",
                 status: container.status(),
             });
-        }
+        };
         let machine = self.running_machine()?;
-        machine.vmm().order(Request::Resume, vec![]).await?;
-        container.set_paused(false);
+        match pause {
+            Pause::Guest => machine.vmm().order(Request::Resume, vec![]).await?,
+            Pause::Cgroup => {
+                let agent = machine.agent().await?;
+                machine.explain(agent.resume(id).await).await?;
+            }
+        }
+        container.set_pause(None);
         self.note(&container);
         for deferred in container.take_deferred() {
             let done = match deferred {
@@ -530,7 +598,7 @@ impl Sandbox {
         size: TerminalSize,
     ) -> Result<(), SandboxError> {
         let process = self.process(id, exec_id)?;
-        if !process.stdio.terminal || self.container(id)?.status() == Status::Paused {
+        if !process.stdio.terminal || self.container(id)?.stands_still() {
             return Ok(());
         }
         let machine = self.running_machine()?;
@@ -568,7 +636,7 @@ impl Sandbox {
             machine.explain(agent.delete(id).await).await?;
             machine
                 .share()
-                .remove_container(&container.id, &container.binds)?;
+                .remove_container(container.part, &container.binds)?;
         }
         self.run_poststop_hooks(&container).await;
         Ok(container.init.exit())
@@ -610,6 +678,30 @@ impl Sandbox {
         Ok(pids)
     }
 
+    /// The container that a process of the host stands for: a stand-in for its own, the VMM for the sandbox's first.
+    fn container_of(&self, pid: u32) -> Option<ContainerId> {
+        let containers = self.containers();
+        let stands_for = |container: &Container| match &container.init.proxy {
+            Some(proxy) => proxy.pid() == pid,
+            None => self.is_first(container) && self.stand_in(&container.init) == pid,
+        };
+        let found = containers.values().find(|container| stands_for(container));
+        found.map(|container| container.id.clone())
+    }
+
+    /// Whether a container is the one that the sandbox is named after, which is on record, and whose limits are the sandbox's on the host.
+    fn is_first(&self, container: &Container) -> bool {
+        container.id == self.params.id
+    }
+
+    /// Whether other containers may run in a container's guest.
+    fn shares_guest(&self, container: &Container) -> bool {
+        let containers = self.containers();
+        containers
+            .values()
+            .any(|other| other.id != container.id && other.status() != Status::Stopped)
+    }
+
     fn stand_in(&self, process: &Process) -> u32 {
         let vmm = || self.machine.get().map_or(0, |machine| machine.vmm().pid());
         process.proxy.as_ref().map_or_else(vmm, StandIn::pid)
@@ -622,6 +714,9 @@ impl Sandbox {
 
     /// Puts on record where in its life a container is.
     fn note(&self, container: &Container) {
+        if !self.is_first(container) {
+            return;
+        }
         let saved = self.params.state.load().and_then(|mut record| {
             record.status = container.status();
             self.params.state.save(&record)

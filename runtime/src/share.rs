@@ -1,7 +1,7 @@
 //! The sandbox's mount namespace, and the directory tree in it that the guest sees over virtio-fs.
 //!
 //! The server lives in a mount namespace of its own, which its VMM inherits: when both are gone, so are all mounts, whatever
-//! ended them. The share's own skeleton (`<id>/rootfs`, `<id>/mounts/<n>/<name>`) is a tmpfs that the VMM sees read-only, so a
+//! ended them. The share's own skeleton (`<part>/rootfs`, `<part>/mounts/<n>/<name>`) is a tmpfs that the VMM sees read-only, so a
 //! guest can't put a symbolic link where the host is about to mount; the server makes the skeleton's entries through a
 //! descriptor of the writable mount underneath. The read-only mount is shared, so that later mounts reach a VMM with a
 //! mount namespace of its own.
@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -19,7 +20,18 @@ use nix::sys::stat::{Mode, mkdirat};
 use thiserror::Error;
 
 use crate::adapt::{HostBind, MOUNTS, ReadOnly};
-use crate::id::ContainerId;
+
+/// A container's part of the share, a directory by this number. No other container of the sandbox has had it: for a moment the guest still
+/// believes what it has seen under a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part(pub u64);
+
+impl Part {
+    /// Where it is, relative to the share.
+    pub fn directory(self) -> PathBuf {
+        self.0.to_string().into()
+    }
+}
 
 /// What went wrong with the share.
 #[derive(Debug, Error)]
@@ -108,17 +120,16 @@ impl Share {
     }
 
     /// Makes a container's part of the share and binds into it what the guest is to see.
-    pub fn add_container(&self, id: &ContainerId, binds: &[HostBind]) -> Result<(), ShareError> {
-        let own = self.root.join(id);
+    pub fn add_container(&self, part: Part, binds: &[HostBind]) -> Result<(), ShareError> {
+        let name = part.directory();
+        let own = self.root.join(&name);
         let fail = |what, path: &Path| {
             let path = path.to_path_buf();
             move |e: nix::Error| ShareError::new(what, &path, e)
         };
         let mode = Mode::from_bits_truncate(0o755);
-        mkdirat(&self.skeleton, Path::new(id.as_str()), mode)
-            .map_err(fail("make the directory", &own))?;
-        let dir =
-            open_dir(Some(&self.skeleton), Path::new(id.as_str())).map_err(fail("open", &own))?;
+        mkdirat(&self.skeleton, &name, mode).map_err(fail("make the directory", &own))?;
+        let dir = open_dir(Some(&self.skeleton), &name).map_err(fail("open", &own))?;
         if binds.iter().any(|bind| bind.name.starts_with(MOUNTS)) {
             mkdirat(&dir, MOUNTS, mode).map_err(fail("make the directory", &own.join(MOUNTS)))?;
         }
@@ -167,15 +178,25 @@ impl Share {
         Ok(())
     }
 
-    /// Takes a container's part out of the share.
-    pub fn remove_container(&self, id: &ContainerId, binds: &[HostBind]) -> Result<(), ShareError> {
-        let own = self.root.join(id);
+    /// Takes a container's part out of the share, or what there is of it.
+    pub fn remove_container(&self, part: Part, binds: &[HostBind]) -> Result<(), ShareError> {
+        let name = part.directory();
+        let own = self.root.join(&name);
         for bind in binds.iter().rev() {
             let target = own.join(&bind.name);
-            detach(&target).map_err(|e| ShareError::new("unmount", &target, e))?;
+            match detach(&target) {
+                // Nothing is bound there, or nothing there.
+                Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+                Err(error) => return Err(ShareError::new("unmount", &target, error)),
+            }
         }
-        let path = PathBuf::from(format!("/proc/self/fd/{}", self.skeleton.as_raw_fd())).join(id);
-        fs::remove_dir_all(path).map_err(|e| ShareError::new("remove", &own, e))
+        let path = PathBuf::from(format!("/proc/self/fd/{}", self.skeleton.as_raw_fd())).join(name);
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(ShareError::new("remove", &own, error))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Unmounts everything, so that the directory can be removed.
@@ -275,7 +296,6 @@ pub(crate) mod tests {
             let state = tempfile::tempdir().unwrap();
             let rootfs = tempfile::tempdir().unwrap();
             fs::write(rootfs.path().join("file"), "hello").unwrap();
-            let id = ContainerId::new("c").unwrap();
             let share = Share::new(state.path()).unwrap();
             let binds = [
                 bind(rootfs.path(), "rootfs", true, ReadOnly::No),
@@ -287,8 +307,8 @@ pub(crate) mod tests {
                     ReadOnly::Recursive,
                 ),
             ];
-            share.add_container(&id, &binds).unwrap();
-            let own = state.path().join("c");
+            share.add_container(Part(3), &binds).unwrap();
+            let own = state.path().join("3");
             assert_eq!(
                 fs::read_to_string(own.join("rootfs/file")).unwrap(),
                 "hello"
@@ -299,7 +319,7 @@ pub(crate) mod tests {
                 let error = fs::write(own.join(read_only), "").unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
             }
-            share.remove_container(&id, &binds).unwrap();
+            share.remove_container(Part(3), &binds).unwrap();
             assert!(!own.exists());
             share.unmount().unwrap();
             assert_eq!(fs::read_dir(state.path()).unwrap().count(), 0);
@@ -355,10 +375,9 @@ pub(crate) mod tests {
             )
             .unwrap();
             let share = Share::new(state.path()).unwrap();
-            let id = ContainerId::new("c").unwrap();
             let binds = [bind(rootfs.path(), "rootfs", true, ReadOnly::No)];
-            share.add_container(&id, &binds).unwrap();
-            let error = fs::File::open(state.path().join("c/rootfs/null")).unwrap_err();
+            share.add_container(Part(3), &binds).unwrap();
+            let error = fs::File::open(state.path().join("3/rootfs/null")).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
             share.unmount().unwrap();
         });

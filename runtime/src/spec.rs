@@ -8,11 +8,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::scheduler_flag;
-use oci_spec::runtime::{Capability, Hooks, Linux, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{
+    Capability, Hooks, Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec,
+};
 use serde_json::{Value, json};
 use thiserror::Error;
 
 use crate::annotations::Overrides;
+use crate::id::ContainerId;
 
 /// File name of a bundle's configuration (runtime-spec, bundle.md).
 pub const CONFIG_FILE: &str = "config.json";
@@ -29,6 +32,17 @@ pub struct Bundle {
     pub spec: Spec,
     /// The root filesystem on the host, absolute.
     pub rootfs: PathBuf,
+    /// The namespaces of other containers that it joins.
+    pub joins: Vec<Join>,
+}
+
+/// A namespace of another container of the same sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Join {
+    /// Its kind, by the spec's name.
+    pub namespace: &'static str,
+    /// Whose it is.
+    pub container: ContainerId,
 }
 
 /// Why a bundle is refused. Messages name the file or field, the problem and the next step.
@@ -93,6 +107,15 @@ impl SpecError {
 impl Bundle {
     /// Loads the bundle in `dir` and checks it.
     pub fn load(dir: &Path) -> Result<Self, SpecError> {
+        Self::load_beside(dir, |_| None)
+    }
+
+    /// Loads the bundle of a container that may join others' namespaces: `container_of` tells which container of the sandbox a process
+    /// of the host stands for.
+    pub fn load_beside(
+        dir: &Path,
+        container_of: impl Fn(u32) -> Option<ContainerId>,
+    ) -> Result<Self, SpecError> {
         let dir = fs::canonicalize(dir).map_err(|cause| missing_or(dir, cause))?;
         let path = dir.join(CONFIG_FILE);
         let text = fs::read(&path).map_err(|cause| missing_or(&path, cause))?;
@@ -101,8 +124,14 @@ impl Bundle {
             message,
         })?;
         validate(&spec)?;
+        let joins = joins(&spec, container_of)?;
         let rootfs = rootfs(&dir, &spec)?;
-        Ok(Self { dir, spec, rootfs })
+        Ok(Self {
+            dir,
+            spec,
+            rootfs,
+            joins,
+        })
     }
 }
 
@@ -343,16 +372,6 @@ fn validate_namespaces(linux: &Linux, has_hostname: bool) -> Result<(), SpecErro
             ));
         }
         seen.push(namespace.typ());
-        let path = namespace.path().as_deref();
-        if path.is_some_and(|path| !path.as_os_str().is_empty()) {
-            return Err(SpecError::unsupported(
-                format!("{field}.path"),
-                format!(
-                    "a container in a VM cannot join a {:?} namespace of the host; remove the path",
-                    name(namespace.typ())
-                ),
-            ));
-        }
     }
     for required in [
         LinuxNamespaceType::Mount,
@@ -378,6 +397,59 @@ fn validate_namespaces(linux: &Linux, has_hostname: bool) -> Result<(), SpecErro
         ));
     }
     Ok(())
+}
+
+/// The namespaces that are to be joined: those of processes that stand for containers of the sandbox. All others are the host's.
+fn joins(
+    spec: &Spec,
+    container_of: impl Fn(u32) -> Option<ContainerId>,
+) -> Result<Vec<Join>, SpecError> {
+    let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_ref());
+    let mut joins = Vec::new();
+    for (n, namespace) in namespaces.into_iter().flatten().enumerate() {
+        let Some(path) = path_of(namespace) else {
+            continue;
+        };
+        let (typ, field) = (namespace.typ(), format!("linux.namespaces[{n}].path"));
+        if typ == LinuxNamespaceType::Mount {
+            return Err(SpecError::unsupported(
+                field,
+                "each container in a VM has a mount namespace of its own; remove the path",
+            ));
+        }
+        let container = process_of(path, typ).and_then(&container_of);
+        let Some(container) = container else {
+            return Err(SpecError::unsupported(
+                field,
+                format!(
+                    "a container in a VM cannot join a {:?} namespace of the host; remove the path",
+                    name(typ)
+                ),
+            ));
+        };
+        joins.push(Join {
+            namespace: name(typ),
+            container,
+        });
+    }
+    Ok(joins)
+}
+
+/// The path of a namespace that is not to be a new one.
+pub fn path_of(namespace: &LinuxNamespace) -> Option<&Path> {
+    let path = namespace.path().as_deref();
+    path.filter(|path| !path.as_os_str().is_empty())
+}
+
+/// Whose namespace a path of procfs names, if it is one of that kind.
+fn process_of(path: &Path, typ: LinuxNamespaceType) -> Option<u32> {
+    let file = match typ {
+        LinuxNamespaceType::Network => "net",
+        typ => name(typ),
+    };
+    let (pid, rest) = path.to_str()?.strip_prefix("/proc/")?.split_once('/')?;
+    let rest = rest.strip_prefix("ns/")?;
+    (rest == file).then(|| pid.parse().ok()).flatten()
 }
 
 /// The namespace's name in a spec.
@@ -517,6 +589,46 @@ pub(crate) mod tests {
             spec["process"]["capabilities"]["bounding"],
             json!(["CAP_KILL"])
         );
+    }
+
+    #[test]
+    fn only_namespaces_of_the_sandboxs_own_containers_are_joined() {
+        let first = ContainerId::new("first").unwrap();
+        let joins = |kind: &str, path: &str| {
+            let mut config = good();
+            let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|namespace| namespace["type"] != kind);
+            namespaces.push(json!({"type": kind, "path": path}));
+            let dir = bundle(&config.to_string());
+            Bundle::load_beside(dir.path(), |pid| (pid == 7).then(|| first.clone()))
+                .map(|bundle| bundle.joins)
+                .map_err(|error| error.to_string())
+        };
+        for (kind, path) in [
+            ("ipc", "/proc/7/ns/ipc"),
+            ("network", "/proc/7/ns/net"),
+            ("user", "/proc/7/ns/user"),
+        ] {
+            let join = Join {
+                namespace: LinuxNamespaceType::try_from(kind).map(name).unwrap(),
+                container: first.clone(),
+            };
+            assert_eq!(join.namespace, kind);
+            assert_eq!(joins(kind, path), Ok(vec![join]));
+        }
+        assert_eq!(joins("ipc", ""), Ok(vec![]));
+        for (kind, path) in [
+            ("ipc", "/proc/8/ns/ipc"),
+            ("ipc", "/proc/7/ns/net"),
+            ("ipc", "/proc/7/ns/ipc/"),
+            ("ipc", "/proc/x/ns/ipc"),
+            ("network", "/run/netns/7"),
+        ] {
+            let refused = joins(kind, path).unwrap_err();
+            assert!(refused.contains("namespace of the host"), "{refused}");
+        }
+        let refused = joins("mount", "/proc/7/ns/mnt").unwrap_err();
+        assert!(refused.contains("of its own"), "{refused}");
     }
 
     #[test]

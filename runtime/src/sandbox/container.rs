@@ -12,6 +12,7 @@ use crate::adapt::HostBind;
 use crate::agent::{Agent, AgentError};
 use crate::hooks::HookState;
 use crate::id::ContainerId;
+use crate::share::Part;
 
 /// One container.
 #[derive(Debug)]
@@ -20,7 +21,9 @@ pub struct Container {
     pub id: ContainerId,
     /// The bundle's directory.
     pub bundle: PathBuf,
-    /// What is bound for it into the share.
+    /// Its part of the share.
+    pub part: Part,
+    /// What is bound for it there.
     pub binds: Vec<HostBind>,
     /// The hooks that run on the host.
     pub hooks: Option<Hooks>,
@@ -29,10 +32,19 @@ pub struct Container {
     /// Its first process, whose life is the container's.
     pub init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
-    paused: watch::Sender<bool>,
+    paused: watch::Sender<Option<Pause>>,
     deferred: Mutex<Vec<Deferred>>,
     poststop: OnceLock<()>,
     ooms: OnceLock<Ooms>,
+}
+
+/// What keeps a paused container from running.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pause {
+    /// The guest stands still, its agent with it.
+    Guest,
+    /// Its cgroup in the guest is frozen. Other containers run on.
+    Cgroup,
 }
 
 /// How many processes the guest's kernel has killed for want of memory, or why that is not known.
@@ -78,6 +90,7 @@ impl Container {
     pub fn new(
         id: ContainerId,
         bundle: PathBuf,
+        part: Part,
         binds: Vec<HostBind>,
         hooks: Option<Hooks>,
         hook_state: HookState,
@@ -86,12 +99,13 @@ impl Container {
         Self {
             id,
             bundle,
+            part,
             binds,
             hooks,
             hook_state,
             init: Arc::new(init),
             execs: Mutex::default(),
-            paused: watch::Sender::new(false),
+            paused: watch::Sender::new(None),
             deferred: Mutex::default(),
             poststop: OnceLock::new(),
             ooms: OnceLock::new(),
@@ -101,25 +115,31 @@ impl Container {
     /// Where in its life it is.
     pub fn status(&self) -> Status {
         match self.init.status() {
-            Status::Created | Status::Running if self.is_paused() => Status::Paused,
+            Status::Created | Status::Running if self.pause().is_some() => Status::Paused,
             status => status,
         }
     }
 
-    /// Whether its guest stands still, even if it has ended by now.
-    pub fn is_paused(&self) -> bool {
+    /// What it was paused by, even if it has ended by now.
+    pub fn pause(&self) -> Option<Pause> {
         *self.paused.borrow()
     }
 
-    /// Waits until it does not.
-    pub async fn goes_on(&self) {
-        // Fails only without a sender, and `self` is one.
-        let _ = self.paused.subscribe().wait_for(|&paused| !paused).await;
+    /// Whether it was paused with its guest, which can't be asked anything then.
+    pub fn stands_still(&self) -> bool {
+        self.pause() == Some(Pause::Guest)
     }
 
-    /// It stands still, or goes on.
-    pub fn set_paused(&self, paused: bool) {
-        self.paused.send_replace(paused);
+    /// Waits until its guest does not stand still.
+    pub async fn goes_on(&self) {
+        let mut paused = self.paused.subscribe();
+        // Fails only without a sender, and `self` is one.
+        let _ = paused.wait_for(|&pause| pause != Some(Pause::Guest)).await;
+    }
+
+    /// It is paused, or goes on.
+    pub fn set_pause(&self, pause: Option<Pause>) {
+        self.paused.send_replace(pause);
     }
 
     /// Remembers an exec'd process; `false` when the id is taken.

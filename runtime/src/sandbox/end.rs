@@ -75,7 +75,7 @@ impl Sandbox {
             let paused = self
                 .all_containers()
                 .iter()
-                .any(|container| container.status() == Status::Paused);
+                .any(|container| container.stands_still());
             let in_order = async {
                 if paused {
                     // What is dirty in a guest that stands still is worth no less.
@@ -159,7 +159,7 @@ impl Sandbox {
                 if exec_id.as_ref().is_empty() {
                     self.note(&container);
                 }
-                if container.is_paused() && container.status() == Status::Stopped {
+                if container.stands_still() && container.status() == Status::Stopped {
                     self.let_go(machine, &container).await;
                 }
             }
@@ -251,7 +251,7 @@ impl Sandbox {
         if let Err(error) = machine.vmm().order(Request::Resume, vec![]).await {
             tracing::debug!(%error, "the guest does not go on");
         }
-        container.set_paused(false);
+        container.set_pause(None);
     }
 
     /// Powers the guest off when every container has stopped; they stay known until they are deleted.

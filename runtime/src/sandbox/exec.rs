@@ -230,7 +230,9 @@ impl Sandbox {
             && let Ok(machine) = self.running_machine()
         {
             match container.status() {
-                Status::Paused => container.defer(Deferred::Deletion(exec_id.to_owned())),
+                _ if container.stands_still() => {
+                    container.defer(Deferred::Deletion(exec_id.to_owned()));
+                }
                 // With the container's init the guest has forgotten, or will forget, all of it.
                 Status::Stopped => {}
                 _ => forget(machine, id, exec_id).await?,

@@ -3,6 +3,7 @@
 use bulkhead_protocol::agent::ContainerStatsResponse;
 use oci_spec::runtime::LinuxResources;
 
+use super::container::Container;
 use super::process::Status;
 use super::{Sandbox, SandboxError};
 use crate::agent::AgentError;
@@ -16,7 +17,8 @@ impl Sandbox {
                 what: "resources",
                 problem: e.to_string(),
             })?;
-        let machine = self.live_machine(id, "container not running")?;
+        let container = self.container(id)?;
+        let machine = self.live_machine(&container, "container not running")?;
         let guest_mib = self.guest_memory_mib(&resources)?;
         let agent = machine.agent().await?;
         let of_guest = crate::adapt::guest_resources(resources.clone());
@@ -25,7 +27,10 @@ impl Sandbox {
             problem: e.to_string(),
         })?;
         machine.explain(agent.update(id, json).await).await?;
-        Ok(self.cgroup.apply(resources, guest_mib).await?)
+        if self.is_first(&container) {
+            self.cgroup.apply(resources, guest_mib).await?;
+        }
+        Ok(())
     }
 
     /// The guest's memory, which a limit must fit into.
@@ -57,7 +62,8 @@ impl Sandbox {
 
     /// What a container has used.
     pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse, SandboxError> {
-        let machine = self.live_machine(id, "cannot read the container's statistics")?;
+        let container = self.container(id)?;
+        let machine = self.live_machine(&container, "cannot read the container's statistics")?;
         let agent = machine.agent().await?;
         machine.explain(agent.stats(id).await).await
     }
@@ -67,7 +73,7 @@ impl Sandbox {
     pub async fn wait_oom(&self, id: &str, seen: Option<u64>) -> Result<u64, SandboxError> {
         let container = self.container(id)?;
         container.goes_on().await;
-        let machine = self.live_machine(id, "cannot watch the container")?;
+        let machine = self.live_machine(&container, "cannot watch the container")?;
         let agent = machine.agent().await?;
         let told = match seen {
             None => agent.wait_oom(id, None).await,
@@ -85,12 +91,12 @@ impl Sandbox {
 
     fn live_machine(
         &self,
-        id: &str,
+        container: &Container,
         what: &'static str,
     ) -> Result<&super::boot::Machine, SandboxError> {
-        let container = self.container(id)?;
         match container.status() {
             Status::Created | Status::Running => self.running_machine(),
+            Status::Paused if !container.stands_still() => self.running_machine(),
             status => Err(SandboxError::Status { what, status }),
         }
     }

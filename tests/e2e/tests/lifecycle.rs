@@ -6,6 +6,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -14,11 +15,20 @@ use bulkhead_e2e::command::{Ended, finish};
 use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc, wait_for};
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::{processes, watch};
+use containerd_shim_protos::api::{
+    CreateTaskRequest, DeleteRequest, KillRequest, PauseRequest, ResumeRequest, StartRequest,
+    StateRequest, Status, UpdateTaskRequest, WaitRequest,
+};
+use containerd_shim_protos::shim_async::{Client, TaskClient};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
 use serde_json::{Value, json};
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::Context;
 
 /// A container that does nothing until it is told to end.
 fn idle() -> Bundle {
@@ -668,6 +678,199 @@ fn two_containers_do_not_touch_each_other() {
     one.command(&["delete", "--force"]).expect_code(0);
     assert!(exists(other.pid));
     assert_eq!(other.shell("echo alive").stdout, "alive\n");
+}
+
+/// The server of a sandbox, as engines call it that put several containers into one.
+struct Server {
+    runtime: tokio::runtime::Runtime,
+    tasks: TaskClient,
+}
+
+impl Server {
+    fn of(container: &Container) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let socket = format!("/run/bulkhead/{}/task.sock", container.id);
+        let stream = UnixStream::connect(socket).unwrap();
+        let tasks = runtime
+            .block_on(async { TaskClient::new(Client::new(Socket::try_from(stream).unwrap())) });
+        Self { runtime, tasks }
+    }
+
+    fn call<T>(
+        &self,
+        call: impl AsyncFnOnce(&TaskClient) -> ttrpc::Result<T>,
+    ) -> Result<T, String> {
+        let answer = self.runtime.block_on(call(&self.tasks));
+        answer.map_err(|error| error.to_string())
+    }
+
+    fn create(&self, id: &str, bundle: &Bundle) -> Result<u32, String> {
+        let request = CreateTaskRequest {
+            id: id.to_owned(),
+            bundle: bundle.path().to_str().unwrap().to_owned(),
+            ..Default::default()
+        };
+        let answer = self.call(async |tasks| tasks.create(Context::default(), &request).await);
+        answer.map(|answer| answer.pid)
+    }
+
+    fn start(&self, id: &str) {
+        let request = StartRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        self.call(async |tasks| tasks.start(Context::default(), &request).await)
+            .unwrap();
+    }
+
+    fn pause(&self, id: &str) {
+        let request = PauseRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        self.call(async |tasks| tasks.pause(Context::default(), &request).await)
+            .unwrap();
+    }
+
+    fn resume(&self, id: &str) {
+        let request = ResumeRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        self.call(async |tasks| tasks.resume(Context::default(), &request).await)
+            .unwrap();
+    }
+
+    fn status(&self, id: &str) -> Status {
+        let request = StateRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.call(async |tasks| tasks.state(Context::default(), &request).await);
+        answer.unwrap().status.unwrap()
+    }
+
+    fn signal(&self, id: &str, signal: Signal) {
+        let request = KillRequest {
+            id: id.to_owned(),
+            signal: (signal as i32).unsigned_abs(),
+            ..Default::default()
+        };
+        self.call(async |tasks| tasks.kill(Context::default(), &request).await)
+            .unwrap();
+    }
+
+    fn limit_pids(&self, id: &str, limit: u64) {
+        let resources = Any {
+            value: json!({"pids": {"limit": limit}}).to_string().into_bytes(),
+            ..Default::default()
+        };
+        let request = UpdateTaskRequest {
+            id: id.to_owned(),
+            resources: MessageField::some(resources),
+            ..Default::default()
+        };
+        self.call(async |tasks| tasks.update(Context::default(), &request).await)
+            .unwrap();
+    }
+
+    /// Waits for a container's end and deletes it; returns its exit code.
+    fn end(&self, id: &str) -> u32 {
+        let request = WaitRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.call(async |tasks| tasks.wait(Context::default(), &request).await);
+        let request = DeleteRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        self.call(async |tasks| tasks.delete(Context::default(), &request).await)
+            .unwrap();
+        answer.unwrap().exit_status
+    }
+}
+
+/// One that joins namespaces of the container that a process stands for, and tells of signals in a file.
+fn beside(pid: Pid) -> Bundle {
+    let mut bundle = Bundle::shell(
+        "trap 'echo >>/signals' USR1; echo $(readlink /proc/self/ns/ipc) $(hostname) >/joined; echo >/ready; \
+         while :; do sleep 1000 & wait $!; done",
+    );
+    for namespace in bundle.config["linux"]["namespaces"].as_array_mut().unwrap() {
+        for kind in ["ipc", "uts"] {
+            if namespace["type"] == kind {
+                namespace["path"] = json!(format!("/proc/{pid}/ns/{kind}"));
+            }
+        }
+    }
+    bundle.config.as_object_mut().unwrap().remove("hostname");
+    bundle.write();
+    bundle
+}
+
+#[test]
+fn containers_of_one_sandbox_join_namespaces_and_are_paused_each_by_itself() {
+    let host = Host::now();
+    let first = Container::running(bulkhead(), idle());
+    await_output(&first, "ready\n");
+    let server = Server::of(&first);
+    let bundle = beside(first.pid);
+    let signals = bundle.in_root("signals");
+    let signalled = |times: usize| {
+        watch::until(&bundle.in_root(""), &[], || {
+            fs::read(&signals).is_ok_and(|bytes| bytes.len() == times)
+        });
+    };
+
+    // Of one that fails nothing is left that would be in the way.
+    let mut missing = beside(first.pid);
+    missing.config["process"]["args"] = json!(["/nonesuch"]);
+    let refused = server.create("second", missing.write()).unwrap_err();
+    assert!(refused.contains("/nonesuch"), "{refused}");
+    let foreign = beside(Pid::this());
+    let refused = server.create("second", &foreign).unwrap_err();
+    assert!(refused.contains("namespace of the host"), "{refused}");
+
+    server.create("second", &bundle).unwrap();
+    server.start("second");
+    watch::until(&bundle.in_root(""), &[], || {
+        bundle.in_root("ready").exists()
+    });
+    let joined = fs::read_to_string(bundle.in_root("joined")).unwrap();
+    let own = first.shell("echo $(readlink /proc/self/ns/ipc) $(hostname)");
+    assert_eq!(joined, own.expect_code(0).stdout);
+
+    server.pause("second");
+    assert_eq!(server.status("second"), Status::PAUSED);
+    assert_eq!(first.status(), "running");
+    server.signal("second", Signal::SIGUSR1);
+    server.limit_pids("second", 100);
+    assert_eq!(first.shell("echo alive").stdout, "alive\n");
+    assert!(!signals.exists(), "it runs");
+    server.resume("second");
+    signalled(1);
+
+    first.command(&["pause"]).expect_code(0);
+    assert_eq!(first.status(), "paused");
+    server.signal("second", Signal::SIGUSR1);
+    signalled(2);
+    server.pause("second");
+    server.signal("second", Signal::SIGKILL);
+    assert_eq!(server.end("second"), 137);
+    first.command(&["resume"]).expect_code(0);
+    assert_eq!(first.shell("echo alive").stdout, "alive\n");
+
+    first.command(&["pause"]).expect_code(0);
+    let refused = server.create("third", &beside(first.pid)).unwrap_err();
+    assert!(refused.contains("resume it first"), "{refused}");
+    first.command(&["resume"]).expect_code(0);
+    drop(first);
+    reap_all();
+    host.assert_nothing_new();
 }
 
 #[test]
