@@ -456,11 +456,14 @@ impl Container {
             return self.cgroup.kill();
         }
         for pid in self.cgroup.processes()? {
-            // PID 1 reaps none now, but parents in the container do: a pid of this list may be another's by now, one's that was
-            // forked since by a process of the container, or on the way into it. (Guests have one container today.)
-            // SAFETY: touches no memory.
-            match Errno::result(unsafe { libc::kill(pid, number) }) {
-                Ok(_) | Err(Errno::ESRCH) => {}
+            // By now the pid may be another container's process. What it is once it is pinned, it stays.
+            let signalled = match sys::open_process(pid.unsigned_abs()) {
+                Ok(process) if self.cgroup.has(pid) => sys::signal_process(process.as_fd(), number),
+                Ok(_) => Ok(()),
+                Err(errno) => Err(errno),
+            };
+            match signalled {
+                Ok(()) | Err(Errno::ESRCH) => {}
                 Err(errno) => {
                     return Err(Error::system(
                         "cannot signal the container's processes",

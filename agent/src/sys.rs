@@ -461,7 +461,7 @@ pub fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-/// A descriptor of a child that has not been waited for.
+/// A descriptor of a process: for certain only of a child that has not been waited for.
 pub fn open_process(pid: u32) -> Result<OwnedFd> {
     // SAFETY: touches no memory of ours.
     owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })

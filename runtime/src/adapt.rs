@@ -111,7 +111,13 @@ pub fn adapt(bundle: &Bundle, part: Part) -> Result<Adapted, SpecError> {
     let new_uts = namespaces.into_iter().flatten().any(|namespace| {
         namespace.typ() == LinuxNamespaceType::Uts && path_of(namespace).is_none()
     });
-    if new_uts && spec.hostname().is_none() {
+    let sysctls = spec.linux().as_ref().and_then(|l| l.sysctl().as_ref());
+    let by_sysctl = sysctls
+        .into_iter()
+        .flatten()
+        .any(|(name, _)| name == "kernel.hostname" || name == "kernel/hostname");
+    let by_name = spec.hostname().as_deref().is_some_and(|n| !n.is_empty());
+    if new_uts && !by_name && !by_sysctl {
         // A new UTS namespace begins as a copy, under runc of the host's.
         spec.set_hostname(gethostname().ok().and_then(|name| name.into_string().ok()));
     }

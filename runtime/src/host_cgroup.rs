@@ -117,6 +117,11 @@ impl HostCgroup {
         Ok(())
     }
 
+    /// Refuses what its driver can't make, before anything is made.
+    pub fn require_driver(&self) -> Result<(), HostCgroupError> {
+        self.manager().map(drop)
+    }
+
     /// Puts a process into it.
     pub fn add(&self, pid: u32) -> Result<(), HostCgroupError> {
         let pid = i32::try_from(pid).map_err(|e| self.failed("enter", &e))?;

@@ -175,6 +175,9 @@ impl Sandbox {
         self.timeline.mark("server: spec validated");
         let proxy = create.options.proxy.map(find).transpose()?;
         let size = Size::of(&bundle.spec, &self.params.config)?;
+        if id != self.params.id {
+            self.require_fit(&bundle.spec)?;
+        }
         let hook_state = HookState {
             oci_version: bundle.spec.version().clone(),
             id: id.as_str().to_owned(),
@@ -197,15 +200,34 @@ impl Sandbox {
         if made.is_err() {
             container.lost(LOST_EXIT_CODE);
             self.run_poststop_hooks(&container).await;
-            self.containers().remove(id.as_str());
             self.undo(&container).await;
+            self.containers().remove(id.as_str());
         }
         made
     }
 
+    /// Refuses a further container whose spec would have another machine than the first has.
+    fn require_fit(&self, spec: &Spec) -> Result<(), SandboxError> {
+        if self.machine.get().is_none() {
+            return Err(SandboxError::Failed(format!(
+                "the sandbox has no container yet, and its first must be {:?}",
+                self.params.id.as_str()
+            )));
+        }
+        if Overrides::of(spec)? != Overrides::default() {
+            return Err(SandboxError::Request {
+                what: "annotations",
+                problem: "those of io.bulkhead are of the sandbox's first container, whose guest this one shares: remove them".to_owned(),
+            });
+        }
+        let resources = spec.linux().as_ref().and_then(|l| l.resources().clone());
+        self.guest_memory_mib(&resources.unwrap_or_default())?;
+        Ok(())
+    }
+
     /// Removes what there is in the guest and in the share of a container that could not be made, for the sake of those that live on.
     async fn undo(&self, container: &Container) {
-        if self.is_empty() {
+        if !self.shares_guest(container) {
             return;
         }
         let Ok(machine) = self.running_machine() else {
@@ -532,29 +554,37 @@ impl Sandbox {
             });
         }
         let machine = self.running_machine()?;
-        if !self.shares_guest(&container) {
-            machine.vmm().order(Request::Pause, vec![]).await?;
-            // From here on no container is made beside it.
-            container.set_pause(Some(Pause::Guest));
-        }
-        if self.shares_guest(&container) {
-            if container.stands_still() {
-                machine.vmm().order(Request::Resume, vec![]).await?;
-                container.set_pause(None);
+        if self.stand_still(&container) {
+            if let Err(error) = machine.vmm().order(Request::Pause, vec![]).await {
+                self.go_on(machine, &container).await?;
+                return Err(error.into());
             }
+        } else {
             let agent = machine.agent().await?;
             machine.explain(agent.pause(id).await).await?;
             container.set_pause(Some(Pause::Cgroup));
         }
         self.note(&container);
         if container.status() == Status::Stopped {
-            self.let_go(machine, &container).await;
+            if container.stands_still() {
+                self.let_go(machine, &container).await;
+            }
             return Err(SandboxError::Status {
                 what: "container not running",
                 status: Status::Stopped,
             });
         }
         Ok(())
+    }
+
+    /// Has a container that is alone in its guest stand still with it; from then on none is made beside it.
+    fn stand_still(&self, container: &Container) -> bool {
+        let containers = self.containers();
+        let alone = containers.values().all(|other| other.id == container.id);
+        if alone {
+            container.set_pause(Some(Pause::Guest));
+        }
+        alone
     }
 
     /// Lets them run again, and sees to what came for the container's processes meanwhile.
@@ -574,8 +604,14 @@ impl Sandbox {
                 machine.explain(agent.resume(id).await).await?;
             }
         }
+        self.go_on(machine, &container).await
+    }
+
+    /// Sees to what came for a container's processes while it was paused.
+    async fn go_on(&self, machine: &Machine, container: &Container) -> Result<(), SandboxError> {
         container.set_pause(None);
-        self.note(&container);
+        self.note(container);
+        let id = container.id.as_str();
         for deferred in container.take_deferred() {
             let done = match deferred {
                 Deferred::Signal(signal) => deliver(machine, id, &signal).await,
@@ -618,19 +654,23 @@ impl Sandbox {
                 status,
             });
         }
+        if self.is_first(&container) && self.shares_guest(&container) {
+            return Err(SandboxError::Status {
+                what: "cannot delete the first container of a sandbox before the others",
+                status,
+            });
+        }
         if status == Status::Created && self.failure.get().is_none() {
             self.signal(id, "", libc::SIGKILL.unsigned_abs(), true)
                 .await?;
             let ended = tokio::time::timeout(KILL_TIMEOUT, container.init.wait()).await;
             if ended.is_err() {
-                // A guest that does not tell is about to end itself.
+                // A guest that does not tell is of no more use.
                 container.lost(KILLED_EXIT_CODE);
             }
         }
-        self.containers().remove(id);
-        self.timeline.mark("server: container forgotten");
         // With the last container the guest goes too, and it is not worth tidying up.
-        if !self.is_empty() && self.failure.get().is_none() {
+        if self.shares_guest(&container) && self.failure.get().is_none() {
             let machine = self.running_machine()?;
             let agent = machine.agent().await?;
             machine.explain(agent.delete(id).await).await?;
@@ -638,6 +678,8 @@ impl Sandbox {
                 .share()
                 .remove_container(container.part, &container.binds)?;
         }
+        self.containers().remove(id);
+        self.timeline.mark("server: container forgotten");
         self.run_poststop_hooks(&container).await;
         Ok(container.init.exit())
     }
@@ -682,8 +724,8 @@ impl Sandbox {
     fn container_of(&self, pid: u32) -> Option<ContainerId> {
         let containers = self.containers();
         let stands_for = |container: &Container| match &container.init.proxy {
-            Some(proxy) => proxy.pid() == pid,
-            None => self.is_first(container) && self.stand_in(&container.init) == pid,
+            Some(proxy) => proxy.pid() == pid && proxy.is_alive(),
+            None => self.is_first(container) && self.stand_in(&container.init) == pid && pid != 0,
         };
         let found = containers.values().find(|container| stands_for(container));
         found.map(|container| container.id.clone())
@@ -694,12 +736,10 @@ impl Sandbox {
         container.id == self.params.id
     }
 
-    /// Whether other containers may run in a container's guest.
+    /// Whether other containers are in a container's guest, running or not.
     fn shares_guest(&self, container: &Container) -> bool {
         let containers = self.containers();
-        containers
-            .values()
-            .any(|other| other.id != container.id && other.status() != Status::Stopped)
+        containers.values().any(|other| other.id != container.id)
     }
 
     fn stand_in(&self, process: &Process) -> u32 {

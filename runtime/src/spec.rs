@@ -199,7 +199,10 @@ fn fill_in_user(process: Option<&mut Value>) {
     let Some(process) = process.and_then(Value::as_object_mut) else {
         return;
     };
-    let user = process.entry("user").or_insert_with(|| json!({}));
+    let user = process.entry("user").or_insert(Value::Null);
+    if user.is_null() {
+        *user = json!({});
+    }
     for id in ["uid", "gid"] {
         if let Some(user) = user.as_object_mut() {
             user.entry(id).or_insert_with(|| json!(0));
@@ -212,10 +215,11 @@ fn drop_empty_seccomp(linux: Option<&mut Value>) {
     let Some(linux) = linux.and_then(Value::as_object_mut) else {
         return;
     };
+    // What is malformed is not empty.
     let is_empty = |profile: &Value| {
         profile.is_object()
-            && matches!(profile["defaultAction"].as_str(), None | Some(""))
-            && profile["syscalls"].as_array().is_none_or(Vec::is_empty)
+            && [json!(null), json!("")].contains(&profile["defaultAction"])
+            && [json!(null), json!([])].contains(&profile["syscalls"])
     };
     if linux.get("seccomp").is_some_and(is_empty) {
         linux.remove("seccomp");
@@ -449,7 +453,10 @@ fn process_of(path: &Path, typ: LinuxNamespaceType) -> Option<u32> {
     };
     let (pid, rest) = path.to_str()?.strip_prefix("/proc/")?.split_once('/')?;
     let rest = rest.strip_prefix("ns/")?;
-    (rest == file).then(|| pid.parse().ok()).flatten()
+    let is_number = pid.bytes().all(|byte| byte.is_ascii_digit());
+    (rest == file && is_number)
+        .then(|| pid.parse().ok())
+        .flatten()
 }
 
 /// The namespace's name in a spec.
@@ -622,6 +629,7 @@ pub(crate) mod tests {
             ("ipc", "/proc/7/ns/net"),
             ("ipc", "/proc/7/ns/ipc/"),
             ("ipc", "/proc/x/ns/ipc"),
+            ("ipc", "/proc/+7/ns/ipc"),
             ("network", "/run/netns/7"),
         ] {
             let refused = joins(kind, path).unwrap_err();
@@ -646,10 +654,14 @@ pub(crate) mod tests {
         };
         assert_eq!(user(&spec), (0, 5));
         assert!(spec.linux().as_ref().unwrap().seccomp().is_none());
+        config["process"]["user"] = json!(null);
+        assert_eq!(user(&load(&config).unwrap()), (0, 0));
         config["process"].as_object_mut().unwrap().remove("user");
         assert_eq!(user(&load(&config).unwrap()), (0, 0));
         for seccomp in [
             json!({"syscalls": [{"names": ["kill"], "action": "SCMP_ACT_ERRNO"}]}),
+            json!({"syscalls": {"names": ["kill"], "action": "SCMP_ACT_ERRNO"}}),
+            json!({"defaultAction": 1}),
             json!("none"),
         ] {
             config["linux"]["seccomp"] = seccomp;

@@ -19,6 +19,7 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
 use self::files::{flat_keyed, read};
+use crate::boot::CGROUP_ROOT;
 use crate::error::{Context, Error, Kind, Result, errno_of};
 
 pub use files::EventFile;
@@ -181,6 +182,14 @@ impl Cgroup {
             }
         }
         Ok(processes)
+    }
+
+    /// Whether a process is in it or below it.
+    pub fn has(&self, pid: i32) -> bool {
+        let own = self.path.strip_prefix(CGROUP_ROOT).unwrap_or(&self.path);
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let mut paths = text.lines().filter_map(|line| line.strip_prefix("0::/"));
+        paths.any(|path| Path::new(path).starts_with(own))
     }
 
     /// The cgroup below that a process is in.

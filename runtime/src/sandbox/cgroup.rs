@@ -31,8 +31,12 @@ impl Cgroup {
 
     /// Moves this process into `cgroup`, which is the sandbox's from then on, also if that fails: part of it may be made by then.
     pub async fn enter(&self, cgroup: HostCgroup) -> Result<(), SandboxError> {
-        self.work(|current| Ok(current.insert(cgroup).add(std::process::id())?))
-            .await
+        self.work(|current| {
+            // Whoever makes none removes none.
+            cgroup.require_driver()?;
+            Ok(current.insert(cgroup).add(std::process::id())?)
+        })
+        .await
     }
 
     /// Moves a stand-in into it.
@@ -125,6 +129,21 @@ mod tests {
             let (received, sent) = tokio::join!(work, other);
             sent.unwrap();
             assert_eq!(received, Ok(7));
+        });
+    }
+
+    #[test]
+    fn a_cgroup_that_its_driver_refuses_is_nobodys_to_remove() {
+        with_cgroups(|| {
+            let spec = r#"{"ociVersion":"1.0.2","linux":{"cgroupsPath":"noslice:bulkhead:x"}}"#;
+            let spec = serde_json::from_str(spec).unwrap();
+            let host = HostCgroup::of(&spec, &ContainerId::new("c1").unwrap(), true);
+            let host = host.unwrap().unwrap();
+            let cgroup = Cgroup::new();
+            block_on(async {
+                assert!(cgroup.enter(host).await.is_err());
+                cgroup.remove().await.unwrap();
+            });
         });
     }
 

@@ -277,9 +277,10 @@ impl Sandbox {
             return;
         }
         let containers = self.all_containers();
+        // What is on record is the first.
         let running = containers
             .iter()
-            .any(|container| container.status() != Status::Stopped);
+            .any(|container| self.is_first(container) && container.status() != Status::Stopped);
         if running && self.closing.get().is_none() {
             tracing::debug!(reason, "the sandbox has failed");
             if let Ok(mut record) = self.params.state.load() {

@@ -34,7 +34,7 @@ impl Sandbox {
     }
 
     /// The guest's memory, which a limit must fit into.
-    fn guest_memory_mib(&self, resources: &LinuxResources) -> Result<u64, SandboxError> {
+    pub(super) fn guest_memory_mib(&self, resources: &LinuxResources) -> Result<u64, SandboxError> {
         let guest_mib = self
             .machine
             .get()

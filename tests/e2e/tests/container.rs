@@ -100,6 +100,10 @@ fn what_runc_does_without_may_be_missing_in_a_config() {
     let process = bundle.config["process"].as_object_mut().unwrap();
     process.remove("user");
     assert_same_as_runc(&bundle);
+    bundle.config["hostname"] = json!("");
+    assert_same_as_runc(&bundle);
+    bundle.config["linux"]["sysctl"] = json!({"kernel.hostname": "by-sysctl"});
+    assert_same_as_runc(&bundle);
 }
 
 #[test]

@@ -17,15 +17,16 @@ use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::{processes, watch};
 use containerd_shim_protos::api::{
     CreateTaskRequest, DeleteRequest, KillRequest, PauseRequest, ResumeRequest, StartRequest,
-    StateRequest, Status, UpdateTaskRequest, WaitRequest,
+    StateRequest, StatsRequest, Status, UpdateTaskRequest, WaitRequest,
 };
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
 use serde_json::{Value, json};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
@@ -777,21 +778,40 @@ impl Server {
             .unwrap();
     }
 
-    /// Waits for a container's end and deletes it; returns its exit code.
-    fn end(&self, id: &str) -> u32 {
+    fn pids_limit(&self, id: &str) -> u64 {
+        let request = StatsRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.call(async |tasks| tasks.stats(Context::default(), &request).await);
+        let metrics = Metrics::parse_from_bytes(&answer.unwrap().stats.value).unwrap();
+        metrics.pids.limit
+    }
+
+    fn wait(&self, id: &str) -> u32 {
         let request = WaitRequest {
             id: id.to_owned(),
             ..Default::default()
         };
         let answer = self.call(async |tasks| tasks.wait(Context::default(), &request).await);
+        answer.unwrap().exit_status
+    }
+
+    fn delete(&self, id: &str) {
         let request = DeleteRequest {
             id: id.to_owned(),
             ..Default::default()
         };
         self.call(async |tasks| tasks.delete(Context::default(), &request).await)
             .unwrap();
-        answer.unwrap().exit_status
     }
+}
+
+/// How many mounts the server of a container's sandbox has.
+fn mounts_of_server(container: &Container) -> usize {
+    let pid = fs::read_to_string(format!("/run/bulkhead/{}/server.pid", container.id)).unwrap();
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    mounts.lines().count()
 }
 
 /// One that joins namespaces of the container that a process stands for, and tells of signals in a file.
@@ -826,7 +846,8 @@ fn containers_of_one_sandbox_join_namespaces_and_are_paused_each_by_itself() {
         });
     };
 
-    // Of one that fails nothing is left that would be in the way.
+    // Of one that fails nothing is left.
+    let mounts = mounts_of_server(&first);
     let mut missing = beside(first.pid);
     missing.config["process"]["args"] = json!(["/nonesuch"]);
     let refused = server.create("second", missing.write()).unwrap_err();
@@ -834,8 +855,18 @@ fn containers_of_one_sandbox_join_namespaces_and_are_paused_each_by_itself() {
     let foreign = beside(Pid::this());
     let refused = server.create("second", &foreign).unwrap_err();
     assert!(refused.contains("namespace of the host"), "{refused}");
+    let mut large = beside(first.pid);
+    large.config["linux"]["resources"] = json!({"memory": {"limit": 1_u64 << 40}});
+    let refused = server.create("second", large.write()).unwrap_err();
+    assert!(refused.contains("do not fit"), "{refused}");
+    let mut other = beside(first.pid);
+    other.config["annotations"] = json!({"io.bulkhead.vcpus": "1"});
+    let refused = server.create("second", other.write()).unwrap_err();
+    assert!(refused.contains("first container"), "{refused}");
+    assert_eq!(mounts_of_server(&first), mounts);
 
     server.create("second", &bundle).unwrap();
+    assert!(mounts_of_server(&first) > mounts);
     server.start("second");
     watch::until(&bundle.in_root(""), &[], || {
         bundle.in_root("ready").exists()
@@ -849,6 +880,7 @@ fn containers_of_one_sandbox_join_namespaces_and_are_paused_each_by_itself() {
     assert_eq!(first.status(), "running");
     server.signal("second", Signal::SIGUSR1);
     server.limit_pids("second", 100);
+    assert_eq!(server.pids_limit("second"), 100);
     assert_eq!(first.shell("echo alive").stdout, "alive\n");
     assert!(!signals.exists(), "it runs");
     server.resume("second");
@@ -860,14 +892,38 @@ fn containers_of_one_sandbox_join_namespaces_and_are_paused_each_by_itself() {
     signalled(2);
     server.pause("second");
     server.signal("second", Signal::SIGKILL);
-    assert_eq!(server.end("second"), 137);
+    assert_eq!(server.wait("second"), 137);
+    server.delete("second");
+    assert_eq!(mounts_of_server(&first), mounts);
     first.command(&["resume"]).expect_code(0);
     assert_eq!(first.shell("echo alive").stdout, "alive\n");
 
     first.command(&["pause"]).expect_code(0);
-    let refused = server.create("third", &beside(first.pid)).unwrap_err();
+    let third = beside(first.pid);
+    let refused = server.create("third", &third).unwrap_err();
     assert!(refused.contains("resume it first"), "{refused}");
     first.command(&["resume"]).expect_code(0);
+
+    // One that has stopped is asked about no less than one that runs.
+    server.create("third", &third).unwrap();
+    server.signal("third", Signal::SIGKILL);
+    server.wait("third");
+    first.command(&["pause"]).expect_code(0);
+    server.delete("third");
+    first.command(&["resume"]).expect_code(0);
+
+    // The first is the sandbox's, and goes last.
+    server.create("fourth", &third).unwrap();
+    first.command_with(&["kill"], &["KILL"]).expect_code(0);
+    assert_eq!(first.wait(), 137);
+    let refused = first.command(&["delete"]).expect_code(1);
+    assert!(
+        refused.stderr.contains("before the others"),
+        "{}",
+        refused.stderr
+    );
+    server.delete("fourth");
+    first.command(&["delete"]).expect_code(0);
     drop(first);
     reap_all();
     host.assert_nothing_new();
