@@ -487,7 +487,7 @@ impl Sandbox {
     }
 
     /// Signals a process, or all of the container. To one that stands still SIGKILL comes at once and everything else when
-    /// it is resumed; a guest that does not take a SIGKILL of its container's is killed itself.
+    /// it is resumed; a guest that does not take a SIGKILL of a container's is killed itself, with all that is in it.
     pub async fn signal(
         &self,
         id: &str,

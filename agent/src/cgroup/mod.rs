@@ -19,7 +19,6 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
 use self::files::{flat_keyed, read};
-use crate::boot::CGROUP_ROOT;
 use crate::error::{Context, Error, Kind, Result, errno_of};
 
 pub use files::EventFile;
@@ -186,10 +185,11 @@ impl Cgroup {
 
     /// Whether a process is in it or below it.
     pub fn has(&self, pid: i32) -> bool {
-        let own = self.path.strip_prefix(CGROUP_ROOT).unwrap_or(&self.path);
+        // Wherever the hierarchy is mounted: the agent makes no second one of this name.
+        let own = self.path.file_name();
         let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
         let mut paths = text.lines().filter_map(|line| line.strip_prefix("0::/"));
-        paths.any(|path| Path::new(path).starts_with(own))
+        paths.any(|path| Path::new(path).iter().any(|part| Some(part) == own))
     }
 
     /// The cgroup below that a process is in.
