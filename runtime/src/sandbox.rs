@@ -678,7 +678,10 @@ impl Sandbox {
                 .share()
                 .remove_container(container.part, &container.binds)?;
         }
-        self.containers().remove(id);
+        if self.containers().remove(id).is_none() {
+            // Somebody else has deleted it at the same time.
+            return Err(SandboxError::NotFound(id.to_owned()));
+        }
         self.timeline.mark("server: container forgotten");
         self.run_poststop_hooks(&container).await;
         Ok(container.init.exit())

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use crate::container::reap_all;
+use crate::processes;
+
 /// What is on the host at one moment, each thing as one line, and how often it is there: one mount can hide an equal one.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Host(BTreeMap<String, usize>);
@@ -30,6 +33,16 @@ impl Host {
         Self(things)
     }
 
+    /// What is on the host now, and is to be there at the end of the test whose first value this is.
+    ///
+    /// # Panics
+    /// When orphans can't be had.
+    pub fn unchanged() -> Unchanged {
+        // Whatever loses its parent ends up as a child of the test, and not as somebody else's zombie.
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
+        Unchanged(Self::now())
+    }
+
     /// Checks that nothing has come since.
     ///
     /// # Panics
@@ -44,6 +57,21 @@ impl Host {
             .filter(|(thing, count)| **count > before(*thing))
             .collect();
         assert!(new.is_empty(), "left on the host: {new:#?}");
+    }
+}
+
+/// Checks when it goes that nothing has come to the host since it was made, once what is about to end has ended.
+#[derive(Debug)]
+pub struct Unchanged(Host);
+
+impl Drop for Unchanged {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        processes::wait_for_end(&processes::of_the_build_under_test());
+        reap_all();
+        self.0.assert_nothing_new();
     }
 }
 
@@ -99,5 +127,28 @@ fn files(path: &Path, things: &mut Things) {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             files(&entry.path(), things);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    #[test]
+    fn every_end_to_end_test_looks_for_what_it_has_left() {
+        let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+        let mut count = 0;
+        for entry in fs::read_dir(tests).unwrap() {
+            let text = fs::read_to_string(entry.unwrap().path()).unwrap();
+            for test in text.split("#[test]").skip(1) {
+                let (test, _) = test.split_once("\n}\n").unwrap();
+                let looks =
+                    test.contains("Host::unchanged()") || test.contains("assert_nothing_new()");
+                assert!(looks, "{}", test.trim().lines().next().unwrap());
+                count += 1;
+            }
+        }
+        assert!(count > 100, "{count}");
     }
 }

@@ -371,6 +371,7 @@ fn a_bad_id_is_refused() {
 
 #[test]
 fn a_wrong_command_line_is_refused() {
+    let _unchanged = Host::unchanged();
     for arguments in [
         &["run"][..],
         &["bogus"],

@@ -73,6 +73,7 @@ fn output_and_exit_code_come_back() {
 
 #[test]
 fn the_process_is_pid_1_on_a_kernel_of_its_own() {
+    let _unchanged = Host::unchanged();
     let ended = run(&Bundle::shell(
         "echo $$; uname -r; hostname; cat /proc/self/cgroup",
     ))
@@ -94,6 +95,7 @@ fn the_process_is_pid_1_on_a_kernel_of_its_own() {
 
 #[test]
 fn what_runc_does_without_may_be_missing_in_a_config() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell("hostname; id; grep Seccomp: /proc/self/status");
     bundle.config.as_object_mut().unwrap().remove("hostname");
     bundle.config["linux"]["seccomp"] = json!({});
@@ -116,6 +118,7 @@ fn standard_input_arrives_and_its_end_is_seen() {
 
 #[test]
 fn thirty_two_mebibytes_pass_both_ways_whole_and_in_order() {
+    let _unchanged = Host::unchanged();
     let block: Vec<u8> = (0..1 << 20)
         .map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
         .collect();
@@ -162,6 +165,7 @@ fn output_that_nobody_reads_any_more_ends_the_writer() {
 
 #[test]
 fn death_by_signal_n_is_exit_code_128_plus_n() {
+    let _unchanged = Host::unchanged();
     // PID 1 of a pid namespace can't kill itself, so its child does and the shell passes the status on.
     assert_same_as_runc(&Bundle::shell("sh -c 'kill -9 $$'; echo $?"));
 }
@@ -237,6 +241,7 @@ fn two_containers_run_side_by_side() {
 
 #[test]
 fn files_of_the_bundle_are_read_and_written_back() {
+    let _unchanged = Host::unchanged();
     let bundle = Bundle::shell(
         "cat /given && echo from the guest > /made && mkdir /folder && ln -s made /folder/link && chmod 640 /made",
     );
@@ -261,6 +266,7 @@ fn files_of_the_bundle_are_read_and_written_back() {
 
 #[test]
 fn user_groups_umask_and_working_directory_are_those_of_the_config() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell(
         "id -u; id -g; grep Groups /proc/self/status; umask; pwd; touch /tmp/mine; stat -c '%u %g %a' /tmp/mine",
     );
@@ -303,6 +309,7 @@ fn give_access(path: &Path, attribute: &CStr, user: u32) {
 
 #[test]
 fn access_control_lists_hold_as_under_runc() {
+    let _unchanged = Host::unchanged();
     let script = "cat /given; echo $?; (: >>/given) 2>/dev/null; echo $?; touch /folder/made; stat -c %a /folder/made; cat /plain";
     let mut bundle = Bundle::shell(script);
     for (name, mode) in [("given", 0o660), ("plain", 0o640), ("folder", 0o777)] {
@@ -327,6 +334,7 @@ fn access_control_lists_hold_as_under_runc() {
 
 #[test]
 fn what_the_hosts_kernel_makes_up_is_read_whole() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell("cat /host/version /host/sys/kernel/osrelease /filesystems");
     bundle.config["mounts"].as_array_mut().unwrap().extend([
         json!({"destination": "/host", "type": "bind", "source": "/proc", "options": ["bind", "ro"]}),
@@ -337,6 +345,7 @@ fn what_the_hosts_kernel_makes_up_is_read_whole() {
 
 #[test]
 fn a_missing_working_directory_is_made() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell("pwd");
     bundle.config["process"]["cwd"] = json!("/not/there/yet");
     assert_same_as_runc(&bundle);
@@ -344,6 +353,7 @@ fn a_missing_working_directory_is_made() {
 
 #[test]
 fn the_environment_is_exactly_that_of_the_config() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::busybox(&["env"]);
     bundle.config["process"]["env"] =
         json!(["PATH=/bin", "EMPTY=", "SPACED=a b", "HOME=/elsewhere"]);
@@ -352,6 +362,7 @@ fn the_environment_is_exactly_that_of_the_config() {
 
 #[test]
 fn home_comes_from_the_images_passwd_when_the_config_has_none() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell("echo $HOME");
     bundle.config["process"]["user"] = json!({"uid": 1000, "gid": 1000});
     assert_same_as_runc(&bundle);
@@ -359,6 +370,7 @@ fn home_comes_from_the_images_passwd_when_the_config_has_none() {
 
 #[test]
 fn capabilities_limits_and_no_new_privs_are_those_of_the_config() {
+    let _unchanged = Host::unchanged();
     for (uid, no_new_privs) in [(0, true), (1000, false)] {
         let mut bundle =
             Bundle::shell("grep -E '^(Cap|NoNewPrivs)' /proc/self/status; cat /proc/self/limits");
@@ -386,6 +398,7 @@ fn capabilities_limits_and_no_new_privs_are_those_of_the_config() {
 
 #[test]
 fn a_users_processes_are_not_limited_by_the_guests_memory() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell("grep -E 'processes|pending' /proc/self/limits | tr -s ' '");
     bundle.config["process"]["user"] = json!({"uid": 1000, "gid": 1000});
     let expected =
@@ -395,6 +408,7 @@ fn a_users_processes_are_not_limited_by_the_guests_memory() {
 
 #[test]
 fn mounts_of_the_config_are_there() {
+    let _unchanged = Host::unchanged();
     let volume = tempfile::tempdir().unwrap();
     fs::write(volume.path().join("shared"), "volume\n").unwrap();
     let mut bundle = Bundle::shell(
@@ -436,6 +450,7 @@ impl Drop for Mounted {
 
 #[test]
 fn what_is_mounted_below_a_volume_is_a_mount_of_the_container_too() {
+    let _unchanged = Host::unchanged();
     let volume = tempfile::tempdir().unwrap();
     let noexec = Mounted::on(volume.path().join("a noexec"), MsFlags::MS_NOEXEC);
     // A name that is no UTF-8.
@@ -460,6 +475,7 @@ fn what_is_mounted_below_a_volume_is_a_mount_of_the_container_too() {
 
 #[test]
 fn a_volume_has_the_attributes_of_the_mount_it_is_of() {
+    let _unchanged = Host::unchanged();
     let dir = tempfile::tempdir().unwrap();
     let all = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_NODIRATIME;
     let source = Mounted::on(dir.path().join("source"), all);
@@ -484,6 +500,7 @@ fn a_volume_has_the_attributes_of_the_mount_it_is_of() {
 
 #[test]
 fn the_root_has_the_attributes_of_the_mount_it_is_of() {
+    let _unchanged = Host::unchanged();
     for (flags, read_only) in [
         (MsFlags::MS_NODEV | MsFlags::MS_NOSUID, false),
         (MsFlags::MS_NODEV | MsFlags::MS_NOSUID, true),
@@ -512,6 +529,7 @@ fn the_root_has_the_attributes_of_the_mount_it_is_of() {
 
 #[test]
 fn the_usual_devices_can_be_volumes() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell(
         "wc -c < /etc/group; head -c 3 /etc/zero | wc -c; echo x > /etc/group; echo $?; \
          for d in /etc/group /etc/zero; do stat -c '%t %T %a %F' $d; done; grep -c ' /etc/' /proc/self/mountinfo",
@@ -526,6 +544,7 @@ fn the_usual_devices_can_be_volumes() {
 
 #[test]
 fn a_read_only_root_refuses_writes() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell("touch /x; echo $?; touch /dev/shm/x; echo $?");
     bundle.config["root"]["readonly"] = json!(true);
     assert_same_as_runc(&bundle);
@@ -533,6 +552,7 @@ fn a_read_only_root_refuses_writes() {
 
 #[test]
 fn masked_and_read_only_paths_hold() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell(
         "ls /masked-dir; wc -c < /masked-file; touch /fixed-dir/x; echo $?; echo 1 > /proc/sys/kernel/domainname; echo $?",
     );
@@ -556,6 +576,7 @@ fn masked_and_read_only_paths_hold() {
 
 #[test]
 fn capabilities_that_nobody_knows_are_told_and_passed_over() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell("grep CapBnd /proc/self/status");
     let sets = &mut bundle.config["process"]["capabilities"];
     sets["bounding"] = json!(["CAP_NOT_YET", "CAP_KILL"]);
@@ -572,6 +593,7 @@ fn capabilities_that_nobody_knows_are_told_and_passed_over() {
 
 #[test]
 fn kernel_parameters_scheduling_and_scores_are_those_of_the_config() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell(
         "cat /proc/sys/kernel/msgmax /proc/sys/net/ipv4/ip_forward /proc/self/oom_score_adj; uname -m",
     );
@@ -596,6 +618,7 @@ fn kernel_parameters_scheduling_and_scores_are_those_of_the_config() {
 
 #[test]
 fn a_guest_is_as_large_as_limits_or_annotations_say() {
+    let _unchanged = Host::unchanged();
     // The guest's kernel keeps some for itself.
     let mebibytes = |change: &dyn Fn(&mut serde_json::Value)| -> u64 {
         let mut bundle = Bundle::shell("grep MemTotal /proc/meminfo; nproc");
@@ -622,6 +645,7 @@ fn a_guest_is_as_large_as_limits_or_annotations_say() {
 
 #[test]
 fn the_guests_kernel_guards_itself_against_the_processor_as_the_hosts_does() {
+    let _unchanged = Host::unchanged();
     // The first word: what is done in particular depends on what the kernels know of the processor.
     let mut bundle = Bundle::shell(
         "read word rest </sys/devices/system/cpu/vulnerabilities/spectre_v2; echo ${word%%[;:,]*}",
@@ -638,6 +662,7 @@ fn the_guests_kernel_guards_itself_against_the_processor_as_the_hosts_does() {
 
 #[test]
 fn a_seccomp_profile_holds() {
+    let _unchanged = Host::unchanged();
     for no_new_privs in [true, false] {
         let mut bundle = Bundle::shell(
             "grep -E '^(Seccomp|NoNewPrivs):' /proc/self/status; mkdir /tmp/x 2>&1; chmod 700 /tmp 2>&1; echo $?; \
@@ -663,6 +688,7 @@ fn a_seccomp_profile_holds() {
 
 #[test]
 fn a_user_namespace_is_as_under_runc() {
+    let _unchanged = Host::unchanged();
     fn give(path: &Path) {
         std::os::unix::fs::lchown(path, Some(100_000), Some(100_000)).unwrap();
         if path.is_dir() && !path.is_symlink() {
@@ -698,6 +724,7 @@ fn a_user_namespace_is_as_under_runc() {
 
 #[test]
 fn start_hooks_run_in_the_container() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell("cat /tmp/hooked; grep -o '\"status\":\"[a-z]*\"' /tmp/state");
     bundle.config["hooks"] = json!({"startContainer": [
         {"path": "/bin/sh", "args": ["sh", "-c", "cat > /tmp/state; echo $A > /tmp/hooked; uname -s >> /tmp/hooked"],
@@ -709,6 +736,7 @@ fn start_hooks_run_in_the_container() {
 
 #[test]
 fn devices_are_the_standard_ones() {
+    let _unchanged = Host::unchanged();
     assert_same_as_runc(&Bundle::shell(
         "for d in null zero full random urandom tty; do stat -c '%n %t %T %a %F' /dev/$d; done; \
          for l in fd stdin stdout stderr ptmx; do echo $l $(readlink /dev/$l); done; \
@@ -718,6 +746,7 @@ fn devices_are_the_standard_ones() {
 
 #[test]
 fn dev_stdout_can_be_opened() {
+    let _unchanged = Host::unchanged();
     assert_same_as_runc(&Bundle::shell(
         "echo out > /dev/stdout; cat /dev/stdin < /etc/group",
     ));
@@ -725,6 +754,7 @@ fn dev_stdout_can_be_opened() {
 
 #[test]
 fn orphans_are_reaped() {
+    let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell(
         "for i in 1 2 3 4 5; do (sleep 0 &) ; done; exec sh -c 'sleep 0; ps -o stat= | grep -c Z; exit 0'",
     );

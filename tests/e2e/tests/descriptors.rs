@@ -96,6 +96,7 @@ fn a_container_in_the_foreground_uses_its_callers_descriptors() {
 
 #[test]
 fn an_executed_process_uses_its_callers_descriptors() {
+    let _unchanged = Host::unchanged();
     for runtime in [runc(), bulkhead()] {
         let container = Container::running(runtime, Bundle::busybox(&["sleep", "1000"]));
         let process = ["sh", "-c", SCRIPT];
@@ -124,6 +125,7 @@ fn an_executed_process_uses_its_callers_descriptors() {
 
 #[test]
 fn what_a_service_manager_passes_comes_first_and_is_announced() {
+    let _unchanged = Host::unchanged();
     let script = "echo $LISTEN_FDS $LISTEN_PID; cat <&3; cat <&4";
     let outputs = [runc(), bulkhead()].map(|runtime| {
         let bundle = Bundle::shell(script);

@@ -39,6 +39,7 @@ fn footprint(pid: u32) -> (usize, u64) {
 
 #[test]
 fn a_gibibyte_arrives_whole_and_in_order_both_ways() {
+    let _unchanged = Host::unchanged();
     const BLOCKS: usize = 1024;
     let container = Container::running(bulkhead(), idle());
     let mut child = container
@@ -73,6 +74,7 @@ fn a_gibibyte_arrives_whole_and_in_order_both_ways() {
 
 #[test]
 fn a_thousand_executed_processes_leave_nothing() {
+    let _unchanged = Host::unchanged();
     let container = Container::running(bulkhead(), idle());
     let server = processes::named("containerd-shim-bulkhead-v2");
     let vmm = processes::named("bulkhead-vmm");

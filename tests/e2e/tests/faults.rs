@@ -282,6 +282,7 @@ fn check(fault: Fault) -> Vec<&'static str> {
 
 #[test]
 fn a_vmm_that_is_killed_at_any_of_its_steps_leaves_nothing() {
+    let _unchanged = Host::unchanged();
     for step in VMM {
         let failed = check(Fault::Host(step, 0));
         let late = ["vmm: shutdown requested", "vmm: ended"].contains(&step);
@@ -291,6 +292,7 @@ fn a_vmm_that_is_killed_at_any_of_its_steps_leaves_nothing() {
 
 #[test]
 fn a_vmm_that_is_killed_while_it_saves_a_template_or_uses_one_leaves_nothing_but_a_good_one() {
+    let _unchanged = Host::unchanged();
     let folder = tempfile::tempdir().unwrap();
     let count = || fs::read_dir(folder.path()).unwrap().count();
     let life = |step, command: usize| {
@@ -315,6 +317,7 @@ fn a_vmm_that_is_killed_while_it_saves_a_template_or_uses_one_leaves_nothing_but
 
 #[test]
 fn a_vmm_that_is_killed_at_any_step_of_its_server_leaves_nothing() {
+    let _unchanged = Host::unchanged();
     for step in SERVER {
         let step = format!("children at {step}");
         check(Fault::Host(step.leak(), 0));
@@ -323,6 +326,7 @@ fn a_vmm_that_is_killed_at_any_step_of_its_server_leaves_nothing() {
 
 #[test]
 fn a_server_that_is_killed_leaves_nothing() {
+    let _unchanged = Host::unchanged();
     // Its other steps are gone through without a guest, by the server's own tests.
     for step in [
         "server: cgroup made",
@@ -338,6 +342,7 @@ fn a_server_that_is_killed_leaves_nothing() {
 
 #[test]
 fn a_stand_in_that_is_killed_at_any_of_its_steps_takes_its_container_along() {
+    let _unchanged = Host::unchanged();
     for step in PROXY {
         check(Fault::Host(step, 0));
     }
@@ -345,6 +350,7 @@ fn a_stand_in_that_is_killed_at_any_of_its_steps_takes_its_container_along() {
 
 #[test]
 fn a_stand_in_of_an_executed_process_that_is_killed_at_any_of_its_steps_takes_nothing_else_along() {
+    let _unchanged = Host::unchanged();
     let host = Host::now();
     let sandbox = Sandbox::new(Fault::Host(PROXY[0], 3));
     for (before, after) in &LIFE[..2] {
@@ -367,6 +373,7 @@ fn a_stand_in_of_an_executed_process_that_is_killed_at_any_of_its_steps_takes_no
 
 #[test]
 fn an_agent_that_ends_at_any_of_its_steps_leaves_nothing() {
+    let _unchanged = Host::unchanged();
     for (step, command) in AGENT {
         let failed = check(Fault::Guest(step));
         let first = failed.first().copied().unwrap_or_default();
@@ -376,6 +383,7 @@ fn an_agent_that_ends_at_any_of_its_steps_leaves_nothing() {
 
 #[test]
 fn a_process_that_ends_on_its_way_into_a_container_takes_nothing_else_along() {
+    let _unchanged = Host::unchanged();
     for step in ["joiner-forked", "joiner-joined"] {
         assert_eq!(check(Fault::Guest(step)), ["exec", "exec"], "{step}");
     }
@@ -383,6 +391,7 @@ fn a_process_that_ends_on_its_way_into_a_container_takes_nothing_else_along() {
 
 #[test]
 fn what_answers_nothing_is_deleted_by_force() {
+    let _unchanged = Host::unchanged();
     // The stand-in is `bulkhead` itself.
     for program in ["containerd-shim-bulkhead-v2", "bulkhead-vmm", "bulkhead"] {
         let host = Host::now();
@@ -403,6 +412,7 @@ fn what_answers_nothing_is_deleted_by_force() {
 
 #[test]
 fn what_is_installed_has_no_fault_points() {
+    let _unchanged = Host::unchanged();
     let installed = std::env::var_os("BULKHEAD_INSTALLED").unwrap();
     for name in [
         "bin/bulkhead",

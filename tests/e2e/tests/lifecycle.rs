@@ -80,6 +80,7 @@ fn a_container_goes_through_the_states_of_the_spec() {
 
 #[test]
 fn the_exit_codes_of_misuse_are_runcs() {
+    let _unchanged = Host::unchanged();
     let codes = |runtime: PathBuf| -> Vec<(&'static str, i32)> {
         let container = Container::create(runtime.clone(), idle());
         let mut codes = vec![
@@ -150,6 +151,7 @@ fn the_exit_codes_of_misuse_are_runcs() {
 
 #[test]
 fn an_id_is_taken_until_its_container_is_deleted() {
+    let _unchanged = Host::unchanged();
     let bundle = idle();
     let container = Container::create(bulkhead(), &bundle);
     let mut again = container.prepare(
@@ -175,6 +177,7 @@ fn a_created_container_is_deleted_without_having_run() {
 
 #[test]
 fn a_container_that_is_said_to_have_stopped_can_be_deleted_at_once() {
+    let _unchanged = Host::unchanged();
     let bundle = Bundle::shell("trap 'exit 5' USR1; sleep 1000 & wait $!");
     for signal in ["KILL", "USR1", "KILL", "USR1"] {
         let container = Container::running(bulkhead(), &bundle);
@@ -191,6 +194,7 @@ fn a_container_that_is_said_to_have_stopped_can_be_deleted_at_once() {
 
 #[test]
 fn lists_and_states_have_runcs_fields() {
+    let _unchanged = Host::unchanged();
     let keys =
         |value: &Value| -> Vec<String> { value.as_object().unwrap().keys().cloned().collect() };
     let mut found = Vec::new();
@@ -229,6 +233,7 @@ fn lists_and_states_have_runcs_fields() {
 
 #[test]
 fn an_executed_process_is_as_under_runc() {
+    let _unchanged = Host::unchanged();
     let results = |runtime: PathBuf| -> Vec<(i32, String)> {
         let container = Container::running(runtime, idle());
         let run = |flags: &[&str], args: &[&str]| {
@@ -273,6 +278,7 @@ fn an_executed_process_is_as_under_runc() {
 
 #[test]
 fn executed_processes_stream_both_ways_and_their_exit_comes_after_the_last_byte() {
+    let _unchanged = Host::unchanged();
     let container = Container::running(bulkhead(), idle());
     let mut child = container
         .prepare(&["exec"], &["sh", "-c", "cat; echo end; seq 1 100000"])
@@ -341,6 +347,7 @@ fn a_detached_process_has_a_stand_in_that_clients_can_wait_for_and_signal() {
 
 #[test]
 fn signals_to_the_stand_in_reach_the_container() {
+    let _unchanged = Host::unchanged();
     let container = Container::running(bulkhead(), idle());
     await_output(&container, "ready\n");
     kill(container.pid, Signal::SIGUSR1).unwrap();
@@ -364,6 +371,7 @@ fn killing_the_stand_in_kills_the_container() {
 
 #[test]
 fn a_deletion_lets_a_stand_in_write_what_its_container_has_written() {
+    let _unchanged = Host::unchanged();
     let bundle = Bundle::shell("echo last words; exit 3");
     let (mut stdout, mut theirs) = std::io::pipe().unwrap();
     // Full, so that nothing can be written until somebody reads.
@@ -394,6 +402,7 @@ fn a_deletion_lets_a_stand_in_write_what_its_container_has_written() {
 
 #[test]
 fn a_stopped_container_holds_no_machine_and_keeps_its_state() {
+    let _unchanged = Host::unchanged();
     let container = Container::running(bulkhead(), Bundle::shell("echo done; exit 3"));
     assert_eq!(container.wait(), 3);
     processes::wait_for_end(&processes::named("bulkhead-vmm"));
@@ -403,6 +412,7 @@ fn a_stopped_container_holds_no_machine_and_keeps_its_state() {
 
 #[test]
 fn a_paused_container_stands_still_until_it_is_resumed() {
+    let _unchanged = Host::unchanged();
     let bundle = Bundle::shell("n=0; while :; do n=$((n+1)); echo $n > /count; done");
     let container = Container::running(bulkhead(), &bundle);
     container.command(&["pause"]).expect_code(0);
@@ -442,6 +452,7 @@ fn sigkill_ends_a_paused_container() {
 
 #[test]
 fn limits_hold_in_the_guest_and_can_be_changed() {
+    let _unchanged = Host::unchanged();
     let mut bundle = idle();
     bundle.config["linux"]["resources"] = json!({
         "memory": {"limit": 67_108_864}, "pids": {"limit": 50}, "cpu": {"shares": 512, "quota": 50_000, "period": 100_000},
@@ -479,6 +490,7 @@ fn limits_hold_in_the_guest_and_can_be_changed() {
 
 #[test]
 fn statistics_have_runcs_form_and_true_numbers() {
+    let _unchanged = Host::unchanged();
     let container = Container::running(bulkhead(), Bundle::busybox(&["sleep", "1000"]));
     let ended = container.command(&["events", "--stats"]).expect_code(0);
     let event: Value = serde_json::from_str(&ended.stdout).unwrap();
@@ -491,6 +503,7 @@ fn statistics_have_runcs_form_and_true_numbers() {
 
 #[test]
 fn a_process_killed_for_want_of_memory_is_an_event_and_the_guest_survives() {
+    let _unchanged = Host::unchanged();
     let mut bundle = idle();
     bundle.config["linux"]["resources"] = json!({"memory": {"limit": 33_554_432}});
     let container = Container::running(bulkhead(), &bundle);
@@ -520,6 +533,7 @@ fn a_process_killed_for_want_of_memory_is_an_event_and_the_guest_survives() {
 
 #[test]
 fn the_hosts_cgroup_is_where_the_bundle_says_and_holds_the_sandbox() {
+    let _unchanged = Host::unchanged();
     let mut bundle = idle();
     bundle.config["linux"]["cgroupsPath"] = json!("/e2e-parent/the-container");
     bundle.config["process"]["oomScoreAdj"] = json!(321);
@@ -563,6 +577,7 @@ fn the_hosts_cgroup_is_where_the_bundle_says_and_holds_the_sandbox() {
 
 #[test]
 fn a_populated_cgroup_is_refused() {
+    let _unchanged = Host::unchanged();
     let mut bundle = idle();
     bundle.config["linux"]["cgroupsPath"] = json!("/e2e-shared");
     let first = Container::create(bulkhead(), &bundle);
@@ -672,6 +687,7 @@ fn a_guest_that_panics_stops_its_container_and_touches_no_other() {
 
 #[test]
 fn two_containers_do_not_touch_each_other() {
+    let _unchanged = Host::unchanged();
     let one = Container::running(bulkhead(), idle());
     let other = Container::running(bulkhead(), idle());
     let vmms = processes::named("bulkhead-vmm");

@@ -36,6 +36,7 @@ fn power_off_reset_and_panic_have_exit_codes_of_their_own() {
 
 #[test]
 fn a_triple_fault_ends_the_vm_with_one_line_and_a_register_dump() {
+    let _unchanged = Host::unchanged();
     let config = BootConfig {
         cmdline: "reboot=t".to_owned(),
         ..config()
@@ -55,6 +56,7 @@ fn a_triple_fault_ends_the_vm_with_one_line_and_a_register_dump() {
 
 #[test]
 fn the_guest_sees_the_machine_that_was_asked_for() {
+    let _unchanged = Host::unchanged();
     for (vcpus, online) in [(1, "0"), (3, "0-2"), (8, "0-7")] {
         let end = Machine::with_probe("report", BootConfig { vcpus, ..config() }).wait();
         assert_eq!(end.exit_code, exit_code::POWER_OFF, "{end:#?}");
@@ -95,6 +97,7 @@ fn the_guest_sees_the_machine_that_was_asked_for() {
 
 #[test]
 fn thirty_two_vcpus_come_up() {
+    let _unchanged = Host::unchanged();
     let end = Machine::with_probe(
         "report",
         BootConfig {
@@ -110,6 +113,7 @@ fn thirty_two_vcpus_come_up() {
 
 #[test]
 fn memory_above_the_32_bit_gap_is_there() {
+    let _unchanged = Host::unchanged();
     let end = Machine::with_probe(
         "report",
         BootConfig {
@@ -201,6 +205,7 @@ fn read_line(stream: &mut BufReader<UnixStream>) -> String {
 
 #[test]
 fn a_paused_guest_stands_still_and_goes_on_when_resumed() {
+    let _unchanged = Host::unchanged();
     let (mut machine, commands) = boot_vsock_probe();
     let mut stream = machine.dial(ECHO_PORT).unwrap();
     let mut echoed = [0; 5];
@@ -227,6 +232,7 @@ fn a_paused_guest_stands_still_and_goes_on_when_resumed() {
 
 #[test]
 fn hundreds_of_vsock_connections_from_the_host_carry_data_both_ways() {
+    let _unchanged = Host::unchanged();
     let (machine, commands) = boot_vsock_probe();
     let mut streams: Vec<_> = (0..200).map(|_| machine.dial(ECHO_PORT).unwrap()).collect();
     for (number, stream) in streams.iter_mut().enumerate() {
@@ -246,6 +252,7 @@ fn hundreds_of_vsock_connections_from_the_host_carry_data_both_ways() {
 
 #[test]
 fn vsock_connections_from_the_guest_reach_the_hosts_listeners_or_are_refused() {
+    let _unchanged = Host::unchanged();
     let (mut machine, mut commands) = boot_vsock_probe();
     let listener = machine.listen(DIAL_PORT);
     commands.get_mut().write_all(b"d").unwrap();
@@ -265,6 +272,7 @@ fn vsock_connections_from_the_guest_reach_the_hosts_listeners_or_are_refused() {
 
 #[test]
 fn a_vsock_port_where_nobody_listens_in_the_guest_refuses() {
+    let _unchanged = Host::unchanged();
     let (machine, commands) = boot_vsock_probe();
     assert!(machine.dial(7999).is_none());
     drop(commands);
@@ -273,6 +281,7 @@ fn a_vsock_port_where_nobody_listens_in_the_guest_refuses() {
 
 #[test]
 fn a_slow_reader_slows_the_vsock_writer_and_nothing_is_lost() {
+    let _unchanged = Host::unchanged();
     let (machine, commands) = boot_vsock_probe();
     let mut stream = machine.dial(ECHO_PORT).unwrap();
     let mut writer = stream.try_clone().unwrap();
@@ -362,6 +371,7 @@ fn guests_made_from_a_template_go_on_where_it_was_saved() {
 
 #[test]
 fn a_template_of_another_machine_or_a_damaged_one_is_refused_and_the_machine_still_boots() {
+    let _unchanged = Host::unchanged();
     let config = BootConfig {
         serial: false,
         ..config()
@@ -437,6 +447,7 @@ fn agent_client(stream: UnixStream) -> AgentClient {
 
 #[test]
 fn a_device_that_arrives_in_a_spare_slot_is_bound_by_the_agent() {
+    let _unchanged = Host::unchanged();
     let config = BootConfig {
         spare_slots: 2,
         ..config()
@@ -481,6 +492,7 @@ fn a_device_that_arrives_in_a_spare_slot_is_bound_by_the_agent() {
 
 #[test]
 fn a_version_mismatch_is_refused_clearly() {
+    let _unchanged = Host::unchanged();
     let (mut machine, stream) = boot_agent(config());
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -9,6 +9,7 @@ use std::process::Command;
 
 use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc, wrapped};
+use bulkhead_e2e::leaks::Host;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -59,6 +60,7 @@ fn idle() -> Bundle {
 
 #[test]
 fn systemd_makes_the_scope_that_the_bundle_names_and_forgets_it_with_the_container() {
+    let _unchanged = Host::unchanged();
     let folder = tempfile::tempdir().unwrap();
     let life = |runtime: PathBuf| {
         let mut bundle = idle();
@@ -107,6 +109,7 @@ fn systemd_makes_the_scope_that_the_bundle_names_and_forgets_it_with_the_contain
 
 #[test]
 fn without_a_path_the_scope_has_the_containers_name() {
+    let _unchanged = Host::unchanged();
     let folder = tempfile::tempdir().unwrap();
     let container = Container::running(with_systemd(&folder, &bulkhead()), idle());
     let scope = format!("bulkhead-{}.scope", container.id);

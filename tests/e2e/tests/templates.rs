@@ -96,6 +96,7 @@ fn guests_of_one_template_have_their_own_files_clock_and_random_numbers() {
 
 #[test]
 fn a_damaged_template_is_replaced_and_nobody_notices() {
+    let _unchanged = Host::unchanged();
     let templates = Templates::new();
     let bundle = Bundle::busybox(&["true"]);
     bundle.write();
@@ -129,6 +130,7 @@ fn a_damaged_template_is_replaced_and_nobody_notices() {
 
 #[test]
 fn debugging_and_kernel_arguments_of_ones_own_boot_and_leave_no_template() {
+    let _unchanged = Host::unchanged();
     let templates = Templates::new();
     let mut bundle = Bundle::busybox(&["true"]);
     bundle.write();

@@ -80,6 +80,7 @@ fn a_terminal_over_a_console_socket_is_a_real_one() {
 
 #[test]
 fn an_executed_process_gets_a_terminal_of_its_own() {
+    let _unchanged = Host::unchanged();
     let bundle = Bundle::shell("trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done");
     let container = Container::running(bulkhead(), &bundle);
     let socket = ConsoleSocket::new();
@@ -164,6 +165,7 @@ fn a_foreground_terminal_is_raw_while_the_container_runs_and_restored_after_any_
 
 #[test]
 fn a_terminal_without_anybody_to_hold_it_is_refused() {
+    let _unchanged = Host::unchanged();
     let bundle = with_terminal(&["sh"]);
     let Err(ended) = Container::try_create(bulkhead(), &bundle, &[]) else {
         panic!("created without a console socket");
