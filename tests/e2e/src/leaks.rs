@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use crate::container::reap_all;
+use crate::container::{reap, reap_all};
 use crate::processes;
 
 /// What is on the host at one moment, each thing as one line, and how often it is there: one mount can hide an equal one.
@@ -49,6 +49,8 @@ impl Host {
     /// When something has, naming it.
     #[track_caller]
     pub fn assert_nothing_new(&self) {
+        // What a test's process has inherited from killed ones and has ended is its own to take away.
+        reap();
         let now = Self::now();
         let before = |thing| self.0.get(thing).copied().unwrap_or(0);
         let new: Vec<_> = now
