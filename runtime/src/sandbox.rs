@@ -21,6 +21,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use bulkhead_protocol::agent::ContainerStatsResponse;
 use bulkhead_vmm::control::Request;
 use oci_spec::runtime::Spec;
 use tokio::sync::{OnceCell, watch};
@@ -49,6 +50,7 @@ use container::{Container, Deferred, Pause, Signal};
 use end::KILL_TIMEOUT;
 pub use error::SandboxError;
 pub use exec::{Exec, ExecOptions, OPTIONS};
+use limits::limit;
 use process::Process;
 pub use process::{Exit, Status};
 
@@ -547,13 +549,20 @@ impl Sandbox {
     /// the guest.
     pub async fn pause(&self, id: &str) -> Result<(), SandboxError> {
         let container = self.container(id)?;
-        if !matches!(container.status(), Status::Created | Status::Running) {
-            return Err(SandboxError::Status {
+        let pausable = || match container.status() {
+            Status::Created | Status::Running => Ok(()),
+            status => Err(SandboxError::Status {
                 what: "container not running",
-                status: container.status(),
-            });
-        }
+                status,
+            }),
+        };
+        pausable()?;
         let machine = self.running_machine()?;
+        if !self.shares_guest(&container) {
+            container.keep_figures(last_figures(machine, id).await);
+            // It may have ended meanwhile, or somebody else have paused it.
+            pausable()?;
+        }
         if self.stand_still(&container) {
             if let Err(error) = machine.vmm().order(Request::Pause, vec![]).await {
                 self.go_on(machine, &container).await?;
@@ -612,9 +621,17 @@ impl Sandbox {
         container.set_pause(None);
         self.note(container);
         let id = container.id.as_str();
+        let mut updated = Ok(());
         for deferred in container.take_deferred() {
             let done = match deferred {
                 Deferred::Signal(signal) => deliver(machine, id, &signal).await,
+                Deferred::Update(json) => {
+                    // Who asked for it is gone, so whoever resumes hears of it, once all else is done.
+                    if let Err(error) = limit(machine, id, json).await {
+                        updated = Err(SandboxError::LateUpdate(Box::new(error)));
+                    }
+                    continue;
+                }
                 Deferred::Deletion(exec_id) => forget(machine, id, &exec_id).await,
             };
             match done {
@@ -623,7 +640,7 @@ impl Sandbox {
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        updated
     }
 
     /// Sets the size of a process's terminal.
@@ -853,6 +870,19 @@ async fn deliver(machine: &Machine, id: &str, signal: &Signal) -> Result<(), San
         .signal(id, &signal.exec_id, signal.number, signal.all)
         .await;
     machine.explain(answer).await
+}
+
+/// What a container has used, for whoever asks while its guest stands still. That comes to a stand too if it does not tell.
+async fn last_figures(machine: &Machine, id: &str) -> Option<ContainerStatsResponse> {
+    let asked = async { machine.agent().await.ok()?.stats(id).await.ok() };
+    let told = tokio::time::timeout(KILL_TIMEOUT, asked)
+        .await
+        .ok()
+        .flatten();
+    if told.is_none() {
+        tracing::debug!("the guest is brought to a stand without having told what was used");
+    }
+    told
 }
 
 async fn forget(machine: &Machine, id: &str, exec_id: &str) -> Result<(), SandboxError> {

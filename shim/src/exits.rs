@@ -39,6 +39,7 @@ pub fn rpc_error(error: &SandboxError) -> ttrpc::Error {
         | SandboxError::HostCgroup(_)
         | SandboxError::StandIn(..)
         | SandboxError::OomScore(..)
+        | SandboxError::LateUpdate(_)
         | SandboxError::Orphan => Code::UNKNOWN,
         SandboxError::Failed(_) | SandboxError::Boot(_) => Code::UNAVAILABLE,
         SandboxError::Agent(AgentError::Refused { kind, .. }) => match kind {

@@ -75,7 +75,7 @@ pub struct ExecArgs {
     /// Cgroup below the container's; only its own is possible
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<String>,
-    /// Without effect: the VM of a paused container stands still, so that nothing can be executed in it before a resume
+    /// Wait for a paused container to be resumed, and execute the process then
     #[arg(long)]
     ignore_paused: bool,
     #[command(flatten)]
@@ -252,6 +252,7 @@ fn foreground(
         client: Some(std::process::id()),
         terminal_size: foreground.size.or_else(|| console_size(&process)),
         descriptors: descriptors.flows(),
+        ignore_paused: args.ignore_paused,
     };
     let json = with_options(process, &options)?;
     let exec_id = exec_id();
@@ -341,6 +342,7 @@ fn detached(
         client: None,
         terminal_size: console_size(&process),
         descriptors: flows,
+        ignore_paused: args.ignore_paused,
     };
     let json = with_options(process, &options)?;
     block_on(async {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
+use bulkhead_protocol::agent::ContainerStatsResponse;
 use oci_spec::runtime::Hooks;
 use tokio::sync::watch;
 
@@ -33,6 +34,7 @@ pub struct Container {
     pub init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     paused: watch::Sender<Option<Pause>>,
+    figures: Mutex<Option<ContainerStatsResponse>>,
     deferred: Mutex<Vec<Deferred>>,
     poststop: OnceLock<()>,
     ooms: OnceLock<Ooms>,
@@ -57,6 +59,8 @@ pub struct Exec {
     pub spec: Vec<u8>,
     /// Size of its terminal at the start.
     pub size: Option<crate::stdio::TerminalSize>,
+    /// Whether it may be described while its container is paused. It starts when that goes on.
+    pub ignore_paused: bool,
     /// What it has from descriptor 3 on.
     pub descriptors: Vec<crate::stdio::Flow>,
     /// Its life.
@@ -81,6 +85,8 @@ pub struct Signal {
 pub enum Deferred {
     /// To deliver a signal.
     Signal(Signal),
+    /// To change the limits to what this JSON of `linux.resources` names.
+    Update(Vec<u8>),
     /// To forget an exec'd process.
     Deletion(String),
 }
@@ -106,6 +112,7 @@ impl Container {
             init: Arc::new(init),
             execs: Mutex::default(),
             paused: watch::Sender::new(None),
+            figures: Mutex::default(),
             deferred: Mutex::default(),
             poststop: OnceLock::new(),
             ooms: OnceLock::new(),
@@ -131,15 +138,39 @@ impl Container {
     }
 
     /// Waits until its guest does not stand still.
+    pub async fn guest_goes_on(&self) {
+        self.wait_for_pause(|pause| pause != Some(Pause::Guest))
+            .await;
+    }
+
+    /// Waits until it is not paused.
     pub async fn goes_on(&self) {
+        self.wait_for_pause(|pause| pause.is_none()).await;
+    }
+
+    async fn wait_for_pause(&self, is_it: impl Fn(Option<Pause>) -> bool) {
         let mut paused = self.paused.subscribe();
-        // Fails only without a sender, and `self` is one.
-        let _ = paused.wait_for(|&pause| pause != Some(Pause::Guest)).await;
+        tokio::select! {
+            // Fails only without a sender, and `self` is one.
+            _ = paused.wait_for(|&pause| is_it(pause)) => {}
+            // What has ended with its guest is not resumed any more.
+            _ = self.init.wait() => {}
+        }
     }
 
     /// It is paused, or goes on.
     pub fn set_pause(&self, pause: Option<Pause>) {
         self.paused.send_replace(pause);
+    }
+
+    /// What it had used by then is told while its guest stands still.
+    pub fn keep_figures(&self, figures: Option<ContainerStatsResponse>) {
+        *lock(&self.figures) = figures;
+    }
+
+    /// What it had used when its guest was brought to a stand, if the guest has told.
+    pub fn figures(&self) -> Option<ContainerStatsResponse> {
+        lock(&self.figures).clone()
     }
 
     /// Remembers an exec'd process; `false` when the id is taken.
@@ -214,14 +245,16 @@ impl Container {
     }
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Exec>>> {
-        self.execs
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.execs)
     }
 
     fn deferred(&self) -> MutexGuard<'_, Vec<Deferred>> {
-        self.deferred
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.deferred)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }

@@ -75,6 +75,11 @@ pub enum SandboxError {
     /// The exec id is taken.
     #[error("process with id {0:?} already exists")]
     ExecExists(String),
+    /// Limits that were to hold from the end of a pause on do not.
+    #[error(
+        "the container goes on, but without the limits that it was given while it was paused: {0}"
+    )]
+    LateUpdate(Box<SandboxError>),
     /// A request's JSON is not what it should be.
     #[error("{what}: {problem}")]
     Request {

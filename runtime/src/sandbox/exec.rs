@@ -39,13 +39,14 @@ pub struct ExecOptions {
     pub terminal_size: Option<TerminalSize>,
     /// What the process has from descriptor 3 on.
     pub descriptors: Vec<Flow>,
+    /// Whether it may be described while the container is paused; it then starts when that goes on.
+    pub ignore_paused: bool,
 }
 
 impl Sandbox {
     /// Describes a process that [`Sandbox::start_exec`] is to execute.
     pub fn exec(self: &Arc<Self>, exec: Exec) -> Result<(), SandboxError> {
         let container = self.container(&exec.id)?;
-        running(&container)?;
         let wrong = |problem: String| SandboxError::Request {
             what: "process",
             problem,
@@ -56,6 +57,7 @@ impl Sandbox {
             Some(options) => serde_json::from_value(options).map_err(|e| wrong(e.to_string()))?,
             None => ExecOptions::default(),
         };
+        running(&container, options.ignore_paused)?;
         let spec = serde_json::to_vec(&json).map_err(|e| wrong(e.to_string()))?;
         let proxy = options.proxy.map(find).transpose()?;
         let process = Arc::new(Process::new(exec.stdio, proxy.clone()));
@@ -63,6 +65,7 @@ impl Sandbox {
         let added = container::Exec {
             spec,
             size: options.terminal_size,
+            ignore_paused: options.ignore_paused,
             descriptors: options.descriptors,
             process,
             started: OnceLock::new(),
@@ -176,7 +179,10 @@ impl Sandbox {
         exec_id: &str,
         exec: &container::Exec,
     ) -> Result<u32, SandboxError> {
-        running(container)?;
+        if exec.ignore_paused {
+            container.goes_on().await;
+        }
+        running(container, false)?;
         let machine = self.running_machine()?;
         if let Some(proxy) = &exec.process.proxy {
             self.cgroup.add(proxy).await?;
@@ -242,10 +248,11 @@ impl Sandbox {
     }
 }
 
-fn running(container: &container::Container) -> Result<(), SandboxError> {
+fn running(container: &container::Container, ignore_paused: bool) -> Result<(), SandboxError> {
     let what = match container.status() {
         // As under runc, the namespaces of one that is only created can be entered.
         Status::Created | Status::Running => return Ok(()),
+        Status::Paused if ignore_paused => return Ok(()),
         Status::Paused => "cannot exec in a paused container (resume it first)",
         Status::Stopped => "container not running: cannot exec in it",
         Status::Creating => "cannot exec in a container that is not running",

@@ -3,14 +3,16 @@
 use bulkhead_protocol::agent::ContainerStatsResponse;
 use oci_spec::runtime::LinuxResources;
 
-use super::container::Container;
+use super::boot::Machine;
+use super::container::{Container, Deferred};
 use super::process::Status;
 use super::{Sandbox, SandboxError};
 use crate::agent::AgentError;
 use crate::sizing::BASE_MEMORY_MIB;
 
 impl Sandbox {
-    /// Changes the limits of a container to what `resources_json` (the spec's `linux.resources`) names.
+    /// Changes the limits of a container to what `resources_json` (the spec's `linux.resources`) names; those that hold in a guest that
+    /// stands still when it goes on.
     pub async fn update(&self, id: &str, resources_json: &[u8]) -> Result<(), SandboxError> {
         let resources: LinuxResources =
             serde_json::from_slice(resources_json).map_err(|e| SandboxError::Request {
@@ -20,13 +22,16 @@ impl Sandbox {
         let container = self.container(id)?;
         let machine = self.live_machine(&container, "container not running")?;
         let guest_mib = self.guest_memory_mib(&resources)?;
-        let agent = machine.agent().await?;
         let of_guest = crate::adapt::guest_resources(resources.clone());
         let json = serde_json::to_vec(&of_guest).map_err(|e| SandboxError::Request {
             what: "resources",
             problem: e.to_string(),
         })?;
-        machine.explain(agent.update(id, json).await).await?;
+        if container.stands_still() {
+            container.defer(Deferred::Update(json));
+        } else {
+            limit(machine, id, json).await?;
+        }
         if self.is_first(&container) {
             self.cgroup.apply(resources, guest_mib).await?;
         }
@@ -60,10 +65,17 @@ impl Sandbox {
         Ok(guest_mib)
     }
 
-    /// What a container has used.
+    /// What a container has used; if its guest stands still, by the time that it was brought to.
     pub async fn stats(&self, id: &str) -> Result<ContainerStatsResponse, SandboxError> {
+        const WHAT: &str = "cannot read the container's statistics";
         let container = self.container(id)?;
-        let machine = self.live_machine(&container, "cannot read the container's statistics")?;
+        let machine = self.live_machine(&container, WHAT)?;
+        if container.stands_still() {
+            return container.figures().ok_or(SandboxError::Status {
+                what: WHAT,
+                status: Status::Paused,
+            });
+        }
         let agent = machine.agent().await?;
         machine.explain(agent.stats(id).await).await
     }
@@ -72,7 +84,7 @@ impl Sandbox {
     /// container that stands still is asked when it goes on.
     pub async fn wait_oom(&self, id: &str, seen: Option<u64>) -> Result<u64, SandboxError> {
         let container = self.container(id)?;
-        container.goes_on().await;
+        container.guest_goes_on().await;
         let machine = self.live_machine(&container, "cannot watch the container")?;
         let agent = machine.agent().await?;
         let told = match seen {
@@ -93,11 +105,16 @@ impl Sandbox {
         &self,
         container: &Container,
         what: &'static str,
-    ) -> Result<&super::boot::Machine, SandboxError> {
+    ) -> Result<&Machine, SandboxError> {
         match container.status() {
-            Status::Created | Status::Running => self.running_machine(),
-            Status::Paused if !container.stands_still() => self.running_machine(),
+            Status::Created | Status::Running | Status::Paused => self.running_machine(),
             status => Err(SandboxError::Status { what, status }),
         }
     }
+}
+
+/// Has the guest change the limits of a container.
+pub(super) async fn limit(machine: &Machine, id: &str, json: Vec<u8>) -> Result<(), SandboxError> {
+    let agent = machine.agent().await?;
+    machine.explain(agent.update(id, json).await).await
 }

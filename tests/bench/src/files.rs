@@ -30,9 +30,12 @@ const STEPS: &[(&str, &str, Option<Goal>)] = &[
     ("build", "a build of 100 sources with 10 headers each", None),
 ];
 
-/// What the other figures are to be seen against: the least that anything asked of the host costs.
-const EXIT: &[(&str, &str, Option<Goal>)] =
-    &[("exit", "to the host's kernel and back (CPUID)", None)];
+/// The steps of `container-work requests`, which the other figures are to be seen against: the least that anything asked of the host
+/// costs, and of its file system.
+const REQUESTS: &[(&str, &str, Option<Goal>)] = &[
+    ("exit", "to the host's kernel and back (CPUID)", None),
+    ("room", "files: how much room there is (fstatfs)", None),
+];
 
 /// Steps that a container does.
 struct Series {
@@ -64,7 +67,9 @@ pub fn measure(
     if let Some(mounts) = memory.config["mounts"].as_array_mut() {
         mounts.push(json!({"destination": "/memory", "type": "tmpfs", "source": "tmpfs"}));
     }
-    let exit = with_helper(Bundle::busybox(&["/container-work", "exits"]), helper)?;
+    let requests = Bundle::busybox(&["/container-work", "requests", "/work"]);
+    let requests = with_helper(requests, helper)?;
+    std::fs::create_dir(requests.in_root("work"))?;
     for series in [
         Series {
             bundle: root,
@@ -79,8 +84,8 @@ pub fn measure(
             aimed: false,
         },
         Series {
-            bundle: exit,
-            steps: EXIT,
+            bundle: requests,
+            steps: REQUESTS,
             place: "",
             aimed: false,
         },

@@ -420,12 +420,6 @@ fn a_paused_container_stands_still_until_it_is_resumed() {
     let ended = container.exec(&["true"]);
     assert_eq!(ended.code, 255);
     assert!(ended.stderr.contains("paused"), "{}", ended.stderr);
-    let ignoring = container.command_with(&["exec", "--ignore-paused"], &["true"]);
-    assert_eq!(
-        (ignoring.code, ignoring.stderr),
-        (ended.code, ended.stderr),
-        "--ignore-paused makes a difference"
-    );
     container.command(&["pause"]).expect_code(1);
     // A signal waits until the container goes on.
     container.command_with(&["kill"], &["USR2"]).expect_code(0);
@@ -433,6 +427,77 @@ fn a_paused_container_stands_still_until_it_is_resumed() {
     container.command(&["resume"]).expect_code(0);
     container.command(&["resume"]).expect_code(1);
     assert_eq!(container.status(), "running");
+}
+
+#[test]
+fn what_is_asked_of_a_paused_container_is_done_when_it_is_resumed_or_told_at_once() {
+    let _unchanged = Host::unchanged();
+    let bundle = idle();
+    for runtime in [runc(), bulkhead()] {
+        let container = Container::running(runtime, &bundle);
+        container
+            .shell("head -c 8m /dev/zero > /dev/shm/used")
+            .expect_code(0);
+        container.command(&["pause"]).expect_code(0);
+
+        let figures = container.command(&["events", "--stats"]).expect_code(0);
+        let event: Value = serde_json::from_str(&figures.stdout).unwrap();
+        assert!(event["data"]["memory"]["usage"]["usage"].as_u64().unwrap() > 8 << 20);
+
+        let echo = ["sh", "-c", "cat /sys/fs/cgroup/pids.max; exit 7"];
+        let mut exec = container.prepare(&["exec", "--ignore-paused"], &echo);
+        let exec = exec.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut exec = exec.spawn().unwrap();
+        let waiting = processes::open(exec.id()).unwrap();
+        let mut waiting = [PollFd::new(waiting.as_fd(), PollFlags::POLLIN)];
+        let ended = poll(&mut waiting, PollTimeout::from(1000_u16)).unwrap();
+        assert_eq!(ended, 0, "it did not wait for the resume");
+
+        let update = ["update", "--pids-limit", "23"];
+        container.command(&update).expect_code(0);
+        container.command(&["resume"]).expect_code(0);
+        let mut stdout = String::new();
+        exec.stdout
+            .take()
+            .unwrap()
+            .read_to_string(&mut stdout)
+            .unwrap();
+        assert_eq!(stdout, "23\n");
+        assert_eq!(exec.wait().unwrap().code(), Some(7));
+    }
+}
+
+#[test]
+fn limits_given_during_a_pause_that_cannot_hold_are_told_at_the_resume() {
+    let _unchanged = Host::unchanged();
+    let container = Container::running(bulkhead(), idle());
+    container
+        .shell("head -c 8m /dev/zero > /dev/shm/used")
+        .expect_code(0);
+    container.command(&["pause"]).expect_code(0);
+    let resources = container.files().join("resources.json");
+    let small = r#"{"memory": {"limit": 4194304, "checkBeforeUpdate": true}}"#;
+    fs::write(&resources, small).unwrap();
+    let update = ["update", "--resources", resources.to_str().unwrap()];
+    container.command(&update).expect_code(0);
+    let resumed = container.command(&["resume"]).expect_code(1);
+    assert!(
+        resumed.stderr.contains("goes on, but without the limits"),
+        "{resumed:?}"
+    );
+    assert_eq!(container.status(), "running");
+    container.exec(&["true"]).expect_code(0);
+}
+
+#[test]
+fn an_exec_that_waits_for_a_resume_ends_with_its_container() {
+    let _unchanged = Host::unchanged();
+    let container = Container::running(bulkhead(), idle());
+    container.command(&["pause"]).expect_code(0);
+    let mut exec = container.prepare(&["exec", "--ignore-paused"], &["true"]);
+    let exec = exec.stdin(Stdio::null()).spawn().unwrap();
+    container.command(&["delete", "--force"]).expect_code(0);
+    assert_eq!(exec.wait_with_output().unwrap().status.code(), Some(255));
 }
 
 #[test]
