@@ -12,7 +12,7 @@ test: build ## unit tests here, end-to-end tests where KVM can boot a guest
 
 lint: ## formatting and clippy, warnings denied
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
 
 bench: build ## the figures of the README
 	@tests/scripts/bench
