@@ -20,6 +20,7 @@ use bulkhead_protocol::agent_ttrpc::AgentClient;
 use bulkhead_protocol::{PROTOCOL_VERSION, SEED_LENGTH};
 use thiserror::Error;
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::time::timeout;
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -119,17 +120,52 @@ fn printable(message: &str) -> String {
     message.chars().take(MAX_MESSAGE).map(clean).collect()
 }
 
+/// The time that a guest has for its answers, which stands still with the guest.
+#[derive(Debug, Clone)]
+pub struct Clock(watch::Receiver<bool>);
+
+impl Clock {
+    /// A clock that stands still as long as `still` says so.
+    pub fn new(still: watch::Receiver<bool>) -> Self {
+        Self(still)
+    }
+
+    /// Bounds the time of a call; `None` when that is over. After a standstill the call has all of the time again.
+    async fn timeout<T>(&self, limit: Duration, call: impl Future<Output = T>) -> Option<T> {
+        tokio::pin!(call);
+        let mut still = self.0.clone();
+        loop {
+            tokio::select! {
+                biased;
+                answer = &mut call => return Some(answer),
+                // Fails when there is no machine any more, and then the call does too.
+                _ = still.wait_for(|&still| !still) => {}
+            }
+            match timeout(limit, &mut call).await {
+                Ok(answer) => return Some(answer),
+                Err(_) if still.has_changed().unwrap_or(false) => {}
+                Err(_) => return None,
+            }
+        }
+    }
+}
+
 /// The agent of one guest.
 #[derive(Clone)]
 pub struct Agent {
     client: AgentClient,
+    clock: Clock,
 }
 
 impl Agent {
     /// Greets the agent at the other end of `stream`, which has dialled the host.
-    pub async fn greet(stream: UnixStream) -> Result<(Self, HelloResponse), AgentError> {
+    pub async fn greet(
+        stream: UnixStream,
+        clock: Clock,
+    ) -> Result<(Self, HelloResponse), AgentError> {
         let agent = Self {
             client: AgentClient::new(Client::new(Socket::from(stream))),
+            clock,
         };
         let now = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
@@ -145,7 +181,9 @@ impl Agent {
             seed,
             ..Default::default()
         };
-        let hello = limited(agent.client.hello(Context::default(), &request)).await?;
+        let hello = agent
+            .limited(agent.client.hello(Context::default(), &request))
+            .await?;
         if hello.protocol_version != PROTOCOL_VERSION {
             return Err(AgentError::Version {
                 agent: printable(&hello.agent_version),
@@ -233,7 +271,8 @@ impl Agent {
             exec_id: exec_id.to_owned(),
             ..Default::default()
         };
-        limited(self.client.delete_process(Context::default(), &request)).await?;
+        self.limited(self.client.delete_process(Context::default(), &request))
+            .await?;
         Ok(())
     }
 
@@ -252,7 +291,8 @@ impl Agent {
             height,
             ..Default::default()
         };
-        limited(self.client.resize_terminal(Context::default(), &request)).await?;
+        self.limited(self.client.resize_terminal(Context::default(), &request))
+            .await?;
         Ok(())
     }
 
@@ -273,7 +313,8 @@ impl Agent {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        limited(self.client.resume_container(Context::default(), &request)).await?;
+        self.limited(self.client.resume_container(Context::default(), &request))
+            .await?;
         Ok(())
     }
 
@@ -284,7 +325,8 @@ impl Agent {
             resources_json,
             ..Default::default()
         };
-        limited(self.client.update_container(Context::default(), &request)).await?;
+        self.limited(self.client.update_container(Context::default(), &request))
+            .await?;
         Ok(())
     }
 
@@ -294,7 +336,8 @@ impl Agent {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        limited(self.client.container_stats(Context::default(), &request)).await
+        self.limited(self.client.container_stats(Context::default(), &request))
+            .await
     }
 
     /// Waits until the guest's kernel has killed more than `seen` processes of a container for want of memory, however
@@ -324,7 +367,8 @@ impl Agent {
             all,
             ..Default::default()
         };
-        limited(self.client.signal_process(Context::default(), &request)).await?;
+        self.limited(self.client.signal_process(Context::default(), &request))
+            .await?;
         Ok(())
     }
 
@@ -347,7 +391,8 @@ impl Agent {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        limited(self.client.delete_container(Context::default(), &request)).await?;
+        self.limited(self.client.delete_container(Context::default(), &request))
+            .await?;
         Ok(())
     }
 
@@ -358,7 +403,7 @@ impl Agent {
     ) -> Result<T, AgentError> {
         tokio::pin!(call);
         loop {
-            if let Ok(answer) = timeout(PATIENCE, &mut call).await {
+            if let Some(answer) = self.clock.timeout(PATIENCE, &mut call).await {
                 return Ok(answer?);
             }
             // Refused for want of an id, which is an answer too.
@@ -366,8 +411,8 @@ impl Agent {
             let sign = self.client.container_stats(Context::default(), &request);
             tokio::select! {
                 answer = &mut call => return Ok(answer?),
-                sign = timeout(SIGN_OF_LIFE_TIMEOUT, sign) => {
-                    if sign.is_err() {
+                sign = self.clock.timeout(SIGN_OF_LIFE_TIMEOUT, sign) => {
+                    if sign.is_none() {
                         return Err(AgentError::Silent);
                     }
                 }
@@ -378,24 +423,69 @@ impl Agent {
     /// Has the guest write back what is dirty and power itself off. The end of the connection is as good as an answer.
     pub async fn shutdown(&self) -> Result<(), AgentError> {
         let request = ShutdownRequest::default();
-        match limited(self.client.shutdown(Context::default(), &request)).await {
+        match self
+            .limited(self.client.shutdown(Context::default(), &request))
+            .await
+        {
             Ok(_) | Err(AgentError::Lost(_)) => Ok(()),
             Err(error) => Err(error),
         }
     }
-}
 
-/// Bounds the time of a call. (The client's own deadline can't be told from a lost connection.)
-async fn limited<T>(call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, AgentError> {
-    match timeout(ANSWER_TIMEOUT, call).await {
-        Ok(answer) => Ok(answer?),
-        Err(_) => Err(AgentError::Timeout),
+    /// Bounds the time of a call. (The client's own deadline can't be told from a lost connection.)
+    async fn limited<T>(
+        &self,
+        call: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, AgentError> {
+        match self.clock.timeout(ANSWER_TIMEOUT, call).await {
+            Some(answer) => Ok(answer?),
+            None => Err(AgentError::Timeout),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap()
+            .block_on(future)
+    }
+
+    #[test]
+    fn a_guest_has_all_the_time_for_its_answer_after_a_standstill() {
+        const LIMIT: Duration = Duration::from_millis(50);
+        block_on(async {
+            let (still, clock) = watch::channel(false);
+            let clock = Clock::new(clock);
+            assert_eq!(
+                clock.timeout(LIMIT, std::future::pending::<()>()).await,
+                None
+            );
+            still.send_replace(true);
+            let answered = clock.timeout(LIMIT, async {
+                // It stands still for longer than it may take.
+                let _ = timeout(3 * LIMIT, std::future::pending::<()>()).await;
+                still.send_replace(false);
+                let _ = timeout(LIMIT / 2, std::future::pending::<()>()).await;
+                "done"
+            });
+            assert_eq!(answered.await, Some("done"));
+            // A standstill that began and ended within the time counts too.
+            let answered = clock.timeout(LIMIT, async {
+                still.send_replace(true);
+                let _ = timeout(LIMIT / 2, std::future::pending::<()>()).await;
+                still.send_replace(false);
+                let _ = timeout(LIMIT, std::future::pending::<()>()).await;
+                "done"
+            });
+            assert_eq!(answered.await, Some("done"));
+        });
+    }
 
     #[test]
     fn a_guests_message_is_one_line_of_bounded_length() {

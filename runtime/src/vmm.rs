@@ -57,6 +57,15 @@ pub struct Ended {
 }
 
 impl Ended {
+    /// The end that a VMM was given and that nobody has seen.
+    pub fn unseen() -> Self {
+        Self {
+            exit_code: None,
+            reason: "its VMM was killed and has not ended yet".into(),
+            timeline: vec![],
+        }
+    }
+
     /// Whether the machine itself failed, which on a `/dev/kvm` that can't run a kernel is how it shows.
     pub fn is_crash(&self) -> bool {
         self.exit_code == Some(exit_code::CRASH)

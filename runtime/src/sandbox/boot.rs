@@ -15,7 +15,7 @@ use tokio::net::UnixListener;
 use tokio::sync::watch;
 
 use super::{Sandbox, SandboxError};
-use crate::agent::{Agent, AgentError};
+use crate::agent::{Agent, AgentError, Clock};
 use crate::config::Config;
 use crate::preflight::{self, GuestFiles};
 use crate::share::Share;
@@ -90,6 +90,7 @@ pub struct Machine {
     share: Share,
     size: Size,
     ready: watch::Receiver<Ready>,
+    still: watch::Sender<bool>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -144,11 +145,13 @@ impl Machine {
             may_leave_template,
         };
         let (sender, ready) = watch::channel(None);
+        let (still, clock) = watch::channel(false);
         tokio::spawn({
             let (sandbox, vmm) = (sandbox.clone(), vmm.clone());
             async move {
                 let deadline = sandbox.config().boot_timeout;
-                let boot = bring_up(&sandbox, &vmm, start, listener, port);
+                let clock = Clock::new(clock);
+                let boot = bring_up(&sandbox, &vmm, start, listener, port, clock);
                 let result = tokio::select! {
                     result = tokio::time::timeout(deadline, boot) => {
                         result.unwrap_or(Err(BootError::Timeout(deadline)))
@@ -165,6 +168,7 @@ impl Machine {
             share,
             size,
             ready,
+            still,
         })
     }
 
@@ -181,6 +185,11 @@ impl Machine {
     /// How big the guest is.
     pub fn size(&self) -> Size {
         self.size
+    }
+
+    /// Notes whether the guest stands still, and with it the time that it has for answers.
+    pub fn set_still(&self, still: bool) {
+        self.still.send_replace(still);
     }
 
     /// The agent, once it has called; the reason if it never will.
@@ -223,6 +232,7 @@ async fn bring_up(
     start: Start,
     listener: UnixListener,
     port: PathBuf,
+    clock: Clock,
 ) -> Result<Agent, BootError> {
     let trial = start.go(sandbox, vmm).await?;
     sandbox.timeline.mark("server: vCPUs run");
@@ -234,7 +244,7 @@ async fn bring_up(
     drop(listener);
     let _ = std::fs::remove_file(&port);
     sandbox.timeline.mark("server: agent called");
-    let (agent, hello) = match Agent::greet(stream).await {
+    let (agent, hello) = match Agent::greet(stream, clock).await {
         Err(error @ AgentError::Lost(_)) => {
             return Err(last_word(vmm).await.map_or(error.into(), BootError::from));
         }

@@ -193,6 +193,12 @@ impl Container {
         self.execs().remove(exec_id).is_some()
     }
 
+    /// Whether there is an exec'd process that has been started and not been forgotten.
+    pub fn executes(&self) -> bool {
+        let execs = self.execs();
+        execs.values().any(|exec| exec.started.get().is_some())
+    }
+
     /// The init and every exec'd process.
     pub fn processes(&self) -> Vec<Arc<Process>> {
         let execs = self.execs();

@@ -80,6 +80,7 @@ impl Sandbox {
                 if paused {
                     // What is dirty in a guest that stands still is worth no less.
                     let _ = vmm.order(Request::Resume, vec![]).await;
+                    machine.set_still(false);
                 }
                 tokio::select! {
                     // The VM's end is what counts; the answer may be lost with it.
@@ -101,7 +102,12 @@ impl Sandbox {
             }
         }
         machine.vmm().kill();
-        let ended = machine.vmm().ended().await;
+        let ended = tokio::time::timeout(KILL_TIMEOUT, machine.vmm().ended()).await;
+        let ended = ended.unwrap_or_else(|_| {
+            // It is in the kernel's hands. Its cgroup can't be removed then, so that the container stays on record.
+            tracing::error!("the VMM was killed and does not end");
+            Ended::unseen()
+        });
         tracing::debug!(reason = ended.reason, "the VM has ended");
         ended
     }
@@ -245,19 +251,22 @@ impl Sandbox {
         }
     }
 
-    /// Resumes a guest whose container has ended as it was brought to a stand: it still has output to hand over and files to
-    /// write back.
-    pub(super) async fn let_go(&self, machine: &Machine, container: &Container) {
-        if let Err(error) = machine.vmm().order(Request::Resume, vec![]).await {
-            tracing::debug!(%error, "the guest does not go on");
-        }
-        container.set_pause(None);
+    /// A process has been forgotten that may have been the last; its client need not wait for the guest's end.
+    pub(super) fn may_be_idle(self: &Arc<Self>) {
+        let sandbox = self.clone();
+        tokio::spawn(async move { sandbox.idle().await });
     }
 
-    /// Powers the guest off when every container has stopped; they stay known until they are deleted.
+    /// Powers the guest off when every container has stopped and whoever took the output of its processes has done so, which their
+    /// stand-ins' ends and the executed processes' deletions say. The containers stay known until they are deleted.
     async fn idle(&self) {
-        let stopped = |container: &Arc<Container>| container.status() == Status::Stopped;
-        if self.all_containers().iter().all(stopped)
+        let done = |container: &Arc<Container>| {
+            let stand_in = container.init.proxy.as_ref();
+            container.status() == Status::Stopped
+                && stand_in.is_some_and(|stand_in| !stand_in.is_alive())
+                && !container.executes()
+        };
+        if self.all_containers().iter().all(done)
             && let Some(machine) = self.machine.get()
         {
             tracing::debug!("nothing runs any more");

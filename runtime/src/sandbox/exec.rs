@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::container::{self, Deferred, Signal};
 use super::process::{Exit, Process, Status};
 use super::{KILL_TIMEOUT, LOST_EXIT_CODE, Sandbox, SandboxError, deliver, find, forget};
+use crate::spec::is_default_profile;
 use crate::standin;
 use crate::stdio::{Flow, Stdio, TerminalSize};
 use crate::streams::{self, Stream};
@@ -58,6 +59,11 @@ impl Sandbox {
             None => ExecOptions::default(),
         };
         running(&container, options.ignore_paused)?;
+        let profile = json.get("apparmorProfile").and_then(|name| name.as_str());
+        if profile.is_some_and(is_default_profile) {
+            // As at the container's creation: the guest has no AppArmor.
+            json.remove("apparmorProfile");
+        }
         let spec = serde_json::to_vec(&json).map_err(|e| wrong(e.to_string()))?;
         let proxy = options.proxy.map(find).transpose()?;
         let process = Arc::new(Process::new(exec.stdio, proxy.clone()));
@@ -169,6 +175,7 @@ impl Sandbox {
                 let _ = self.delete_exec(id, exec_id).await;
             }
             container.remove_exec(exec_id);
+            self.may_be_idle();
         }
         started
     }
@@ -218,7 +225,11 @@ impl Sandbox {
     }
 
     /// Forgets a process that does not run.
-    pub async fn delete_exec(&self, id: &str, exec_id: &str) -> Result<Option<Exit>, SandboxError> {
+    pub async fn delete_exec(
+        self: &Arc<Self>,
+        id: &str,
+        exec_id: &str,
+    ) -> Result<Option<Exit>, SandboxError> {
         let container = self.container(id)?;
         let process = self.process(id, exec_id)?;
         let status = process.status();
@@ -240,7 +251,7 @@ impl Sandbox {
                     container.defer(Deferred::Deletion(exec_id.to_owned()));
                 }
                 // With the container's init the guest has forgotten, or will forget, all of it.
-                Status::Stopped => {}
+                Status::Stopped => self.may_be_idle(),
                 _ => forget(machine, id, exec_id).await?,
             }
         }
