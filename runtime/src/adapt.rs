@@ -161,7 +161,7 @@ pub fn guest_resources(mut resources: LinuxResources) -> LinuxResources {
 }
 
 /// runc's rule: the type, or an option, says bind.
-fn is_bind(mount: &Mount) -> bool {
+pub(crate) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind")
         || options(mount).any(|option| option == "bind" || option == "rbind")
 }
@@ -188,7 +188,11 @@ fn mounts_of(
     Ok(found)
 }
 
-fn source_of(mount: &Mount, field: &str, bundle: &Path) -> Result<(PathBuf, Metadata), SpecError> {
+pub(crate) fn source_of(
+    mount: &Mount,
+    field: &str,
+    bundle: &Path,
+) -> Result<(PathBuf, Metadata), SpecError> {
     let source = match mount.source() {
         Some(source) if !source.as_os_str().is_empty() => bundle.join(source),
         _ => return Err(SpecError::field(field, "is empty: say what to bind")),
@@ -211,7 +215,12 @@ fn default_device(metadata: &Metadata) -> Option<&'static str> {
 }
 
 /// What the host binds: a directory or a regular file.
-fn host_bind(mount: &Mount, n: usize, source: &Path, metadata: &Metadata) -> Option<HostBind> {
+pub(crate) fn host_bind(
+    mount: &Mount,
+    n: usize,
+    source: &Path,
+    metadata: &Metadata,
+) -> Option<HostBind> {
     if !metadata.is_dir() && !metadata.is_file() {
         return None;
     }

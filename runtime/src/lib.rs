@@ -11,7 +11,7 @@
 //! | [`adapt`] | the spec as the guest is to apply it, and what the host binds for it |
 //! | [`annotations`] | what a bundle's annotations say to this runtime |
 //! | [`hooks`] | the hooks that run on the host |
-//! | [`host_cgroup`], [`standin`] | how a sandbox shows on the host: its cgroup, and the processes that stand for the container's |
+//! | [`host_cgroup`], [`standin`], [`view`] | how a sandbox shows on the host: its cgroup, the processes that stand for the container's, and what clients see in their mount namespace |
 //! | [`oom`] | whom of a sandbox the host's OOM killer takes |
 //! | [`mounts_below`] | what is mounted below a bind mount's source |
 //! | [`share`] | the sandbox's mount namespace and the shared directory tree |
@@ -48,4 +48,5 @@ pub mod stdio;
 pub mod streams;
 pub mod template;
 pub mod timeline;
+pub mod view;
 pub mod vmm;

@@ -8,7 +8,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -97,7 +97,8 @@ impl Share {
             None::<&str>,
         )
         .map_err(fail("bind the share on"))?;
-        set_attributes(root, libc::MOUNT_ATTR_RDONLY, false)
+        open_mount(root)
+            .and_then(|mount| set_attributes(mount.as_fd(), libc::MOUNT_ATTR_RDONLY, false))
             .map_err(|e| ShareError::new("make read-only", root, e))?;
         mount(
             None::<&str>,
@@ -162,18 +163,9 @@ impl Share {
                 None::<&str>,
             )
             .map_err(fail("bind for the guest", &bind.source))?;
-            // Device nodes belong to the guest's kernel; on the host, no one is to open them through the share.
-            set_attributes(
-                &target,
-                libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID,
-                bind.recursive,
-            )
-            .and_then(|()| match bind.read_only {
-                ReadOnly::No => Ok(()),
-                ReadOnly::Top => set_attributes(&target, libc::MOUNT_ATTR_RDONLY, false),
-                ReadOnly::Recursive => set_attributes(&target, libc::MOUNT_ATTR_RDONLY, true),
-            })
-            .map_err(|e| ShareError::new("restrict the bind of", &bind.source, e))?;
+            open_mount(&target)
+                .and_then(|mount| bind.restrict(mount.as_fd()))
+                .map_err(|e| ShareError::new("restrict the bind of", &bind.source, e))?;
         }
         Ok(())
     }
@@ -229,23 +221,47 @@ fn detach(target: &Path) -> nix::Result<()> {
     umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
 }
 
-/// Sets attributes of a mount, or of all mounts of its tree, and keeps the others (`mount_setattr(2)`, Linux 5.12).
-fn set_attributes(target: &Path, attributes: u64, recursive: bool) -> io::Result<()> {
-    let target = std::ffi::CString::new(target.as_os_str().as_encoded_bytes())?;
+impl HostBind {
+    /// Has the mount that the bind has made, whose root `mount` is, open no device node on the host, run no set-user-ID program, and write no more
+    /// than the bind allows.
+    pub(crate) fn restrict(&self, mount: BorrowedFd) -> io::Result<()> {
+        set_attributes(mount, NO_PRIVILEGES, self.recursive)?;
+        match self.read_only {
+            ReadOnly::No => Ok(()),
+            ReadOnly::Top => set_attributes(mount, libc::MOUNT_ATTR_RDONLY, false),
+            ReadOnly::Recursive => set_attributes(mount, libc::MOUNT_ATTR_RDONLY, true),
+        }
+    }
+}
+
+/// An image's device nodes and set-user-ID programs are the guest's, and nobody's on the host.
+pub(crate) const NO_PRIVILEGES: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
+
+fn open_mount(target: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    Ok(nix::fcntl::open(target, flags, Mode::empty())?)
+}
+
+/// Sets attributes of the mount whose root a descriptor is, or of all mounts of its tree, and keeps the others (`mount_setattr(2)`, Linux 5.12).
+pub(crate) fn set_attributes(
+    mount: BorrowedFd,
+    attributes: u64,
+    recursive: bool,
+) -> io::Result<()> {
     let attr = libc::mount_attr {
         attr_set: attributes,
         attr_clr: 0,
         propagation: 0,
         userns_fd: 0,
     };
-    let flags = libc::AT_SYMLINK_NOFOLLOW | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: `target` is a NUL-terminated string and `attr` a structure of the given size; both outlive the call, which
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a NUL-terminated string and `attr` a structure of the given size; both outlive the call, which
     // writes to neither.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            libc::AT_FDCWD,
-            target.as_ptr(),
+            mount.as_raw_fd(),
+            c"".as_ptr(),
             flags,
             &raw const attr,
             size_of::<libc::mount_attr>(),

@@ -39,19 +39,20 @@ pub fn connect(path: &Path) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
-/// A short name of `path`, good while the returned descriptor of its directory is open.
-fn short(path: &Path) -> io::Result<(File, PathBuf)> {
+/// A short name of `path`, good while the returned descriptor of its directory is open. A mere name is short, and need not be reached by
+/// way of `/proc`, which not every process sees.
+fn short(path: &Path) -> io::Result<(Option<File>, PathBuf)> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
+        _ => return Ok((None, name.into())),
     };
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
     let dir = File::options()
         .read(true)
         .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
         .open(parent)?;
     let short = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name);
-    Ok((dir, short))
+    Ok((Some(dir), short))
 }
 
 #[cfg(test)]

@@ -105,6 +105,15 @@ impl StateDir {
         }
     }
 
+    /// The same directory for a process whose current directory it is, wherever that process's root is.
+    pub fn in_current_directory(&self) -> Self {
+        Self {
+            root: "..".into(),
+            path: PathBuf::new(),
+            found: self.found.clone(),
+        }
+    }
+
     /// Makes the directory and binds the server's socket in it. At most one caller gets it.
     pub fn claim(root: &Path, id: &ContainerId) -> Result<(Self, UnixListener), StateError> {
         let mut this = Self::of(root, id);

@@ -18,6 +18,7 @@ use bulkhead_runtime::sandbox::CreateOptions;
 use bulkhead_runtime::spec::Bundle;
 use bulkhead_runtime::stdio::{Stdio, TerminalSize};
 use bulkhead_runtime::timeline::{Record, Timeline};
+use bulkhead_runtime::view::View;
 use bulkhead_vmm::fault;
 use clap::Args;
 use nix::sched::CloneFlags;
@@ -118,6 +119,7 @@ struct Prepared {
     id: ContainerId,
     bundle: PathBuf,
     spec: Spec,
+    view: View,
     descriptors: Descriptors,
 }
 
@@ -126,11 +128,12 @@ impl Prepared {
     fn new(args: &CreateArgs) -> anyhow::Result<Self> {
         let descriptors = Descriptors::for_init(args.preserve_fds)?;
         let id = ContainerId::new(args.id.as_str())?;
-        let Bundle { dir, spec, .. } = Bundle::load(&absolute(&args.bundle)?)?;
+        let bundle = Bundle::load(&absolute(&args.bundle)?)?;
         Ok(Self {
             id,
-            bundle: dir,
-            spec,
+            view: View::of(&bundle),
+            bundle: bundle.dir,
+            spec: bundle.spec,
             descriptors,
         })
     }
@@ -218,6 +221,7 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
         terminal: pair.as_ref().map(Pair::slave),
         namespaces: namespaces(&prepared.spec),
         id_maps: id_maps(&prepared.spec),
+        view: Some(prepared.view.clone()),
     })
     .and_then(|proxy| {
         fault::point("client: stand-in forked");

@@ -336,6 +336,7 @@ fn detached(
         terminal: pair.as_ref().map(Pair::slave),
         namespaces: CloneFlags::empty(),
         id_maps: IdMaps::default(),
+        view: None,
     })?;
     let options = ExecOptions {
         proxy: Some(proxy.pid),

@@ -4,6 +4,7 @@
 //! that whoever waits for it (conmon, containerd's shim for runc) learns what runc would tell. It is forked from the command
 //! before that has any thread, waits until the container is made, and stays when the command has gone.
 
+use std::fs;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
@@ -12,10 +13,11 @@ use anyhow::Context;
 use bulkhead_runtime::id::ContainerId;
 use bulkhead_runtime::state::StateDir;
 use bulkhead_runtime::stdio::Stdio;
+use bulkhead_runtime::view::View;
 use bulkhead_vmm::fault;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
-use nix::unistd::{ForkResult, fork, setsid};
+use nix::unistd::{ForkResult, fchdir, fork, setsid};
 
 use super::attach::{Streams, follow};
 use super::client::Server;
@@ -45,6 +47,8 @@ pub struct Job<'a> {
     pub namespaces: CloneFlags,
     /// The ids of its user namespace, if it makes one.
     pub id_maps: IdMaps,
+    /// What is to be seen in its mount namespace, if it makes one.
+    pub view: Option<View>,
 }
 
 /// Lines of `/proc/<pid>/uid_map` and `gid_map`.
@@ -70,7 +74,7 @@ impl Proxy {
     pub fn fork(job: Job) -> anyhow::Result<Self> {
         let (ready_reader, ready_writer) = io::pipe()?;
         let (go_reader, go_writer) = io::pipe()?;
-        let own = std::fs::File::open("/proc/self/ns/pid")?;
+        let own = fs::File::open("/proc/self/ns/pid")?;
         if job.namespaces.contains(CloneFlags::CLONE_NEWPID) {
             unshare(CloneFlags::CLONE_NEWPID).context("cannot make a pid namespace")?;
         }
@@ -111,7 +115,7 @@ impl IdMaps {
     fn write(&self, pid: u32) {
         for (name, lines) in [("uid_map", &self.users), ("gid_map", &self.groups)] {
             if !lines.is_empty() {
-                let _ = std::fs::write(format!("/proc/{pid}/{name}"), lines);
+                let _ = fs::write(format!("/proc/{pid}/{name}"), lines);
             }
         }
     }
@@ -163,8 +167,7 @@ fn set_up(job: &Job, keep: Vec<RawFd>) -> anyhow::Result<()> {
     // Nobody looks at its name but users.
     let _ = nix::sys::prctl::set_name(c"bulkhead-proxy");
     setsid().context("cannot make a session")?;
-    // Where the command was started is to be unmounted when its user likes.
-    nix::unistd::chdir("/").context("cannot leave the current directory")?;
+    let state = fs::File::open(job.state.path()).context("cannot open the state directory")?;
     let namespaces = job.namespaces - CloneFlags::CLONE_NEWPID - CloneFlags::CLONE_NEWUSER;
     unshare(namespaces).context("cannot make namespaces")?;
     if namespaces.contains(CloneFlags::CLONE_NEWNS) {
@@ -178,6 +181,12 @@ fn set_up(job: &Job, keep: Vec<RawFd>) -> anyhow::Result<()> {
         )
         .context("cannot separate the mounts")?;
     }
+    if let Some(view) = &job.view {
+        view.enter()
+            .context("cannot make the container's root its own")?;
+    }
+    // Where the sockets are, which is outside of the container's root; and where the command was started is to be unmounted when its user likes.
+    fchdir(&state).context("cannot enter the state directory")?;
     if let Some(slave) = job.terminal {
         terminal::take(slave).context("cannot take the terminal")?;
     }
@@ -209,13 +218,14 @@ fn close_others(mut keep: Vec<RawFd>) -> io::Result<()> {
 
 /// From the container's creation to its end.
 async fn stand(job: Job<'_>, mut signals: Signals) -> anyhow::Result<i32> {
-    let connection = bulkhead_runtime::sock::connect(&job.state.task_socket())?;
+    let state = job.state.in_current_directory();
+    let connection = bulkhead_runtime::sock::connect(&state.task_socket())?;
     let server = Server::new(connection, job.id.as_str(), job.exec_id)?;
     fault::point("proxy: connected");
     let mut streams = Streams::attach(
         job.stdio,
         job.descriptors,
-        &job.state.vsock(),
+        &state.vsock(),
         job.id,
         job.exec_id,
     )?;

@@ -6,9 +6,10 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::{Ended, finish};
@@ -1030,4 +1031,87 @@ fn a_foreground_container_can_be_kept() {
     finish(std::process::Command::new(bulkhead()).args(["delete", "kept"])).expect_code(0);
     reap_all();
     host.assert_nothing_new();
+}
+
+#[test]
+fn whoever_enters_the_mount_namespace_of_the_pid_sees_the_containers_files_and_not_the_hosts() {
+    let _unchanged = Host::unchanged();
+    let volume = tempfile::tempdir().unwrap();
+    fs::write(volume.path().join("in-volume"), "volume\n").unwrap();
+    for runtime in [runc(), bulkhead()] {
+        let mut bundle = idle();
+        fs::write(bundle.in_root("in-root"), "root\n").unwrap();
+        // What an image's links name is the image's.
+        symlink("/", bundle.in_root("link")).unwrap();
+        let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+        for (destination, options) in [
+            ("/volume", json!(["rbind", "ro"])),
+            ("/link/new/volume", json!(["bind"])),
+        ] {
+            mounts.push(json!({"destination": destination, "type": "bind", "source": volume.path(), "options": options}));
+        }
+        let container = Container::running(runtime, &bundle);
+        let script = "cat /in-root /volume/in-volume /new/volume/in-volume; echo client > /from-client; \
+                      echo x > /volume/x || echo read-only; test -e /link/etc/debian_version || echo own";
+        let ended = finish(
+            Command::new("nsenter")
+                .arg(format!("--mount=/proc/{}/ns/mnt", container.pid))
+                .args(["/bin/sh", "-c", script]),
+        );
+        assert_eq!(
+            ended.stdout, "root\nvolume\nvolume\nread-only\nown\n",
+            "{ended:?}"
+        );
+        assert_eq!(container.shell("cat /from-client").stdout, "client\n");
+        let root = PathBuf::from(format!("/proc/{}/root", container.pid));
+        assert_eq!(fs::read_to_string(root.join("in-root")).unwrap(), "root\n");
+    }
+    assert!(!Path::new("/from-client").exists());
+    assert!(!Path::new("/new").exists());
+}
+
+#[test]
+fn an_engines_default_apparmor_profile_is_ignored_by_exec_too() {
+    let _unchanged = Host::unchanged();
+    let mut bundle = idle();
+    bundle.config["process"]["apparmorProfile"] = json!("docker-default");
+    let container = Container::running(bulkhead(), &bundle);
+    container.exec(&["true"]).expect_code(0);
+    let process = container.files().join("process.json");
+    let described = |profile: &str| {
+        let user = json!({"uid": 0, "gid": 0});
+        json!({"args": ["true"], "cwd": "/", "user": user, "apparmorProfile": profile})
+    };
+    for (profile, code) in [("containers-default-0.50.1", 0), ("mine", 255)] {
+        fs::write(&process, described(profile).to_string()).unwrap();
+        let exec = ["exec", "--process", process.to_str().unwrap()];
+        container.command(&exec).expect_code(code);
+    }
+}
+
+#[test]
+fn the_output_of_an_executed_process_outlives_the_containers_init() {
+    let _unchanged = Host::unchanged();
+    let container = Container::running(bulkhead(), idle());
+    await_output(&container, "ready");
+    let vmms = processes::named("bulkhead-vmm");
+    let mut exec = container.prepare(&["exec"], &["head", "-c", "8m", "/dev/zero"]);
+    let mut exec = exec
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdout = exec.stdout.take().unwrap();
+    let mut first = [1];
+    stdout.read_exact(&mut first).unwrap();
+    assert_eq!(first, [0], "it runs");
+    container.command_with(&["kill"], &["TERM"]).expect_code(0);
+    assert_eq!(container.wait(), 5);
+    assert_eq!(container.status(), "stopped");
+    // The guest has what nobody has read yet.
+    let mut rest = Vec::new();
+    stdout.read_to_end(&mut rest).unwrap();
+    assert!(rest.len() > 64 << 10, "{} bytes", rest.len());
+    assert_eq!(exec.wait().unwrap().code(), Some(137));
+    processes::wait_for_end(&vmms);
 }
