@@ -29,7 +29,7 @@ fn oom(bed: &Bed) {
 
 #[test]
 fn however_many_watch_for_ooms_the_guest_is_asked_once() {
-    let Some(bed) = running("ooms") else { return };
+    let bed = running("ooms");
     for number in 1..=3 {
         let watching = events(&bed, "events");
         let asked = || bed.asked("ooms asked") >= number;
@@ -52,7 +52,7 @@ fn however_many_watch_for_ooms_the_guest_is_asked_once() {
 
 #[test]
 fn ooms_are_told_though_the_container_stood_still_when_they_began_to_be_watched() {
-    let Some(bed) = running("ooms") else { return };
+    let bed = running("ooms");
     oom(&bed);
     for number in 1..=2 {
         done(&bed, &["pause", "c1"]);
@@ -81,9 +81,7 @@ fn done(bed: &Bed, words: &[&str]) {
 
 #[test]
 fn a_process_that_was_executed_before_the_start_is_forgotten() {
-    let Some(bed) = Bed::new(&["/bin/true"]) else {
-        return;
-    };
+    let bed = Bed::new(&["/bin/true"]);
     done(&bed, CREATE);
     done(&bed, &["exec", "c1", "/bin/true"]);
     assert_eq!(bed.asked("delete_process"), 1);
@@ -95,7 +93,7 @@ fn a_process_that_was_executed_before_the_start_is_forgotten() {
 
 #[test]
 fn a_process_that_has_ended_as_its_guest_was_paused_is_forgotten_when_that_goes_on() {
-    let Some(bed) = running("") else { return };
+    let bed = running("");
     let mut command = bed.bulkhead();
     command.args(["exec", "c1", "/bin/sh", "-c", "read line"]);
     let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
@@ -114,9 +112,7 @@ fn a_process_that_has_ended_as_its_guest_was_paused_is_forgotten_when_that_goes_
 
 #[test]
 fn a_process_whose_stand_in_was_killed_as_it_came_to_be_is_forgotten() {
-    let Some(bed) = running("slow exec") else {
-        return;
-    };
+    let bed = running("slow exec");
     let mut command = bed.bulkhead();
     command.args(["exec", "--detach", "c1", "/bin/sleep", "1000"]);
     let child = command.stderr(Stdio::piped()).spawn().unwrap();
@@ -144,7 +140,7 @@ fn pids(bed: &Bed) -> Vec<u32> {
 
 #[test]
 fn a_process_whose_client_was_killed_lives_on_and_is_forgotten_once_it_has_ended() {
-    let Some(bed) = running("") else { return };
+    let bed = running("");
     let init = pids(&bed);
     let end = bed.path("end");
     let script = format!("while [ ! -e {end:?} ]; do sleep 0.1; done");
@@ -164,7 +160,7 @@ fn a_process_whose_client_was_killed_lives_on_and_is_forgotten_once_it_has_ended
 
 #[test]
 fn a_process_whose_client_was_killed_on_its_way_is_forgotten() {
-    let Some(bed) = running("") else { return };
+    let bed = running("");
     let init = pids(&bed);
     for step in ["client: process described", "client: process started"] {
         let mut exec = bed.bulkhead();
@@ -184,7 +180,7 @@ fn a_process_whose_client_was_killed_on_its_way_is_forgotten() {
 
 #[test]
 fn a_process_whose_pid_can_not_be_written_is_ended() {
-    let Some(bed) = running("") else { return };
+    let bed = running("");
     let init = pids(&bed);
     for detach in [&[][..], &["--detach"]] {
         let mut exec = bed.bulkhead();
