@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -16,6 +16,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
 use async_trait::async_trait;
+use bulkhead_e2e::command::hand_over;
 use bulkhead_protocol::agent::{
     ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
     DeleteContainerRequest, DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse,
@@ -252,15 +253,12 @@ fn execute(exec_id: &str, processes: &Processes, streams: &Streams) -> ttrpc::Re
             None => null().unwrap().into(),
         }
     };
-    // Two steps, so that none takes the place of another that is still to be moved.
-    let mut descriptors = Vec::new();
-    for (number, _) in (3..).zip(&process.descriptors) {
-        let end = end(StreamKind::DESCRIPTOR, number);
-        let aside = nix::fcntl::fcntl(&end, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(100));
-        // SAFETY: the call has just made this descriptor.
-        descriptors.push(unsafe { OwnedFd::from_raw_fd(aside.unwrap()) });
-    }
+    let descriptors: Vec<OwnedFd> = (3..)
+        .zip(&process.descriptors)
+        .map(|(number, _)| end(StreamKind::DESCRIPTOR, number))
+        .collect();
     let mut command = Command::new(&process.args[0]);
+    hand_over(&mut command, descriptors);
     command
         .args(&process.args[1..])
         .envs(process.env.clone())
@@ -268,12 +266,9 @@ fn execute(exec_id: &str, processes: &Processes, streams: &Streams) -> ttrpc::Re
         .stdout(end(StreamKind::STDOUT, 0))
         .stderr(end(StreamKind::STDERR, 0));
     // The processes of a guest end with it.
-    // SAFETY: system calls between fork and exec, on descriptors that the closure owns and on numbers.
+    // SAFETY: a system call on a number between fork and exec.
     unsafe {
-        command.pre_exec(move || {
-            for (number, fd) in (3..).zip(&descriptors) {
-                nix::errno::Errno::result(nix::libc::dup2(fd.as_raw_fd(), number))?;
-            }
+        command.pre_exec(|| {
             Ok(nix::sys::prctl::set_pdeathsig(
                 nix::sys::signal::Signal::SIGKILL,
             )?)

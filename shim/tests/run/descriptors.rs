@@ -2,34 +2,14 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
-use nix::fcntl::{FcntlArg, fcntl};
+use bulkhead_e2e::command::hand_over;
 
 use crate::assert_sentence;
 use crate::bed::{Bed, PATIENCE, bulkhead, text};
-
-/// Hands descriptors to a command, from 3 on.
-fn hand_over<const N: usize>(command: &mut Command, descriptors: [OwnedFd; N]) {
-    // Two steps, so that none takes the place of another that is still to be moved.
-    let aside = descriptors.map(|fd| {
-        let aside = fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(100)).unwrap();
-        // SAFETY: the call has just made this descriptor.
-        unsafe { OwnedFd::from_raw_fd(aside) }
-    });
-    // SAFETY: system calls between fork and exec, on descriptors that the closure owns and on numbers.
-    unsafe {
-        command.pre_exec(move || {
-            for (number, fd) in (3..).zip(&aside) {
-                nix::errno::Errno::result(nix::libc::dup2(fd.as_raw_fd(), number))?;
-            }
-            Ok(())
-        });
-    }
-}
 
 fn pipe() -> (OwnedFd, OwnedFd) {
     let (reader, writer) = std::io::pipe().unwrap();
