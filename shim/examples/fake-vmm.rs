@@ -126,6 +126,11 @@ fn serve_vsock(path: &Path, streams: &Streams) {
     });
 }
 
+/// Calls the host on the agent's port.
+async fn dial() -> std::io::Result<tokio::net::UnixStream> {
+    tokio::net::UnixStream::connect(format!("vsock_{CONTROL_PORT}")).await
+}
+
 /// Dials the host and serves the agent's API on the connection.
 fn serve_agent(mode: &str, control: Arc<OwnedFd>, streams: Streams) {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -133,12 +138,7 @@ fn serve_agent(mode: &str, control: Arc<OwnedFd>, streams: Streams) {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let path = format!("vsock_{CONTROL_PORT}");
-        let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
-        // Nobody else gets through to the host.
-        if tokio::net::UnixStream::connect(&path).await.is_ok() && mode == "dial twice" {
-            eprintln!("a second call was taken");
-        }
+        let stream = dial().await.unwrap();
         let agent = FakeAgent {
             mode: mode.to_owned(),
             control,
@@ -312,6 +312,11 @@ fn status(code: Code, message: String) -> ttrpc::Error {
 impl Agent for FakeAgent {
     async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
         assert_eq!(request.protocol_version, PROTOCOL_VERSION);
+        // The host has taken the agent's call by now, and nobody else gets through to it.
+        if self.mode == "dial twice" && dial().await.is_ok() {
+            let message = "a second call was taken".into();
+            return Err(status(Code::INTERNAL, message));
+        }
         let skew = u32::from(self.mode == "version");
         Ok(HelloResponse {
             protocol_version: PROTOCOL_VERSION + skew,

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use bed::{Bed, bulkhead, text};
 use bulkhead_e2e::watch;
+use bulkhead_protocol::PROTOCOL_VERSION;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -205,6 +206,7 @@ fn a_killed_vmm_is_told_with_its_reason() {
 
 #[test]
 fn a_guest_that_does_not_come_up_is_told_in_one_sentence() {
+    let version = format!("agent 9.9 speaks protocol version {}", PROTOCOL_VERSION + 1);
     for (mode, expected) in [
         ("crash", "suberror 1; `bulkhead check` tells"),
         (
@@ -214,7 +216,7 @@ fn a_guest_that_does_not_come_up_is_told_in_one_sentence() {
         ("refuse", "the VMM refused: memory is too small"),
         ("die", "exited with code 3"),
         ("silent", "not ready within 1 s"),
-        ("version", "agent 9.9 speaks protocol version 4"),
+        ("version", &version),
     ] {
         let bed = Bed::new(&["/bin/true"]).mode(mode);
         bed.configure("boot_timeout_s = 1\n");
