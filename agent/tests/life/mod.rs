@@ -95,7 +95,8 @@ pub async fn an_exec_is_never_seen_with_more_capabilities_than_its_own() {
     let bed = Bed::new().await;
     let set = "0000000000000420";
     let script = format!(
-        "echo ready; while :; do grep -hs CapPrm /proc/[0-9]*/status | grep -v {set}; done"
+        "n=0; while seen=$(grep -hs CapPrm /proc/[0-9]*/status); test \"$seen\"; do \
+         echo \"$seen\" | grep -v {set}; n=$((n+1)); echo $n > /data/rounds; test $n != 1 || echo ready; done"
     );
     bed.create("box", &bed.spec(&script), all_pipes())
         .await
@@ -111,6 +112,9 @@ pub async fn an_exec_is_never_seen_with_more_capabilities_than_its_own() {
     let mut seen = String::new();
     stdout.read_to_string(&mut seen).await.unwrap();
     assert_eq!(seen, "");
+    let rounds = fs::read_to_string(bed.rootfs().join("data/rounds")).unwrap();
+    let rounds = rounds.trim().parse::<u32>().unwrap();
+    assert!(rounds > 1, "it has not looked while there were others");
 }
 
 pub async fn failures_of_an_exec_are_said_in_runcs_words_and_leave_nothing() {
