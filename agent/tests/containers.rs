@@ -1685,6 +1685,12 @@ async fn a_start_hook_that_fails_ends_the_start() {
 
 async fn the_scheduler_is_the_specs() {
     let bed = Bed::new().await;
+    // Counted from the state, which is the third field (proc_pid_stat(5)).
+    let fields = |stat: &str| -> [String; 2] {
+        let fields: Vec<_> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+        [fields[41 - 3], fields[19 - 3]].map(str::to_owned)
+    };
+    let [_, own_nice] = fields(&fs::read_to_string("/proc/self/stat").unwrap());
     let mut spec = bed.spec("exec cat /proc/self/stat");
     for (scheduler, policy, nice) in [
         (
@@ -1692,14 +1698,12 @@ async fn the_scheduler_is_the_specs() {
             "3",
             "7",
         ),
-        (json!({"policy": "SCHED_IDLE"}), "5", "0"),
+        (json!({"policy": "SCHED_IDLE"}), "5", own_nice.as_str()),
         (json!({"policy": "SCHED_OTHER", "nice": 19}), "0", "19"),
     ] {
         spec["process"]["scheduler"] = scheduler;
         let stat = bed.output(&spec).await;
-        // Counted from the state, which is the third field (proc_pid_stat(5)).
-        let fields: Vec<_> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
-        assert_eq!((fields[41 - 3], fields[19 - 3]), (policy, nice), "{stat}");
+        assert_eq!(fields(&stat), [policy, nice], "{stat}");
     }
     spec["process"]["scheduler"] = json!({"policy": "SCHED_ISO"});
     let (_, message) = bed
