@@ -1,5 +1,5 @@
 //! Whole containers, by the agent's real server over unix sockets: real namespaces, mounts, cgroups and streams,
-//! without a guest. Needs root, cgroup v2 and busybox-static; says so and passes nothing where they are missing.
+//! without a guest. Needs root, cgroup v2 and busybox-static.
 
 // Clippy takes a target with its own main for a program.
 #![allow(clippy::unwrap_used)]
@@ -8,6 +8,7 @@ mod bed;
 mod descriptors;
 mod life;
 
+use std::cell::Cell;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -50,10 +51,8 @@ macro_rules! tests {
                 .filter(|argument| !argument.starts_with('-'))
                 .collect();
             let wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter));
-            if !nix::unistd::geteuid().is_root() || !Path::new("/bin/busybox").exists() {
-                println!("SKIPPED: the container tests need root and busybox-static");
-                return;
-            }
+            assert!(nix::unistd::geteuid().is_root(), "the tests need root");
+            assert!(Path::new("/bin/busybox").exists(), "the tests need busybox-static");
             let (mut passed, mut failed, mut filtered) = (0, 0, 0);
             $(
                 if wanted(stringify!($name)) {
@@ -72,7 +71,18 @@ macro_rules! tests {
     };
 }
 
-fn run(name: &str, test: impl Future<Output = ()>) -> bool {
+thread_local! {
+    /// The test that runs.
+    static TEST: Cell<&'static str> = const { Cell::new("") };
+}
+
+/// Says what a test leaves out, and why, for who counts the tests.
+pub fn skip(what: &str) {
+    println!("SKIPPED: {}: {what}", TEST.get());
+}
+
+fn run(name: &'static str, test: impl Future<Output = ()>) -> bool {
+    TEST.set(name);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -675,7 +685,7 @@ async fn a_created_containers_program_is_read_before_its_start() {
     forget();
     let whole = read_from_disk();
     if whole == 0 {
-        println!("SKIPPED: a file system in memory forgets nothing");
+        skip("a file system in memory forgets nothing");
         return;
     }
     forget();
@@ -1543,7 +1553,7 @@ async fn ids_of_a_bind_mount_are_mapped() {
             message.contains("can't map ids in the guest's kernel"),
             "{message}"
         );
-        println!("SKIPPED: id-mapped mounts, which the tests' file system has not on this kernel");
+        skip("id-mapped mounts, which the tests' file system has not on this kernel");
         return;
     }
     bed.delete("box").await.unwrap();

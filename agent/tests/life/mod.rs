@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use ttrpc::Code;
 
 use crate::bed::{Bed, all_pipes};
-use crate::in_user_namespace;
+use crate::{in_user_namespace, skip};
 
 pub async fn a_process_joins_a_container() {
     let bed = Bed::new().await;
@@ -774,9 +774,7 @@ pub async fn the_figures_of_a_container_are_its_cgroups() {
         assert_eq!((stats.pids_current, stats.pids_max), (1, u64::MAX));
         assert_eq!(stats.memory_events["oom_kill"], 0);
     } else {
-        println!(
-            "SKIPPED: figures of memory and pids, for which cgroup v2 has no controllers here"
-        );
+        skip("figures of memory and pids, for which cgroup v2 has no controllers here");
     }
     assert_eq!(bed.stats("no").await.unwrap_err().0, Code::NOT_FOUND);
 }
@@ -816,7 +814,7 @@ pub async fn limits_are_changed_and_what_is_not_named_stays() {
         let stats = bed.stats("box").await.unwrap();
         assert_eq!((stats.memory_max, stats.pids_max), (50 << 20, 50));
     } else {
-        println!("SKIPPED: limits, for which cgroup v2 has no controllers here");
+        skip("limits, for which cgroup v2 has no controllers here");
     }
     bed.signal("box", 9, false).await.unwrap();
     bed.wait("box").await.unwrap();
@@ -854,7 +852,7 @@ pub async fn a_kill_for_want_of_memory_is_told_and_deletion_ends_the_wait() {
         // What is known already is not told again.
         assert_eq!(bed.wait_oom("box", seen - 1).await.unwrap(), seen);
     } else {
-        println!("SKIPPED: a kill for want of memory, which cgroup v2 has no controller for here");
+        skip("a kill for want of memory, which cgroup v2 has no controller for here");
     }
     // Without a number that is known nothing is waited for.
     assert_eq!(bed.wait_oom("box", None).await.unwrap(), seen);
@@ -1056,7 +1054,7 @@ pub async fn joins_that_cannot_be_are_refused_and_leave_nothing() {
 pub async fn a_container_that_divides_its_cgroup_can_still_be_joined() {
     let bed = Bed::new().await;
     if !bed.has_controller("pids") {
-        println!("SKIPPED: a divided cgroup, for which cgroup v2 has no controllers here");
+        skip("a divided cgroup, for which cgroup v2 has no controllers here");
         return;
     }
     // As systemd does: itself into a leaf, controllers for the leaves.
