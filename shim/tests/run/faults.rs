@@ -6,37 +6,13 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
-use bulkhead_e2e::steps::PROXY;
+use bulkhead_e2e::steps::{BACKGROUND, EXECUTING, FOREGROUND, PROXY, SERVER};
 use bulkhead_e2e::watch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::bed::{Bed, PATIENCE, finish, text};
-
-/// The steps of the server, in the order in which they come.
-const SERVER: [&str; 20] = [
-    "server: started",
-    "server: spec validated",
-    "server: share made",
-    "server: VMM started",
-    "server: mounts made",
-    "server: vCPUs run",
-    "server: agent called",
-    "server: agent greeted",
-    "server: container created",
-    "server: container started",
-    "server: process described",
-    "server: process executed",
-    "server: process exited",
-    "server: process deleted",
-    "server: signal delivered",
-    "server: container exited",
-    "server: deletion asked",
-    "server: container forgotten",
-    "server: sandbox ends",
-    "server: VM ended",
-];
 
 pub const CREATE: &[&str] = &["create", "c1"];
 const DETACH: &[&str] = &["exec", "--detach", "c1", "/bin/true"];
@@ -185,29 +161,14 @@ fn a_stand_in_that_is_killed_at_any_step_leaves_nothing_that_delete_does_not_rem
 
 #[test]
 fn a_client_that_is_killed_at_any_step_takes_its_sandbox_along() {
-    for step in [
-        "client: started",
-        "client: server started",
-        "client: container created",
-        "client: container started",
-        "client: container exited",
-        "client: output written",
-        "client: container deleted",
-        "client: server ended",
-    ] {
+    for step in FOREGROUND {
         let bed = Bed::new(&["/bin/true"]);
         let output = bed.command().env("BULKHEAD_FAULT", step).output().unwrap();
         assert_eq!(output.status.signal(), Some(9), "{step}");
         bed.await_clean();
     }
     // In the background too, until it has let the container stay.
-    for step in [
-        "client: server started",
-        "client: stand-in forked",
-        "client: container created",
-        "client: container made",
-        "client: stand-in stands",
-    ] {
+    for step in BACKGROUND {
         let bed = Bed::new(&["/bin/true"]);
         let output = finish(bed.bulkhead().args(CREATE).env("BULKHEAD_FAULT", step));
         assert_eq!(output.status.signal(), Some(9), "{step}");
@@ -218,7 +179,7 @@ fn a_client_that_is_killed_at_any_step_takes_its_sandbox_along() {
 #[test]
 fn a_client_that_is_killed_on_its_way_into_a_container_leaves_that_alone() {
     let bed = running("");
-    for step in ["client: process described", "client: process started"] {
+    for step in EXECUTING {
         for detach in [&["--detach"][..], &[]] {
             let mut exec = bed.bulkhead();
             exec.arg("exec").args(detach).args(["c1", "/bin/true"]);

@@ -5,6 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
 use std::time::Instant;
 
+use bulkhead_e2e::steps::EXECUTING;
 use bulkhead_e2e::watch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -171,7 +172,7 @@ fn a_process_whose_client_was_killed_lives_on_and_is_forgotten_once_it_has_ended
 fn a_process_whose_client_was_killed_on_its_way_is_forgotten() {
     let bed = running("");
     let init = pids(&bed);
-    for step in ["client: process described", "client: process started"] {
+    for step in EXECUTING {
         let mut exec = bed.bulkhead();
         exec.args(["exec", "c1", "/bin/true"]);
         let output = finish(exec.env("BULKHEAD_FAULT", step));

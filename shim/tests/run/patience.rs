@@ -4,6 +4,7 @@ use std::io::Read;
 use std::process::{ChildStdin, Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
 
+use bulkhead_e2e::steps::ASKING_AGAIN;
 use bulkhead_e2e::watch;
 
 use crate::Running;
@@ -130,10 +131,7 @@ fn a_process_that_closes_its_output_and_lives_on_is_waited_for_as_its_server_ans
     // At this step its children are killed, of which it has none: so it goes on, and the log tells that it was there.
     let asked = bed.path("asked");
     command
-        .env(
-            "BULKHEAD_FAULT",
-            "children at client: server answered after the output",
-        )
+        .env("BULKHEAD_FAULT", format!("children at {ASKING_AGAIN}"))
         .env("BULKHEAD_FAULT_LOG", &asked);
     let (command, stdin) = in_the_foreground(command);
     watch::until(&bed.path(""), &[], || asked.exists());
