@@ -194,7 +194,8 @@ fn a_process_whose_pid_can_not_be_written_is_ended() {
     let init = pids(&bed);
     for detach in [&[][..], &["--detach"]] {
         let mut exec = bed.bulkhead();
-        exec.args(["exec", "--pid-file", "/nonexistent/pid"]);
+        exec.args(["exec", "--pid-file"])
+            .arg(bed.path("missing/pid"));
         let output = finish(exec.args(detach).args(["c1", "/bin/sleep", "1000"]));
         assert_eq!(output.status.code(), Some(255));
         assert_told(&output, "exec");
