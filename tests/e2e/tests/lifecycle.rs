@@ -178,15 +178,13 @@ fn a_created_container_is_deleted_without_having_run() {
 #[test]
 fn a_container_that_is_said_to_have_stopped_can_be_deleted_at_once() {
     let _unchanged = Host::unchanged();
-    let bundle = Bundle::shell("trap 'exit 5' USR1; sleep 1000 & wait $!");
+    let bundle = Bundle::shell("trap 'exit 5' USR1; echo ready; sleep 1000 & wait $!");
     for signal in ["KILL", "USR1", "KILL", "USR1"] {
         let container = Container::running(bulkhead(), &bundle);
-        // Nobody is told when the shell has set its trap.
-        let mut signal = signal;
-        while container.status() != "stopped" {
-            container.command_with(&["kill"], &[signal]);
-            signal = "KILL";
-        }
+        watch::until(container.files(), &[], || container.stdout() == "ready\n");
+        container.command_with(&["kill"], &[signal]).expect_code(0);
+        let stopped = || container.status() == "stopped";
+        watch::until(Path::new("/run/bulkhead"), &[], stopped);
         container.command(&["delete"]).expect_code(0);
         container.wait();
     }
@@ -391,7 +389,7 @@ fn a_deletion_lets_a_stand_in_write_what_its_container_has_written() {
     processes::wait_for_end(&vmms);
     let waiting = processes::open(deletion.id()).unwrap();
     let mut waiting = [PollFd::new(waiting.as_fd(), PollFlags::POLLIN)];
-    let ended = poll(&mut waiting, PollTimeout::from(1000_u16)).unwrap();
+    let ended = poll(&mut waiting, PollTimeout::from(200_u16)).unwrap();
     assert_eq!(ended, 0, "there is output that nobody has read");
     let mut written = Vec::new();
     stdout.read_to_end(&mut written).unwrap();
