@@ -2,12 +2,16 @@
 
 use std::fs;
 use std::io::{Read, Seek};
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use bulkhead_e2e::{processes, watch};
+use nix::mount::{MsFlags, mount};
+use nix::sched::CloneFlags;
+use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -34,6 +38,49 @@ pub fn bulkhead() -> &'static Path {
     })
 }
 
+/// The server opens /dev/kvm for its VMM, and the stand-in for that makes nothing of it. Where there is none, this thread and all that
+/// it starts see a null device in its place.
+fn have_kvm() {
+    if Path::new("/dev/kvm").exists() {
+        return;
+    }
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let none = None::<&str>;
+    let bind = |from: &Path, to: &Path, flags| mount(Some(from), to, none, flags, none).unwrap();
+    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+    mount(none, "/", none, private, none).unwrap();
+    let dev = tempfile::tempdir().unwrap();
+    mount(
+        Some("dev"),
+        dev.path(),
+        Some("tmpfs"),
+        MsFlags::empty(),
+        none,
+    )
+    .unwrap();
+    for entry in fs::read_dir("/dev").unwrap() {
+        let entry = entry.unwrap();
+        let (path, kind) = (
+            dev.path().join(entry.file_name()),
+            entry.file_type().unwrap(),
+        );
+        if kind.is_symlink() {
+            symlink(fs::read_link(entry.path()).unwrap(), path).unwrap();
+            continue;
+        }
+        if kind.is_dir() {
+            fs::create_dir(&path).unwrap();
+        } else {
+            fs::write(&path, "").unwrap();
+        }
+        bind(&entry.path(), &path, MsFlags::MS_BIND | MsFlags::MS_REC);
+    }
+    let null = fs::metadata("/dev/null").unwrap().rdev();
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    mknod(&dev.path().join("kvm"), SFlag::S_IFCHR, mode, null).unwrap();
+    bind(dev.path(), Path::new("/dev"), MsFlags::MS_MOVE);
+}
+
 pub struct Bed {
     dir: TempDir,
     mode: &'static str,
@@ -43,6 +90,7 @@ impl Bed {
     /// A bundle that runs `args`, a configuration and a state root of its own.
     pub fn new(args: &[&str]) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "the tests need root");
+        have_kvm();
         let bed = Self {
             dir: tempfile::tempdir().unwrap(),
             mode: "",
