@@ -203,7 +203,7 @@ fn a_refused_boot_names_the_cause_and_can_be_repeated() {
         ),
         (config.clone(), &[good[1], good[1], good[2]], "KVM"),
         (
-            with(|c| c.vsock_path = "/nonexistent/vsock".into()),
+            with(|c| c.vsock_path = "/proc/nonexistent/vsock".into()),
             &good,
             "vsock_path",
         ),
@@ -217,12 +217,12 @@ fn a_refused_boot_names_the_cause_and_can_be_repeated() {
     let no_share = with(|c| {
         c.share = Some(ShareConfig {
             tag: "share".into(),
-            directory: "/nonexistent".into(),
+            directory: "/proc/nonexistent".into(),
             queues: 1,
         });
     });
     let vsock_path = no_share.vsock_path.clone();
-    assert!(vmm.refusal(no_share, &good).contains("/nonexistent"));
+    assert!(vmm.refusal(no_share, &good).contains("/proc/nonexistent"));
     assert!(!vsock_path.exists());
     vmm.boot(&SPIN).unwrap();
     let config = vmm.config();
@@ -267,7 +267,7 @@ fn a_vmm_without_control_socket_says_so() {
 
 #[test]
 fn a_program_that_does_not_exist_is_an_error_of_spawn() {
-    let spawned = VmmProcess::spawn(Path::new("/nonexistent/vmm"), &[], Stdio::null());
+    let spawned = VmmProcess::spawn(Path::new("/proc/nonexistent/vmm"), &[], Stdio::null());
     assert!(matches!(spawned, Err(ClientError::Spawn(_))));
 }
 

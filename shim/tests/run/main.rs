@@ -264,10 +264,10 @@ fn bad_input_is_told_in_one_sentence_and_leaves_nothing() {
         ("exec: \"foo\": executable file not found in $PATH", |bed| {
             bed.spec(|spec| spec["process"]["args"] = json!(["foo"]));
         }),
-        ("`mounts[0].source` names /nonexistent", |bed| {
+        ("`mounts[0].source` names /proc/nonexistent", |bed| {
             bed.spec(|spec| {
                 spec["mounts"] =
-                    json!([{"destination": "/d", "type": "bind", "source": "/nonexistent"}]);
+                    json!([{"destination": "/d", "type": "bind", "source": "/proc/nonexistent"}]);
             });
         }),
         ("set `kernel` in the configuration file", |bed| {
