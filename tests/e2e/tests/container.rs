@@ -800,3 +800,18 @@ fn the_leak_checker_sees_a_process_and_a_mount() {
     umount2(folder.path(), MntFlags::empty()).unwrap();
     host.assert_nothing_new();
 }
+
+#[test]
+fn the_memory_of_the_hosts_processes_is_not_a_containers_to_read() {
+    let _unchanged = Host::unchanged();
+    let mut process = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+    let mut bundle = Bundle::shell(&format!(
+        "cat /host/proc/{}/comm; head -c 1 /host/proc/{0}/mem 2>&1",
+        process.id()
+    ));
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/host/proc", "source": "/proc", "options": ["bind", "ro"]}));
+    assert_same_as_runc(&bundle);
+    drop(process.stdin.take());
+    process.wait().unwrap();
+}

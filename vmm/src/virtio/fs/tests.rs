@@ -1405,6 +1405,85 @@ fn mounts_below_the_share_belong_to_it_and_are_told_apart() {
     assert_eq!(guest.lookup(ROOT, "one").unwrap().nodeid, one.nodeid);
 }
 
+/// The capabilities that this process's file-system threads may use.
+fn capabilities_of_threads() -> Vec<u64> {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    // Other tests' threads come and go.
+    let statuses =
+        tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("status")).ok());
+    let of_threads = statuses.filter(|status| status.starts_with("Name:\tfs-"));
+    let permitted = of_threads.map(|status| {
+        let (_, rest) = status.split_once("CapPrm:\t").unwrap();
+        u64::from_str_radix(&rest[..16], 16).unwrap()
+    });
+    permitted.collect()
+}
+
+#[test]
+fn threads_have_the_capabilities_that_files_take_and_no_others() {
+    if !own_mounts() {
+        return;
+    }
+    let mut guest = Guest::new();
+    // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.
+    let wanted: u64 = [0, 1, 3, 4, 6, 7, 27, 31].map(|bit| 1 << bit).iter().sum();
+    let found = capabilities_of_threads();
+    assert!(!found.is_empty());
+    for capabilities in found {
+        assert_eq!(capabilities, wanted, "{capabilities:#x}");
+    }
+
+    // The memory of a process with more rights is not a container's to read, though it is root's.
+    fs::create_dir(guest.path("proc")).unwrap();
+    let none: Option<&str> = None;
+    mount(
+        Some("/proc"),
+        &guest.path("proc"),
+        none,
+        MsFlags::MS_BIND,
+        none,
+    )
+    .unwrap();
+    let mut process = std::process::Command::new("cat")
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let memory = format!("proc/{}/mem", process.id());
+    fs::File::open(format!("/{memory}")).unwrap();
+    let memory = guest.walk(&memory);
+    assert_eq!(guest.open(memory, libc::O_RDONLY).err(), Some(libc::EACCES));
+    drop(process.stdin.take());
+    process.wait().unwrap();
+    umount2(&guest.path("proc"), MntFlags::MNT_DETACH).unwrap();
+
+    // File capabilities are set and kept, as are owners.
+    fs::write(guest.path("f"), "").unwrap();
+    let node = guest.lookup(ROOT, "f").unwrap().nodeid;
+    // FATTR_UID, FATTR_GID.
+    let owner = SetattrIn {
+        valid: 2 | 4,
+        uid: 1234,
+        gid: 2345,
+        ..SetattrIn::default()
+    };
+    guest.call(Opcode::Setattr, node, owner.as_slice()).unwrap();
+    let value = [&[1, 0, 0, 2][..], &[0; 16]].concat();
+    let set = SetxattrIn {
+        size: value.len() as u32,
+        flags: 0,
+    };
+    let name = c("security.capability");
+    let body = [set.as_slice(), &name, &value].concat();
+    guest.call(Opcode::Setxattr, node, &body).unwrap();
+    let get = GetxattrIn {
+        size: 100,
+        padding: 0,
+    };
+    let found = guest.call(Opcode::Getxattr, node, &[get.as_slice(), &name].concat());
+    assert_eq!(found.unwrap(), value);
+    assert_eq!(fs::metadata(guest.path("f")).unwrap().uid(), 1234);
+}
+
 /// One random request, well-formed in its outline. Returns the inode and handle that the reply names, if any.
 fn random_request(
     guest: &mut Guest,
