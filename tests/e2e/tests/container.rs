@@ -802,6 +802,76 @@ fn the_leak_checker_sees_a_process_and_a_mount() {
 }
 
 #[test]
+fn a_volume_at_two_places_is_one() {
+    let _unchanged = Host::unchanged();
+    let volume = tempfile::tempdir().unwrap();
+    // A FIFO, a lock, and a file that is written and read.
+    let mut bundle = Bundle::shell(
+        "rm -f /a/*; mkfifo /a/fifo; (echo through the fifo > /a/fifo) & cat /b/fifo; \
+         exec 8> /a/lock 9> /b/lock; flock -n 8 && echo locked; flock -n 9 || echo held; \
+         echo one > /a/file; cat /b/file; echo two >> /b/file; cat /a/file; \
+         ln /b/file /b/link && stat -c %h /a/link; ln /a/file /b/other 2>&1; \
+         [ $(stat -c %i /a/file) = $(stat -c %i /b/file) ] && echo same; cat /c/file; echo x 2>&1 > /c/file",
+    );
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    for (destination, how) in [("/a", "rw"), ("/b", "rw"), ("/c", "ro")] {
+        mounts.push(
+            json!({"destination": destination, "source": volume.path(), "options": ["bind", how]}),
+        );
+    }
+    assert_same_as_runc(&bundle);
+}
+
+#[test]
+fn a_file_system_of_layers_is_as_under_runc() {
+    let _unchanged = Host::unchanged();
+    let folder = tempfile::tempdir().unwrap();
+    let layer = |name: &str| folder.path().join(name);
+    for name in ["lower", "merged"] {
+        fs::create_dir(layer(name)).unwrap();
+    }
+    fs::write(layer("lower/a"), "old\n").unwrap();
+    for name in ["lower/b", "lower/c"] {
+        fs::hard_link(layer("lower/a"), layer(name)).unwrap();
+    }
+    // Hard links of a lower layer part when one is written to.
+    let mut bundle = Bundle::shell(
+        "cd /layers; cat a b c; echo new > b; cat a b c; echo more >> c; cat a b c; \
+         ln b d; echo newer > d; cat b d; stat -c '%h %n' a b c d; sync && echo written",
+    );
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    mounts.push(
+        json!({"destination": "/layers", "source": layer("merged"), "options": ["bind", "rw"]}),
+    );
+    let said = [runtime("runc"), bulkhead()].map(|runtime| {
+        for name in ["upper", "work"] {
+            let _ = fs::remove_dir_all(layer(name));
+            fs::create_dir(layer(name)).unwrap();
+        }
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={},index=off",
+            layer("lower").display(),
+            layer("upper").display(),
+            layer("work").display()
+        );
+        let options = Some(options.as_str());
+        let merged = layer("merged");
+        mount(
+            Some("o"),
+            &merged,
+            Some("overlay"),
+            MsFlags::empty(),
+            options,
+        )
+        .unwrap();
+        let ended = finish(run_command(runtime, &bundle).stdin(Stdio::null()));
+        umount2(&merged, MntFlags::empty()).unwrap();
+        ended.expect_code(0).stdout
+    });
+    assert_eq!(said[1], said[0], "bulkhead (left) and runc (right) differ");
+}
+
+#[test]
 fn the_memory_of_the_hosts_processes_is_not_a_containers_to_read() {
     let _unchanged = Host::unchanged();
     let mut process = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();

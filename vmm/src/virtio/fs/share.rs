@@ -121,9 +121,10 @@ impl Share {
         stat
     }
 
-    fn entry(&self, fd: OwnedFd) -> io::Result<Entry> {
+    /// What the guest is told of a file that `parent` names.
+    fn entry(&self, fd: OwnedFd, parent: &Inode, name: &CStr) -> io::Result<Entry> {
         let metadata = host::metadata(fd.as_fd())?;
-        let inode = self.inodes.look_up(fd, &metadata)?;
+        let inode = self.inodes.look_up(fd, &metadata, parent, name)?;
         Ok(Entry {
             inode: inode.id,
             generation: 0,
@@ -137,7 +138,8 @@ impl Share {
     /// Looks up a checked name.
     fn look_up(&self, parent: &Inode, name: &CStr) -> io::Result<Entry> {
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        self.entry(openat(parent, name, flags, Mode::empty())?)
+        let fd = openat(parent, name, flags, Mode::empty())?;
+        self.entry(fd, parent, name)
     }
 
     /// Opens a regular file for reading or writing.
@@ -159,14 +161,18 @@ impl Share {
     }
 
     /// Whether the guest may keep the pages that it has of a file which it opens, and whether it is to have any at all.
-    fn open_options(inode: &Inode, fd: &OwnedFd) -> OpenOptions {
-        match host::metadata(fd.as_fd()) {
+    fn open_options(&self, inode: &Inode, fd: &OwnedFd) -> OpenOptions {
+        let Ok(metadata) = host::metadata(fd.as_fd()) else {
+            return OpenOptions::empty();
+        };
+        self.inodes.renumber(inode, &metadata);
+        if metadata.stat.st_size == 0 && host::is_made_up(fd.as_fd()) {
             // What a kernel makes up when it is read has no size, and a cache would end there.
-            Ok(metadata) if metadata.stat.st_size == 0 && host::is_made_up(fd.as_fd()) => {
-                OpenOptions::DIRECT_IO
-            }
-            Ok(metadata) if inode.unchanged(Stamp::from(&metadata)) => OpenOptions::KEEP_CACHE,
-            _ => OpenOptions::empty(),
+            OpenOptions::DIRECT_IO
+        } else if inode.unchanged(Stamp::from(&metadata)) {
+            OpenOptions::KEEP_CACHE
+        } else {
+            OpenOptions::empty()
         }
     }
 
@@ -266,7 +272,9 @@ impl FileSystem for Share {
         _handle: Option<u64>,
     ) -> io::Result<(libc::stat64, Duration)> {
         let inode = self.inodes.get(inode)?;
-        Ok((self.shown(&host::metadata(inode.as_fd())?), CACHE_TIME))
+        let metadata = host::metadata(inode.as_fd())?;
+        self.inodes.renumber(&inode, &metadata);
+        Ok((self.shown(&metadata), CACHE_TIME))
     }
 
     fn setattr(
@@ -444,14 +452,19 @@ impl FileSystem for Share {
         let inode = self.inodes.get(inode)?;
         let parent = self.inodes.get(new_parent)?;
         let new_name = component(new_name)?;
+        // A link stays within a mount: the file has to be reached by that of the directory.
+        let there = inode.by_mount(parent.mount);
+        let file = there.as_ref().map_or(inode.as_fd(), |fd| fd.as_fd());
         // By the kernel's own link: by an empty path it would take CAP_DAC_READ_SEARCH.
         linkat(
             &self.proc_self_fd,
-            name_of(inode.as_fd())?.as_c_str(),
+            name_of(file)?.as_c_str(),
             &*parent,
             new_name,
             AtFlags::AT_SYMLINK_FOLLOW,
         )?;
+        self.inodes
+            .renumber(&inode, &host::metadata(inode.as_fd())?);
         self.look_up(&parent, new_name)
     }
 
@@ -465,7 +478,7 @@ impl FileSystem for Share {
         let inode = self.inodes.get(inode)?;
         let permit = self.handles.permit()?;
         let fd = self.open_file(&inode, flags, fuse_flags & FOPEN_IN_KILL_SUIDGID != 0)?;
-        let options = Self::open_options(&inode, &fd);
+        let options = self.open_options(&inode, &fd);
         let handle = self.handles.insert(inode.id, fd, permit);
         Ok((Some(handle), options, None))
     }
@@ -501,7 +514,7 @@ impl FileSystem for Share {
             Ok(fd) => {
                 // The name may be someone else's by now; the descriptor is not.
                 let path = self.proc_self_fd.reopen(fd.as_fd(), OFlag::O_PATH)?;
-                (self.entry(path)?, fd)
+                (self.entry(path, &parent, name)?, fd)
             }
             Err(nix::Error::EEXIST) if flags & libc::O_EXCL == 0 => {
                 let entry = self.look_up(&parent, name)?;
@@ -627,7 +640,10 @@ impl FileSystem for Share {
         flags: u32,
     ) -> io::Result<()> {
         let inode = self.inodes.get(inode)?;
-        xattr::set(inode.as_fd(), shared_attribute(name)?, value, flags)
+        xattr::set(inode.as_fd(), shared_attribute(name)?, value, flags)?;
+        self.inodes
+            .renumber(&inode, &host::metadata(inode.as_fd())?);
+        Ok(())
     }
 
     fn getxattr(
@@ -670,7 +686,10 @@ impl FileSystem for Share {
 
     fn removexattr(&self, _context: &Context, inode: u64, name: &CStr) -> io::Result<()> {
         let inode = self.inodes.get(inode)?;
-        xattr::remove(inode.as_fd(), shared_attribute(name)?)
+        xattr::remove(inode.as_fd(), shared_attribute(name)?)?;
+        self.inodes
+            .renumber(&inode, &host::metadata(inode.as_fd())?);
+        Ok(())
     }
 
     fn opendir(

@@ -2,14 +2,17 @@
 //! them.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ffi::CStr;
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
 
-use super::host::{Listing, Metadata};
+use super::host::{self, Listing, Metadata, Place};
 use crate::sync::lock;
 
 /// How many descriptors the guest may make the VMM hold.
@@ -49,22 +52,43 @@ impl Drop for Permit {
     }
 }
 
-/// What makes two files the same one. The mount is part of it: what one mount lets write, another may not.
+/// What makes two files the same one.
 ///
 /// An inode in the table is open, so the host can't give its numbers to another file, nor those of its mount to another mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     dev: u64,
     ino: u64,
-    mount: u64,
+    /// Of a directory, since to the guest's kernel it is in one place only. Any other file is the same by every mount: by the
+    /// inode the guest's kernel finds sockets, FIFOs, locks and shared mappings.
+    mount: Option<u64>,
+    /// Of any other file: what one mount lets write, another may not.
+    place: Place,
+    /// Tells names apart that have their numbers in common and nothing else, see [`Inodes::look_up`]; zero for all other files.
+    twin: u64,
 }
 
-impl From<&Metadata> for Key {
-    fn from(metadata: &Metadata) -> Self {
+impl Key {
+    fn new(fd: BorrowedFd<'_>, metadata: &Metadata, parent: &Inode) -> Self {
+        if metadata.kind() == libc::S_IFDIR {
+            return Self::of_directory(metadata);
+        }
         Self {
             dev: metadata.stat.st_dev,
             ino: metadata.stat.st_ino,
-            mount: metadata.mount,
+            mount: None,
+            place: parent.place_of(fd, metadata),
+            twin: 0,
+        }
+    }
+
+    fn of_directory(metadata: &Metadata) -> Self {
+        Self {
+            dev: metadata.stat.st_dev,
+            ino: metadata.stat.st_ino,
+            mount: Some(metadata.mount),
+            place: Place::default(),
+            twin: 0,
         }
     }
 }
@@ -95,13 +119,44 @@ pub struct Inode {
     pub id: u64,
     /// File type bits of its mode; they never change.
     pub kind: u32,
+    /// The mount that `fd` belongs to.
+    pub mount: u64,
     fd: OwnedFd,
+    /// What it was first known by.
     key: Key,
+    /// The name that it was first told of by, if there may be others that are no names of it, see [`Inodes::look_up`].
+    name: AtomicU64,
+    /// Of a directory: what is true of all files on its mount.
+    place: OnceLock<Place>,
     seen: Mutex<Option<Stamp>>,
+    /// The same file by other mounts.
+    elsewhere: Mutex<Vec<Elsewhere>>,
+    _permit: Permit,
+}
+
+#[derive(Debug)]
+struct Elsewhere {
+    mount: u64,
+    fd: Arc<OwnedFd>,
     _permit: Permit,
 }
 
 impl Inode {
+    fn new(id: u64, fd: OwnedFd, metadata: &Metadata, key: Key, permit: Permit) -> Self {
+        Self {
+            id,
+            kind: metadata.kind(),
+            mount: metadata.mount,
+            fd,
+            key,
+            name: AtomicU64::new(0),
+            place: OnceLock::new(),
+            seen: Mutex::default(),
+            elsewhere: Mutex::default(),
+            _permit: permit,
+        }
+    }
+
     /// The device it is on.
     pub fn device(&self) -> u64 {
         self.key.dev
@@ -110,6 +165,39 @@ impl Inode {
     /// Notes the file's state at an open; returns whether it was the same at the last one.
     pub fn unchanged(&self, stamp: Stamp) -> bool {
         lock(&self.seen).replace(stamp) == Some(stamp)
+    }
+
+    /// A descriptor of it by another mount than that of [`AsFd`], if the guest has reached it by that one.
+    pub fn by_mount(&self, mount: u64) -> Option<Arc<OwnedFd>> {
+        let elsewhere = lock(&self.elsewhere);
+        let found = elsewhere.iter().find(|other| other.mount == mount);
+        found.map(|other| other.fd.clone())
+    }
+
+    /// Where a file is that this directory names.
+    fn place_of(&self, fd: BorrowedFd<'_>, metadata: &Metadata) -> Place {
+        if metadata.mount == self.mount {
+            *self.place.get_or_init(|| Place::of(self.as_fd()))
+        } else {
+            Place::of(fd)
+        }
+    }
+
+    /// Keeps a descriptor by another mount. Without a permit for one it is done without, at the price of hard links there.
+    fn reached_by(&self, mount: u64, fd: OwnedFd, permit: impl FnOnce() -> io::Result<Permit>) {
+        if mount == self.mount {
+            return;
+        }
+        let mut elsewhere = lock(&self.elsewhere);
+        if elsewhere.iter().all(|other| other.mount != mount)
+            && let Ok(permit) = permit()
+        {
+            elsewhere.push(Elsewhere {
+                mount,
+                fd: Arc::new(fd),
+                _permit: permit,
+            });
+        }
     }
 }
 
@@ -123,6 +211,8 @@ impl AsFd for Inode {
 #[derive(Debug)]
 struct Known {
     inode: Arc<Inode>,
+    /// What it is found by.
+    key: Key,
     /// How often the guest has been told of it, less how often it has forgotten that.
     lookups: u64,
 }
@@ -131,13 +221,69 @@ struct Known {
 struct InodeMaps {
     by_id: HashMap<u64, Known>,
     by_key: HashMap<Key, u64>,
+    /// Files of which it has turned out that each name is one of its own, and how many of those names are known.
+    parted: HashMap<Key, usize>,
     last: u64,
+}
+
+impl InodeMaps {
+    /// The inode of a key.
+    fn find(&self, key: &Key) -> Option<Arc<Inode>> {
+        let id = self.by_key.get(key)?;
+        self.by_id.get(id).map(|known| known.inode.clone())
+    }
+
+    /// Counts one more time that the guest is told of an inode.
+    fn tell(&mut self, key: &Key) -> Option<Arc<Inode>> {
+        let id = self.by_key.get(key)?;
+        let known = self.by_id.get_mut(id)?;
+        known.lookups = known.lookups.saturating_add(1);
+        Some(known.inode.clone())
+    }
+
+    /// Has an inode be found by a key, unless another is.
+    fn enter(&mut self, id: u64, key: Key) {
+        if let Some(known) = self.by_id.get_mut(&id) {
+            known.key = key;
+        }
+        if let Entry::Vacant(place) = self.by_key.entry(key) {
+            place.insert(id);
+            if key.twin != 0 {
+                *self.parted.entry(Key { twin: 0, ..key }).or_default() += 1;
+            }
+        }
+    }
+
+    /// The reverse.
+    fn leave(&mut self, id: u64, key: Key) {
+        if self.by_key.get(&key) != Some(&id) {
+            return;
+        }
+        self.by_key.remove(&key);
+        if key.twin != 0
+            && let Entry::Occupied(mut names) = self.parted.entry(Key { twin: 0, ..key })
+        {
+            *names.get_mut() -= 1;
+            if *names.get() == 0 {
+                names.remove();
+            }
+        }
+    }
+
+    /// Has an inode be found by another key.
+    fn change(&mut self, id: u64, change: impl FnOnce(Key) -> Key) {
+        if let Some(key) = self.by_id.get(&id).map(|known| known.key) {
+            self.leave(id, key);
+            self.enter(id, change(key));
+        }
+    }
 }
 
 /// The inodes.
 #[derive(Debug)]
 pub struct Inodes {
     maps: Mutex<InodeMaps>,
+    names: RandomState,
     budget: Arc<Budget>,
     root: Arc<Inode>,
 }
@@ -145,16 +291,11 @@ pub struct Inodes {
 impl Inodes {
     /// A table with the root, which is never forgotten.
     pub fn new(root: OwnedFd, metadata: &Metadata, budget: Arc<Budget>) -> io::Result<Self> {
-        let root = Arc::new(Inode {
-            id: ROOT_ID,
-            kind: metadata.kind(),
-            fd: root,
-            key: metadata.into(),
-            seen: Mutex::new(None),
-            _permit: budget.take()?,
-        });
+        let key = Key::of_directory(metadata);
+        let root = Arc::new(Inode::new(ROOT_ID, root, metadata, key, budget.take()?));
         let inodes = Self {
             maps: Mutex::default(),
+            names: RandomState::new(),
             budget,
             root,
         };
@@ -173,6 +314,7 @@ impl Inodes {
             ROOT_ID,
             Known {
                 inode: self.root.clone(),
+                key: self.root.key,
                 lookups: 1,
             },
         );
@@ -193,35 +335,78 @@ impl Inodes {
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
     }
 
-    /// The inode of a file that the guest is told of. `fd` is an `O_PATH` descriptor of it.
-    pub fn look_up(&self, fd: OwnedFd, metadata: &Metadata) -> io::Result<Arc<Inode>> {
-        let key = Key::from(metadata);
-        let mut maps = lock(&self.maps);
-        if let Some(id) = maps.by_key.get(&key).copied()
-            && let Some(known) = maps.by_id.get_mut(&id)
-        {
-            known.lookups = known.lookups.saturating_add(1);
-            return Ok(known.inode.clone());
+    /// The inode of a file that the guest is told of. `fd` is an `O_PATH` descriptor of it, `parent` names it.
+    ///
+    /// On overlayfs without an index the hard links of a file in a lower layer have its numbers in common, but each is an inode of its
+    /// own, which gets a file of its own when it is first written to. Hard links in the upper layer are one inode as elsewhere. The numbers
+    /// do not tell which it is, so the first two names that come are compared.
+    pub fn look_up(
+        &self,
+        fd: OwnedFd,
+        metadata: &Metadata,
+        parent: &Inode,
+        name: &CStr,
+    ) -> io::Result<Arc<Inode>> {
+        let key = Key::new(fd.as_fd(), metadata, parent);
+        let linked = key.place.overlay && metadata.stat.st_nlink > 1;
+        let name = if linked {
+            // Not zero, which is for no name.
+            self.names.hash_one((parent.key, parent.mount, name)) | 1
+        } else {
+            0
+        };
+        let mut compared = None;
+        loop {
+            let mut maps = lock(&self.maps);
+            let twin = if maps.parted.contains_key(&key) {
+                name
+            } else {
+                0
+            };
+            if let Some(inode) = maps.find(&Key { twin, ..key }) {
+                let first = inode.name.load(Ordering::Relaxed);
+                if linked && twin == 0 && first != 0 && first != name {
+                    match compared.take() {
+                        Some((id, same)) if id == inode.id => match same {
+                            Ok(true) => inode.name.store(0, Ordering::Relaxed),
+                            // Each name is found by itself from now on.
+                            Ok(false) => {
+                                maps.change(inode.id, |key| Key { twin: first, ..key });
+                                continue;
+                            }
+                            // Perhaps next time. Most files with several names are one file.
+                            Err(error) => tracing::debug!(%error, "cannot compare two inodes"),
+                        },
+                        _ => {
+                            // That takes a while.
+                            drop(maps);
+                            let same = host::is_same_inode(inode.as_fd(), fd.as_fd());
+                            compared = Some((inode.id, same));
+                            continue;
+                        }
+                    }
+                }
+                maps.tell(&Key { twin, ..key });
+                drop(maps);
+                inode.reached_by(metadata.mount, fd, || self.budget.take());
+                return Ok(inode);
+            }
+            let permit = self.budget.take()?;
+            maps.last += 1;
+            let inode = Arc::new(Inode::new(maps.last, fd, metadata, key, permit));
+            inode.name.store(name, Ordering::Relaxed);
+            let key = Key { twin, ..key };
+            maps.by_id.insert(
+                inode.id,
+                Known {
+                    inode: inode.clone(),
+                    key,
+                    lookups: 1,
+                },
+            );
+            maps.enter(inode.id, key);
+            return Ok(inode);
         }
-        let permit = self.budget.take()?;
-        maps.last += 1;
-        let inode = Arc::new(Inode {
-            id: maps.last,
-            kind: metadata.kind(),
-            fd,
-            key,
-            seen: Mutex::new(None),
-            _permit: permit,
-        });
-        maps.by_key.insert(key, inode.id);
-        maps.by_id.insert(
-            inode.id,
-            Known {
-                inode: inode.clone(),
-                lookups: 1,
-            },
-        );
-        Ok(inode)
     }
 
     /// The guest has forgotten `count` of the times that it was told of an inode.
@@ -235,13 +420,32 @@ impl Inodes {
         };
         known.lookups = known.lookups.saturating_sub(count);
         if known.lookups == 0 {
-            let key = known.inode.key;
+            let key = known.key;
+            maps.leave(id, key);
             let gone = maps.by_id.remove(&id);
-            maps.by_key.remove(&key);
             drop(maps);
             // Closing may take long; nobody waits for it.
             drop(gone);
         }
+    }
+
+    /// Takes note of an inode's numbers after something that may have changed them: on overlayfs a hard link of a lower layer gets those of
+    /// its own file when it is first written to. Its names have to lead to this inode still, and with them those that it is given.
+    pub fn renumber(&self, inode: &Inode, metadata: &Metadata) {
+        let numbers = (metadata.stat.st_dev, metadata.stat.st_ino);
+        if !inode.key.place.overlay || numbers == (inode.key.dev, inode.key.ino) {
+            return;
+        }
+        let (dev, ino) = numbers;
+        let mut maps = lock(&self.maps);
+        // In the upper layer they tell files apart.
+        inode.name.store(0, Ordering::Relaxed);
+        maps.change(inode.id, |key| Key {
+            dev,
+            ino,
+            twin: 0,
+            ..key
+        });
     }
 
     #[cfg(test)]

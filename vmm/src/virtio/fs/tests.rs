@@ -1388,6 +1388,18 @@ fn mounts_below_the_share_belong_to_it_and_are_told_apart() {
     mount(none, &guest.path("readonly"), none, remount, none).unwrap();
     let writable = guest.walk("bind/file");
     let readonly = guest.walk("readonly/file");
+    // By the guest's inode its kernel finds sockets, FIFOs, locks and what is mapped: one file, one inode. Directories are in one
+    // place each.
+    assert_eq!(writable, a);
+    assert_ne!(readonly, a);
+    assert_ne!(guest.walk("bind"), mounted.nodeid);
+    let dir = guest.walk("bind");
+    let link = LinkIn { oldnodeid: a };
+    let linked: EntryOut = guest
+        .call_for(Opcode::Link, dir, &[link.as_slice(), &c("name")].concat())
+        .unwrap();
+    assert_eq!((linked.nodeid, linked.attr.nlink), (a, 2));
+    guest.call(Opcode::Unlink, dir, &c("name")).unwrap();
     guest.open(writable, libc::O_RDWR).unwrap();
     assert_eq!(guest.open(readonly, libc::O_RDWR).err(), Some(libc::EROFS));
     let dir = guest.walk("readonly");
@@ -1403,6 +1415,99 @@ fn mounts_below_the_share_belong_to_it_and_are_told_apart() {
         umount2(&guest.path(name), MntFlags::MNT_DETACH).unwrap();
     }
     assert_eq!(guest.lookup(ROOT, "one").unwrap().nodeid, one.nodeid);
+}
+
+#[test]
+fn hard_links_of_a_lower_layer_are_files_of_their_own() {
+    if !own_mounts() {
+        return;
+    }
+    let none: Option<&str> = None;
+    let mut guest = Guest::new();
+    let layers = TempDir::new().unwrap();
+    mount(
+        Some("tmpfs"),
+        layers.path(),
+        Some("tmpfs"),
+        MsFlags::empty(),
+        none,
+    )
+    .unwrap();
+    let layer = |name: &str| layers.path().join(name);
+    for name in ["lower", "upper", "work"] {
+        fs::create_dir(layer(name)).unwrap();
+    }
+    fs::write(layer("lower/a"), "old").unwrap();
+    for name in ["lower/b", "lower/c"] {
+        fs::hard_link(layer("lower/a"), layer(name)).unwrap();
+    }
+    fs::create_dir(guest.path("root")).unwrap();
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={},index=off",
+        layer("lower").display(),
+        layer("upper").display(),
+        layer("work").display()
+    );
+    let options = Some(options.as_str());
+    if mount(
+        Some("o"),
+        &guest.path("root"),
+        Some("overlay"),
+        MsFlags::empty(),
+        options,
+    )
+    .is_err()
+    {
+        eprintln!("skipped: no overlayfs");
+        return;
+    }
+    // The host shows one inode number for all of them, and means another inode for each.
+    let merged = guest.path("root");
+    let host = |name: &str| fs::metadata(merged.join(name)).unwrap();
+    assert_eq!((host("a").ino(), host("a").nlink()), (host("b").ino(), 3));
+    let dir = guest.walk("root");
+    let nodes = ["a", "b", "c"].map(|name| guest.lookup(dir, name).unwrap().nodeid);
+    let again = ["a", "b", "c"].map(|name| guest.lookup(dir, name).unwrap().nodeid);
+    assert_eq!(nodes, again, "a name's inode stays the same");
+    let [a, b, c_] = nodes;
+    assert!(a != b && b != c_ && c_ != a, "{nodes:?}");
+
+    let open = guest.open(b, libc::O_WRONLY).unwrap();
+    guest.write(b, open.fh, 0, b"new", 0).unwrap();
+    let read = |name: &str| fs::read(guest.path("root").join(name)).unwrap();
+    assert_eq!(
+        (read("a"), read("b"), read("c")),
+        (b"old".into(), b"new".into(), b"old".into())
+    );
+    guest.release(Opcode::Release, b, open.fh).unwrap();
+
+    // What is forgotten is known no more. The one that was written to is still found by its name, and hard links of it, which are in the
+    // upper layer, are one file with it.
+    guest.forget(a, 2);
+    guest.forget(c_, 2);
+    assert_eq!(guest.known(), 3);
+    assert_ne!(host("b").ino(), host("a").ino());
+    assert_eq!(guest.lookup(dir, "b").unwrap().nodeid, b);
+    let link = LinkIn { oldnodeid: b };
+    let linked: EntryOut = guest
+        .call_for(Opcode::Link, dir, &[link.as_slice(), &c("d")].concat())
+        .unwrap();
+    assert_eq!((linked.nodeid, linked.attr.nlink), (b, 2));
+    for name in ["d", "b", "d"] {
+        assert_eq!(guest.lookup(dir, name).unwrap().nodeid, b);
+    }
+    fs::hard_link(guest.path("root/d"), guest.path("root/e")).unwrap();
+    fs::write(guest.path("root/x"), "").unwrap();
+    fs::hard_link(guest.path("root/x"), guest.path("root/y")).unwrap();
+    assert_eq!(guest.lookup(dir, "e").unwrap().nodeid, b);
+    let x = guest.lookup(dir, "x").unwrap().nodeid;
+    assert_eq!(guest.lookup(dir, "y").unwrap().nodeid, x);
+    fs::remove_file(guest.path("root/y")).unwrap();
+    assert_eq!(guest.lookup(dir, "x").unwrap().nodeid, x);
+    assert_ne!(guest.lookup(dir, "a").unwrap().nodeid, b);
+    assert_ne!(guest.lookup(dir, "c").unwrap().nodeid, b);
+    umount2(&guest.path("root"), MntFlags::MNT_DETACH).unwrap();
+    umount2(layers.path(), MntFlags::MNT_DETACH).unwrap();
 }
 
 /// The capabilities that this process's file-system threads may use.
