@@ -84,7 +84,7 @@ impl Share {
         let budget = Budget::new(descriptors);
         Ok(Self {
             proc_self_fd: ProcSelfFd::open()?,
-            devices: Mutex::new(HashMap::from([(metadata.stat.st_dev, 0)])),
+            devices: Mutex::new(HashMap::from([(metadata.stat.st_dev, 1)])),
             inodes: Inodes::new(root, &metadata, budget.clone())?,
             handles: Handles::new(budget),
         })
@@ -107,10 +107,14 @@ impl Share {
     }
 
     /// The inode number that the guest sees. To it the tree is one device, so the devices' numbers have to be told apart: programs
-    /// take two files with equal numbers for one.
+    /// take two files with equal numbers for one. Nothing is changed for the first device below the shared directory's own: where that
+    /// is but a place for mounts, it is the root file system's, and programs without support for large files can't be told of longer numbers.
     fn shown_inode(&self, dev: u64, ino: u64) -> u64 {
         let mut devices = lock(&self.devices);
-        let next = devices.len() as u64;
+        let next = match devices.len() {
+            1 => 0,
+            known => known as u64,
+        };
         let index = *devices.entry(dev).or_insert(next);
         ino ^ (index << 48)
     }

@@ -508,7 +508,10 @@ fn directories_are_made_listed_and_removed() {
         assert_eq!(all[1].0, "..");
         let (name, ino, node) = &all[2];
         assert_eq!(name, "file-000");
-        assert_eq!(*ino, fs::metadata(guest.path(name)).unwrap().ino());
+        assert_eq!(
+            *ino as u32,
+            fs::metadata(guest.path(name)).unwrap().ino() as u32
+        );
         assert_eq!(*node != 0, plus);
         assert_eq!(all[0].2, 0, "no node for dots");
     }
@@ -1508,6 +1511,50 @@ fn hard_links_of_a_lower_layer_are_files_of_their_own() {
     assert_ne!(guest.lookup(dir, "c").unwrap().nodeid, b);
     umount2(&guest.path("root"), MntFlags::MNT_DETACH).unwrap();
     umount2(layers.path(), MntFlags::MNT_DETACH).unwrap();
+}
+
+#[test]
+fn what_is_mounted_first_below_the_share_keeps_its_inode_numbers() {
+    if !own_mounts() {
+        return;
+    }
+    let none: Option<&str> = None;
+    let mut guest = Guest::new();
+    for name in ["root", "volume"] {
+        fs::create_dir(guest.path(name)).unwrap();
+    }
+    // The share's own directory has been looked into before.
+    guest.list(ROOT, true, 4096);
+    for name in ["root", "volume"] {
+        mount(
+            Some("tmpfs"),
+            &guest.path(name),
+            Some("tmpfs"),
+            MsFlags::empty(),
+            none,
+        )
+        .unwrap();
+        fs::write(guest.path(name).join("file"), name).unwrap();
+    }
+    let ino = |guest: &mut Guest, path: &str| {
+        let node = guest.walk(path);
+        let attr: AttrOut = guest.call_for(Opcode::Getattr, node, &[0; 16]).unwrap();
+        attr.attr.ino
+    };
+    // A program of 32 bits without support for large files can't be told a number that is longer.
+    let shown = ino(&mut guest, "root/file");
+    assert_eq!(shown, fs::metadata(guest.path("root/file")).unwrap().ino());
+    let shown = [
+        shown,
+        ino(&mut guest, "volume/file"),
+        ino(&mut guest, "root"),
+        ino(&mut guest, "volume"),
+    ];
+    let different: std::collections::HashSet<_> = shown.iter().collect();
+    assert_eq!(different.len(), shown.len());
+    for name in ["root", "volume"] {
+        umount2(&guest.path(name), MntFlags::MNT_DETACH).unwrap();
+    }
 }
 
 /// The capabilities that this process's file-system threads may use.
