@@ -885,3 +885,34 @@ fn the_memory_of_the_hosts_processes_is_not_a_containers_to_read() {
     drop(process.stdin.take());
     process.wait().unwrap();
 }
+
+#[test]
+fn a_file_that_the_host_makes_while_the_container_creates_it_keeps_its_permissions() {
+    let host = Host::now();
+    let volume = tempfile::tempdir().unwrap();
+    fs::set_permissions(volume.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    // The container has just seen that the file is not there, and believes it for a second.
+    let mut bundle = Bundle::shell(
+        "[ -e /volume/file ] || echo ready; read line; echo written > /volume/file && echo done",
+    );
+    bundle.config["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    mounts.push(
+        json!({"destination": "/volume", "source": volume.path(), "options": ["bind", "rw"]}),
+    );
+    let mut child = start(run_command(bulkhead(), &bundle).stdin(Stdio::piped()));
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    let file = volume.path().join("file");
+    fs::write(&file, "root's").unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    child.stdin.take().unwrap().write_all(b"\n").unwrap();
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).unwrap();
+    assert_eq!(rest, "");
+    wait(child).expect_code(1);
+    assert_eq!(fs::read(&file).unwrap(), b"root's");
+    host.assert_nothing_new();
+}

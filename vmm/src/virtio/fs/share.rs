@@ -514,29 +514,15 @@ impl FileSystem for Share {
                 Mode::from_bits_truncate(args.mode & 0o7777),
             )
         };
-        let (entry, fd) = match new {
-            Ok(fd) => {
-                // The name may be someone else's by now; the descriptor is not.
-                let path = self.proc_self_fd.reopen(fd.as_fd(), OFlag::O_PATH)?;
-                (self.entry(path, &parent, name)?, fd)
-            }
-            Err(nix::Error::EEXIST) if flags & libc::O_EXCL == 0 => {
-                let entry = self.look_up(&parent, name)?;
-                let kill = args.fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
-                let opened = self
-                    .inodes
-                    .get(entry.inode)
-                    .and_then(|inode| self.open_file(&inode, args.flags, kill));
-                match opened {
-                    Ok(fd) => (entry, fd),
-                    Err(error) => {
-                        self.inodes.forget(entry.inode, 1);
-                        return Err(error);
-                    }
-                }
-            }
-            Err(error) => return Err(error.into()),
-        };
+        let fd = new.map_err(|failed| match failed {
+            // It was not there when the guest looked. What a creation opens Linux takes for new, and asks for no permissions; so it is to
+            // look up again, which it does at this answer.
+            nix::Error::EEXIST if flags & libc::O_EXCL == 0 => error(libc::ESTALE),
+            failed => failed.into(),
+        })?;
+        // The name may be someone else's by now; the descriptor is not.
+        let path = self.proc_self_fd.reopen(fd.as_fd(), OFlag::O_PATH)?;
+        let entry = self.entry(path, &parent, name)?;
         let handle = self.handles.insert(entry.inode, fd, permit);
         Ok((entry, Some(handle), OpenOptions::empty(), None))
     }
