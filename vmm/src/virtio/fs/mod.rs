@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`worker`] | the threads that serve the queues |
+//! | [`requests`] | what the library that decodes requests does not know |
 //! | [`share`] | the file system, with everything a hostile guest could try |
 //! | [`tables`] | inodes and open files that the guest knows, within a budget |
 //! | [`host`] | the system calls behind it |
@@ -14,6 +15,7 @@
 
 mod host;
 mod identity;
+mod requests;
 mod share;
 mod tables;
 #[cfg(test)]

@@ -34,7 +34,7 @@ use nix::sys::stat::{
 use nix::sys::time::TimeSpec;
 use nix::unistd::{
     Gid, Uid, UnlinkatFlags, Whence, fchownat, fdatasync, fsync, ftruncate, linkat, lseek,
-    symlinkat, unlinkat,
+    symlinkat, syncfs, unlinkat,
 };
 
 use super::host::{self, FileIo, Metadata, ProcSelfFd, name_of, xattr};
@@ -178,6 +178,29 @@ impl Share {
         } else {
             OpenOptions::empty()
         }
+    }
+
+    /// Writes back what the file systems that the guest knows of have in memory. All are tried; the first error is returned.
+    pub fn sync(&self) -> io::Result<()> {
+        let write_back = |inode: &Inode| -> io::Result<()> {
+            let fd = if inode.kind == libc::S_IFDIR {
+                let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+                self.proc_self_fd.reopen(inode.as_fd(), flags)?
+            } else {
+                self.open_file(inode, libc::O_RDONLY as u32, false)?
+            };
+            Ok(syncfs(fd)?)
+        };
+        let mut result = Ok(());
+        for inode in self.inodes.file_systems() {
+            result = result.and(write_back(&inode));
+        }
+        result
+    }
+
+    #[cfg(test)]
+    pub fn file_systems(&self) -> Vec<Arc<Inode>> {
+        self.inodes.file_systems()
     }
 
     fn directory(&self, inode: u64, handle: u64) -> io::Result<(Arc<Inode>, Arc<Handle>)> {

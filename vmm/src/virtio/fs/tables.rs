@@ -1,8 +1,8 @@
 //! What the guest knows by number: inodes it has looked up, and files it has opened. Both hold descriptors, and share one budget of
 //! them.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
@@ -446,6 +446,26 @@ impl Inodes {
             twin: 0,
             ..key
         });
+    }
+
+    /// One file of each file system that the guest knows something of: a directory, or else a regular file.
+    pub fn file_systems(&self) -> Vec<Arc<Inode>> {
+        let maps = lock(&self.maps);
+        let mut by_mount: HashMap<u64, &Arc<Inode>> = HashMap::new();
+        for known in maps.by_id.values() {
+            match known.inode.kind {
+                libc::S_IFDIR => drop(by_mount.insert(known.inode.mount, &known.inode)),
+                libc::S_IFREG => drop(by_mount.entry(known.inode.mount).or_insert(&known.inode)),
+                _ => {}
+            }
+        }
+        let mut found: Vec<_> = by_mount.into_values().cloned().collect();
+        drop(maps);
+        // Directories first: all of overlayfs's have its own device number.
+        found.sort_by_key(|inode| (inode.kind != libc::S_IFDIR, inode.id));
+        let mut devices = HashSet::new();
+        found.retain(|inode| devices.insert(inode.device()));
+        found
     }
 
     #[cfg(test)]

@@ -1568,6 +1568,62 @@ fn what_is_mounted_first_below_the_share_keeps_its_inode_numbers() {
     }
 }
 
+#[test]
+fn the_files_of_every_mount_are_written_back_when_the_guest_asks() {
+    if !own_mounts() {
+        return;
+    }
+    let none: Option<&str> = None;
+    let mut guest = Guest::new();
+    for name in ["one", "two"] {
+        fs::create_dir(guest.path(name)).unwrap();
+        mount(
+            Some("tmpfs"),
+            &guest.path(name),
+            Some("tmpfs"),
+            MsFlags::empty(),
+            none,
+        )
+        .unwrap();
+        fs::create_dir(guest.path(name).join("dir")).unwrap();
+    }
+    fs::write(guest.path("two/file"), "").unwrap();
+    fs::write(guest.path("file"), "").unwrap();
+    mount(
+        Some(&guest.path("two/file")),
+        &guest.path("file"),
+        none,
+        MsFlags::MS_BIND,
+        none,
+    )
+    .unwrap();
+    for name in ["one/dir", "file"] {
+        guest.walk(name);
+    }
+    // A directory of the share's own, one of the first mount, and the one file that is known of the second.
+    let kinds: Vec<_> = guest
+        .fs
+        .share
+        .file_systems()
+        .iter()
+        .map(|inode| inode.kind)
+        .collect();
+    let directories = kinds.iter().filter(|kind| **kind == libc::S_IFDIR).count();
+    assert_eq!((kinds.len(), directories), (3, 2));
+
+    let syncfs = |guest: &mut Guest| {
+        let header = guest.header(50 /* FUSE_SYNCFS */, ROOT, 8);
+        guest.exchange(&[header.as_slice(), &[0; 8]].concat(), ROOM)
+    };
+    let reply = syncfs(&mut guest);
+    let header: OutHeader = read(&reply);
+    assert_eq!((header.error, header.unique), (0, guest.unique));
+    assert_eq!(header.len as usize, reply.len());
+    for name in ["file", "two", "one"] {
+        umount2(&guest.path(name), MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
 /// The capabilities that this process's file-system threads may use.
 fn capabilities_of_threads() -> Vec<u64> {
     let tasks = fs::read_dir("/proc/self/task").unwrap();

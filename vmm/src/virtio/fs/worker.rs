@@ -17,6 +17,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::identity;
+use super::requests;
 use super::share::Share;
 use crate::sync::lock;
 use crate::thread::{self, Kind};
@@ -195,6 +196,9 @@ impl Worker {
         if reader.available_bytes() > MAX_MESSAGE || writer.available_bytes() > MAX_MESSAGE {
             tracing::debug!("a file-system request is too long");
             return 0;
+        }
+        if let Some(header) = requests::syncfs(&reader) {
+            return requests::answer(writer, &header, self.share.sync());
         }
         let writer = Writer::VirtioFs(writer);
         match self.server.handle_message(reader, writer, None, None) {
