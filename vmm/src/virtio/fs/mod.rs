@@ -26,20 +26,17 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
-use fuse_backend_rs::api::server::Server;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
 
 use self::share::Share;
-use self::worker::{Channel, Stop, Worker};
+use self::worker::{Channel, Crew};
 use super::driver_queue::DriverQueue;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::control::ShareConfig;
-use crate::thread::Kind;
 
 /// Length of each queue. A driver's requests are at most as long as the queue, less a few headers: a megabyte is 256 pages.
 const QUEUE_SIZE: u16 = 512;
@@ -47,8 +44,6 @@ const QUEUE_SIZE: u16 = 512;
 const TAG_LEN: usize = 36;
 /// Most request queues.
 const MAX_QUEUES: u8 = 8;
-/// Threads for each request queue.
-const THREADS_PER_QUEUE: u8 = 2;
 /// Descriptors that are left to the rest of the VMM, if there are as many.
 const RESERVED_DESCRIPTORS: usize = 4096;
 
@@ -77,12 +72,7 @@ pub struct Fs {
     share: Arc<Share>,
     config: Vec<u8>,
     queue_sizes: Vec<u16>,
-    running: Option<Running>,
-}
-
-struct Running {
-    stop: Arc<Stop>,
-    threads: Vec<JoinHandle<()>>,
+    running: Option<Arc<Crew>>,
 }
 
 impl Fs {
@@ -112,6 +102,11 @@ impl Fs {
             queue_sizes: vec![QUEUE_SIZE; 1 + usize::from(config.queues)],
             running: None,
         })
+    }
+
+    #[cfg(test)]
+    fn threads(&self) -> usize {
+        self.running.as_ref().map_or(0, |crew| crew.len())
     }
 }
 
@@ -166,36 +161,13 @@ impl VirtioDevice for Fs {
             let queue = DriverQueue::new(queue, activation.features, "fs");
             channels.push(Channel::new(queue).map_err(ActivateError::Worker)?);
         }
-        let stop = Stop::new().map_err(ActivateError::Worker)?;
-        let server = Arc::new(Server::new(self.share.clone()));
-        // The first queue carries little but forgotten inodes: the first thread takes it on.
-        let high_priority = channels.remove(0);
-        let mut running = Running {
-            stop,
-            threads: Vec::new(),
-        };
-        for index in 0..channels.len() as u8 * THREADS_PER_QUEUE {
-            let mut served = vec![channels[usize::from(index / THREADS_PER_QUEUE)].clone()];
-            if index == 0 {
-                served.push(high_priority.clone());
-            }
-            let worker = Worker {
-                channels: served,
-                stop: running.stop.clone(),
-                memory: activation.memory.clone(),
-                interrupt: activation.interrupt.clone(),
-                share: self.share.clone(),
-                server: server.clone(),
-            };
-            match worker.spawn(Kind::Fs(index)) {
-                Ok(thread) => running.threads.push(thread),
-                Err(error) => {
-                    running.end();
-                    return Err(ActivateError::Worker(error));
-                }
-            }
-        }
-        self.running = Some(running);
+        let crew = Crew::start(
+            channels,
+            activation.memory,
+            activation.interrupt,
+            self.share.clone(),
+        );
+        self.running = Some(crew.map_err(ActivateError::Worker)?);
         Ok(())
     }
 
@@ -204,19 +176,6 @@ impl VirtioDevice for Fs {
         if let Some(running) = self.running.take() {
             running.end();
             self.share.clear();
-        }
-    }
-}
-
-impl Running {
-    fn end(self) {
-        self.stop.set();
-        for thread in self.threads {
-            if thread.join().is_err() {
-                tracing::error!("a file-system thread had panicked");
-                #[cfg(test)]
-                assert!(std::thread::panicking(), "a file-system thread panicked");
-            }
         }
     }
 }

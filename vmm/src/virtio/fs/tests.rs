@@ -1222,7 +1222,15 @@ impl Lease {
 
     /// Returns when somebody waits for its end.
     fn contested(&self) {
-        Self::signal().wait().unwrap();
+        let patience = libc::timespec {
+            tv_sec: mock_driver::PATIENCE.as_secs() as i64,
+            tv_nsec: 0,
+        };
+        let set = Self::signal();
+        // SAFETY: a set and a time that outlive the call; nothing is written.
+        let signal =
+            unsafe { libc::sigtimedwait(set.as_ref(), std::ptr::null_mut(), &raw const patience) };
+        assert_eq!(signal, libc::SIGIO, "nobody opens the file");
     }
 
     fn give_back(self) {
@@ -1233,24 +1241,44 @@ impl Lease {
 }
 
 #[test]
-fn one_slow_request_does_not_hold_up_the_others() {
+fn slow_requests_do_not_hold_up_the_others() {
+    const SLOW: u64 = 7;
     let mut guest = Guest::new();
-    fs::write(guest.path("slow"), "x").unwrap();
     fs::write(guest.path("f"), "x").unwrap();
-    let node = guest.lookup(ROOT, "slow").unwrap().nodeid;
-    let lease = Lease::take(&guest.path("slow"));
     let open = OpenIn {
         flags: libc::O_RDWR as u32,
         fuse_flags: 0,
     };
-    let slow = guest.put(0, Opcode::Open, node, open.as_slice());
+    let mut leases = Vec::new();
+    let mut slow = std::collections::HashSet::new();
+    for i in 0..SLOW {
+        let name = format!("slow-{i}");
+        fs::write(guest.path(&name), "x").unwrap();
+        let node = guest.lookup(ROOT, &name).unwrap().nodeid;
+        let lease = Lease::take(&guest.path(&name));
+        slow.insert(guest.put(i, Opcode::Open, node, open.as_slice()));
+        guest.requests.notify();
+        lease.contested();
+        leases.push(lease);
+    }
+    let quick = guest.put(SLOW, Opcode::Lookup, ROOT, &c("f"));
     guest.requests.notify();
-    lease.contested();
-    let quick = guest.put(1, Opcode::Lookup, ROOT, &c("f"));
-    assert!(guest.requests.notify());
     assert_eq!(guest.requests.wait(&guest.line).0, quick);
-    lease.give_back();
-    assert_eq!(guest.requests.wait(&guest.line).0, slow);
+    leases.into_iter().for_each(Lease::give_back);
+    while !slow.is_empty() {
+        assert!(slow.remove(&guest.requests.wait(&guest.line).0));
+    }
+}
+
+#[test]
+fn threads_are_there_when_they_are_needed() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("f"), "x").unwrap();
+    for _ in 0..10 {
+        guest.lookup(ROOT, "f").unwrap();
+    }
+    // One that works, one that waits.
+    assert_eq!(guest.fs.threads(), 2);
 }
 
 #[test]
