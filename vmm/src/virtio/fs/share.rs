@@ -39,7 +39,7 @@ use nix::unistd::{
 
 use super::host::{self, FileIo, Metadata, ProcSelfFd, name_of, xattr};
 use super::identity::{AsCaller, WithoutFsetid};
-use super::tables::{Budget, Handle, Handles, Inode, Inodes, Stamp};
+use super::tables::{Budget, Handle, Handles, Inode, Inodes, Permit, Stamp};
 use crate::sync::lock;
 
 /// How long the guest may believe names and attributes without asking again.
@@ -126,9 +126,15 @@ impl Share {
     }
 
     /// What the guest is told of a file that `parent` names.
-    fn entry(&self, fd: OwnedFd, parent: &Inode, name: &CStr) -> io::Result<Entry> {
+    fn entry(
+        &self,
+        fd: OwnedFd,
+        parent: &Inode,
+        name: &CStr,
+        permit: Option<Permit>,
+    ) -> io::Result<Entry> {
         let metadata = host::metadata(fd.as_fd())?;
-        let inode = self.inodes.look_up(fd, &metadata, parent, name)?;
+        let inode = self.inodes.look_up(fd, &metadata, parent, name, permit)?;
         Ok(Entry {
             inode: inode.id,
             generation: 0,
@@ -141,9 +147,19 @@ impl Share {
 
     /// Looks up a checked name.
     fn look_up(&self, parent: &Inode, name: &CStr) -> io::Result<Entry> {
+        self.look_up_with(parent, name, None)
+    }
+
+    /// The same of a file that was just made, with the permit that was taken before.
+    fn look_up_with(
+        &self,
+        parent: &Inode,
+        name: &CStr,
+        permit: Option<Permit>,
+    ) -> io::Result<Entry> {
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = openat(parent, name, flags, Mode::empty())?;
-        self.entry(fd, parent, name)
+        self.entry(fd, parent, name, permit)
     }
 
     /// Opens a regular file for reading or writing.
@@ -383,11 +399,12 @@ impl FileSystem for Share {
     ) -> io::Result<Entry> {
         let parent = self.inodes.get(parent)?;
         let name = component(name)?;
+        let permit = self.inodes.permit()?;
         {
             let _caller = AsCaller::new(context, 0)?;
             symlinkat(target, &*parent, name)?;
         }
-        self.look_up(&parent, name)
+        self.look_up_with(&parent, name, Some(permit))
     }
 
     fn mknod(
@@ -401,6 +418,7 @@ impl FileSystem for Share {
     ) -> io::Result<Entry> {
         let parent = self.inodes.get(parent)?;
         let name = component(name)?;
+        let permit = self.inodes.permit()?;
         {
             let _caller = AsCaller::new(context, umask)?;
             mknodat(
@@ -411,7 +429,7 @@ impl FileSystem for Share {
                 rdev.into(),
             )?;
         }
-        self.look_up(&parent, name)
+        self.look_up_with(&parent, name, Some(permit))
     }
 
     fn mkdir(
@@ -424,11 +442,12 @@ impl FileSystem for Share {
     ) -> io::Result<Entry> {
         let parent = self.inodes.get(parent)?;
         let name = component(name)?;
+        let permit = self.inodes.permit()?;
         {
             let _caller = AsCaller::new(context, umask)?;
             mkdirat(&*parent, name, Mode::from_bits_truncate(mode & 0o7777))?;
         }
-        self.look_up(&parent, name)
+        self.look_up_with(&parent, name, Some(permit))
     }
 
     fn unlink(&self, _context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
@@ -479,6 +498,7 @@ impl FileSystem for Share {
         let inode = self.inodes.get(inode)?;
         let parent = self.inodes.get(new_parent)?;
         let new_name = component(new_name)?;
+        let permit = self.inodes.permit()?;
         // A link stays within a mount: the file has to be reached by that of the directory.
         let there = inode.by_mount(parent.mount);
         let file = there.as_ref().map_or(inode.as_fd(), |fd| fd.as_fd());
@@ -492,7 +512,7 @@ impl FileSystem for Share {
         )?;
         self.inodes
             .renumber(&inode, &host::metadata(inode.as_fd())?);
-        self.look_up(&parent, new_name)
+        self.look_up_with(&parent, new_name, Some(permit))
     }
 
     fn open(
@@ -520,6 +540,7 @@ impl FileSystem for Share {
         let parent = self.inodes.get(parent)?;
         let name = component(name)?;
         let permit = self.handles.permit()?;
+        let permit_of_inode = self.inodes.permit()?;
         let flags = args.flags as i32;
         if flags & libc::O_ACCMODE == libc::O_ACCMODE {
             return Err(error(libc::EINVAL));
@@ -545,7 +566,7 @@ impl FileSystem for Share {
         })?;
         // The name may be someone else's by now; the descriptor is not.
         let path = self.proc_self_fd.reopen(fd.as_fd(), OFlag::O_PATH)?;
-        let entry = self.entry(path, &parent, name)?;
+        let entry = self.entry(path, &parent, name, Some(permit_of_inode))?;
         let handle = self.handles.insert(entry.inode, fd, permit);
         Ok((entry, Some(handle), OpenOptions::empty(), None))
     }

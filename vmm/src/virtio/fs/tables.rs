@@ -326,6 +326,11 @@ impl Inodes {
         drop(before);
     }
 
+    /// A permit for a file that is about to be made.
+    pub fn permit(&self) -> io::Result<Permit> {
+        self.budget.take()
+    }
+
     /// An inode that the guest names.
     pub fn get(&self, id: u64) -> io::Result<Arc<Inode>> {
         lock(&self.maps)
@@ -335,7 +340,8 @@ impl Inodes {
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
     }
 
-    /// The inode of a file that the guest is told of. `fd` is an `O_PATH` descriptor of it, `parent` names it.
+    /// The inode of a file that the guest is told of. `fd` is an `O_PATH` descriptor of it, `parent` names it. Takes a permit if none
+    /// is given.
     ///
     /// On overlayfs without an index the hard links of a file in a lower layer have its numbers in common, but each is an inode of its
     /// own, which gets a file of its own when it is first written to. Hard links in the upper layer are one inode as elsewhere. The numbers
@@ -346,6 +352,7 @@ impl Inodes {
         metadata: &Metadata,
         parent: &Inode,
         name: &CStr,
+        mut permit: Option<Permit>,
     ) -> io::Result<Arc<Inode>> {
         let key = Key::new(fd.as_fd(), metadata, parent);
         let linked = key.place.overlay && metadata.stat.st_nlink > 1;
@@ -388,10 +395,15 @@ impl Inodes {
                 }
                 maps.tell(&Key { twin, ..key });
                 drop(maps);
-                inode.reached_by(metadata.mount, fd, || self.budget.take());
+                inode.reached_by(metadata.mount, fd, || {
+                    permit.take().map_or_else(|| self.budget.take(), Ok)
+                });
                 return Ok(inode);
             }
-            let permit = self.budget.take()?;
+            let permit = match permit.take() {
+                Some(permit) => permit,
+                None => self.budget.take()?,
+            };
             maps.last += 1;
             let inode = Arc::new(Inode::new(maps.last, fd, metadata, key, permit));
             inode.name.store(name, Ordering::Relaxed);

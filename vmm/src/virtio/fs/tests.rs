@@ -1102,6 +1102,19 @@ fn open_files_are_bounded() {
     full(share.lookup(&context, ROOT, c"c").map(|_| ()));
     full(share.open(&context, a, 0, 0).map(|_| ()));
     full(share.opendir(&context, ROOT, 0).map(|_| ()));
+    // Nor is anything made that could not be told of then.
+    let create = CreateIn {
+        flags: libc::O_RDWR as u32,
+        mode: 0o600,
+        umask: 0,
+        fuse_flags: 0,
+    };
+    full(share.create(&context, ROOT, c"new", create).map(|_| ()));
+    full(share.mkdir(&context, ROOT, c"new", 0o700, 0).map(|_| ()));
+    full(share.symlink(&context, c"x", ROOT, c"new").map(|_| ()));
+    let fifo = libc::S_IFIFO | 0o600;
+    full(share.mknod(&context, ROOT, c"new", fifo, 0, 0).map(|_| ()));
+    assert!(fs::symlink_metadata(dir.path().join("new")).is_err());
     // Known ones go on.
     share.lookup(&context, ROOT, c"a").unwrap();
     share
