@@ -16,6 +16,7 @@ use nix::sys::statfs::{
     PROC_SUPER_MAGIC, SECURITYFS_MAGIC, TRACEFS_MAGIC, fstatfs,
 };
 use nix::sys::statvfs::FsFlags;
+use nix::time::{ClockId, clock_gettime};
 
 /// Largest extended attribute or list of names (`XATTR_SIZE_MAX`).
 const XATTR_MAX: usize = 65536;
@@ -75,6 +76,13 @@ pub fn metadata(fd: BorrowedFd<'_>) -> io::Result<Metadata> {
         stat,
         mount: buffer.stx_mnt_id,
     })
+}
+
+/// The time by the clock that the kernel stamps files with.
+pub fn now() -> (i64, i64) {
+    // It can't fail; at the dawn of time nothing is old enough.
+    clock_gettime(ClockId::CLOCK_REALTIME_COARSE)
+        .map_or((i64::MIN, 0), |now| (now.tv_sec(), now.tv_nsec()))
 }
 
 /// What is true of all files on a mount.

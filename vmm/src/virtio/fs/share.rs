@@ -182,6 +182,7 @@ impl Share {
 
     /// Whether the guest may keep the pages that it has of a file which it opens, and whether it is to have any at all.
     fn open_options(&self, inode: &Inode, fd: &OwnedFd) -> OpenOptions {
+        let now = host::now();
         let Ok(metadata) = host::metadata(fd.as_fd()) else {
             return OpenOptions::empty();
         };
@@ -189,7 +190,7 @@ impl Share {
         if metadata.stat.st_size == 0 && host::is_made_up(fd.as_fd()) {
             // What a kernel makes up when it is read has no size, and a cache would end there.
             OpenOptions::DIRECT_IO
-        } else if inode.unchanged(Stamp::from(&metadata)) {
+        } else if inode.unchanged(Stamp::new(&metadata, now)) {
             OpenOptions::KEEP_CACHE
         } else {
             OpenOptions::empty()

@@ -101,14 +101,28 @@ pub struct Stamp {
     ctime: (i64, i64),
 }
 
-impl From<&Metadata> for Stamp {
-    fn from(metadata: &Metadata) -> Self {
+impl Stamp {
+    /// The stamp of a file with these attributes, read after the moment `now`. None for one that may still change without another
+    /// stamp: the host's clock for files goes in ticks, of up to 10 ms, and some file systems store whole seconds, or every other one.
+    pub fn of(size: i64, mtime: (i64, i64), ctime: (i64, i64), now: (i64, i64)) -> Option<Self> {
+        const TWO_TICKS: i64 = 20_000_000;
+        let grain = if ctime.1 == 0 { (2, 0) } else { (0, TWO_TICKS) };
+        let nanoseconds = ctime.1 + grain.1;
+        let settled = (
+            ctime
+                .0
+                .saturating_add(grain.0 + nanoseconds / 1_000_000_000),
+            nanoseconds % 1_000_000_000,
+        );
+        (now > settled).then_some(Self { size, mtime, ctime })
+    }
+
+    /// The same of what the host tells.
+    pub fn new(metadata: &Metadata, now: (i64, i64)) -> Option<Self> {
         let stat = &metadata.stat;
-        Self {
-            size: stat.st_size,
-            mtime: (stat.st_mtime, stat.st_mtime_nsec),
-            ctime: (stat.st_ctime, stat.st_ctime_nsec),
-        }
+        let mtime = (stat.st_mtime, stat.st_mtime_nsec);
+        let ctime = (stat.st_ctime, stat.st_ctime_nsec);
+        Self::of(stat.st_size, mtime, ctime, now)
     }
 }
 
@@ -163,8 +177,9 @@ impl Inode {
     }
 
     /// Notes the file's state at an open; returns whether it was the same at the last one.
-    pub fn unchanged(&self, stamp: Stamp) -> bool {
-        lock(&self.seen).replace(stamp) == Some(stamp)
+    pub fn unchanged(&self, stamp: Option<Stamp>) -> bool {
+        let before = std::mem::replace(&mut *lock(&self.seen), stamp);
+        stamp.is_some() && before == stamp
     }
 
     /// A descriptor of it by another mount than that of [`AsFd`], if the guest has reached it by that one.

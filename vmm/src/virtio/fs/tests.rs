@@ -17,6 +17,7 @@ use nix::sys::signal::{SigSet, Signal};
 use tempfile::TempDir;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestAddressSpace};
 
+use super::tables::Stamp;
 use super::*;
 use crate::virtio::Memory;
 use crate::virtio::mock_driver::{self, Line, Piece, Random, Ring};
@@ -55,9 +56,23 @@ fn share(dir: &TempDir) -> ShareConfig {
 impl Guest {
     fn new() -> Self {
         let dir = TempDir::new().unwrap();
+        let shared = dir.path().to_owned();
+        Self::with(dir, shared)
+    }
+
+    /// A guest that shares a directory which it must not change.
+    fn sharing(directory: &str) -> Self {
+        Self::with(TempDir::new().unwrap(), directory.into())
+    }
+
+    fn with(dir: TempDir, directory: PathBuf) -> Self {
         let memory = mock_driver::memory(MEMORY);
+        let config = ShareConfig {
+            directory,
+            ..share(&dir)
+        };
         let mut guest = Self {
-            fs: Fs::new(&share(&dir)).unwrap(),
+            fs: Fs::new(&config).unwrap(),
             high: Ring::new(&memory, HIGH, RING),
             requests: Ring::new(&memory, REQUESTS, RING),
             line: Line::new(),
@@ -803,20 +818,41 @@ fn extended_attributes_of_users_are_shared_and_the_hosts_are_not() {
     assert_eq!(list(&mut guest, u32::MAX).unwrap(), b"");
 }
 
+fn keeps_pages(guest: &mut Guest, node: u64) -> bool {
+    let open = guest.open(node, libc::O_RDONLY).unwrap();
+    OpenOptions::from_bits_truncate(open.open_flags).contains(OpenOptions::KEEP_CACHE)
+}
+
 #[test]
 fn pages_are_kept_over_an_open_only_if_the_file_is_unchanged() {
+    // Files that have been as they are for a while.
+    let mut guest = Guest::sharing(env!("CARGO_MANIFEST_DIR"));
+    let node = guest.lookup(ROOT, "Cargo.toml").unwrap().nodeid;
+    assert!(!keeps_pages(&mut guest, node), "first seen");
+    assert!(keeps_pages(&mut guest, node));
+
     let mut guest = Guest::new();
     fs::write(guest.path("f"), "one").unwrap();
     let node = guest.lookup(ROOT, "f").unwrap().nodeid;
-    let keeps = |guest: &mut Guest| {
-        let open = guest.open(node, libc::O_RDONLY).unwrap();
-        OpenOptions::from_bits_truncate(open.open_flags).contains(OpenOptions::KEEP_CACHE)
-    };
-    assert!(!keeps(&mut guest), "first seen");
-    assert!(keeps(&mut guest));
+    assert!(!keeps_pages(&mut guest, node), "first seen");
     fs::write(guest.path("f"), "other").unwrap();
-    assert!(!keeps(&mut guest), "changed by the host");
-    assert!(keeps(&mut guest));
+    assert!(!keeps_pages(&mut guest, node), "changed by the host");
+}
+
+#[test]
+fn a_file_that_has_just_changed_may_change_again_without_a_trace() {
+    let stamp = |ctime, now| Stamp::of(5, (1, 0), ctime, now).is_some();
+    const TICK: i64 = 10_000_000;
+    assert!(!stamp((100, 7), (100, 7)));
+    assert!(!stamp((100, 7), (100, 7 + TICK)));
+    assert!(stamp((100, 7), (100, 8 + 2 * TICK)));
+    assert!(!stamp((100, 999_999_999), (101, TICK)));
+    assert!(stamp((100, 999_999_999), (101, 3 * TICK)));
+    // Some file systems count seconds, or two at a time.
+    assert!(!stamp((100, 0), (101, 0)));
+    assert!(stamp((100, 0), (103, 0)));
+    // The host of a file system may have a clock of its own.
+    assert!(!stamp((200, 7), (100, 7)));
 }
 
 #[test]
