@@ -52,7 +52,7 @@ const OPEN_FLAGS: i32 =
 
 /// What the protocol offers and this file system wants. Not among it: locks (the guest's kernel keeps them), write-back caching (the
 /// host's view would lag), lookups of `.` and `..`.
-const WANTED: FsOptions = FsOptions::ASYNC_READ
+pub const WANTED: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::ATOMIC_O_TRUNC)
     .union(FsOptions::BIG_WRITES)
     .union(FsOptions::DONT_MASK)
@@ -213,6 +213,32 @@ impl Share {
             result = result.and(write_back(&inode));
         }
         result
+    }
+
+    /// Sets an extended attribute of a file, and clears its set-group-ID bit if the guest asks for that: it alone knows all groups of
+    /// the caller.
+    pub fn set_attribute(
+        &self,
+        inode: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        kill_sgid: bool,
+    ) -> io::Result<()> {
+        let inode = self.inodes.get(inode)?;
+        xattr::set(inode.as_fd(), shared_attribute(name)?, value, flags)?;
+        let metadata = host::metadata(inode.as_fd())?;
+        self.inodes.renumber(&inode, &metadata);
+        let mode = metadata.stat.st_mode;
+        if kill_sgid && mode & libc::S_ISGID != 0 {
+            fchmodat(
+                &self.proc_self_fd,
+                name_of(inode.as_fd())?.as_c_str(),
+                Mode::from_bits_truncate(mode & 0o7777 & !libc::S_ISGID),
+                FchmodatFlags::FollowSymlink,
+            )?;
+        }
+        Ok(())
     }
 
     #[cfg(test)]
@@ -629,7 +655,7 @@ impl FileSystem for Share {
 
     fn fallocate(
         &self,
-        _context: &Context,
+        context: &Context,
         inode: u64,
         handle: u64,
         mode: u32,
@@ -638,6 +664,8 @@ impl FileSystem for Share {
     ) -> io::Result<()> {
         let handle = self.handles.get(handle, inode)?;
         let mode = FallocateFlags::from_bits(mode as i32).ok_or_else(|| error(libc::EOPNOTSUPP))?;
+        // As for writes, but that the request does not say what the caller may; root is taken for one that may keep the bits.
+        let _privileges = WithoutFsetid::when(context.uid != 0)?;
         Ok(fallocate(&*handle, mode, offset as i64, length as i64)?)
     }
 
@@ -674,11 +702,7 @@ impl FileSystem for Share {
         value: &[u8],
         flags: u32,
     ) -> io::Result<()> {
-        let inode = self.inodes.get(inode)?;
-        xattr::set(inode.as_fd(), shared_attribute(name)?, value, flags)?;
-        self.inodes
-            .renumber(&inode, &host::metadata(inode.as_fd())?);
-        Ok(())
+        self.set_attribute(inode, name, value, flags, false)
     }
 
     fn getxattr(

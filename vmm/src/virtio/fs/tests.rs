@@ -7,9 +7,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use fuse_backend_rs::abi::fuse_abi::{
-    AttrOut, CreateIn, EntryOut, GetxattrIn, InHeader, InitIn, InitOut, LinkIn, MkdirIn, MknodIn,
-    Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, RenameIn, SetattrIn, SetxattrIn,
-    WriteIn, WriteOut,
+    AttrOut, CreateIn, EntryOut, FallocateIn, GetxattrIn, InHeader, InitIn, InitOut, LinkIn,
+    MkdirIn, MknodIn, Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, RenameIn, SetattrIn,
+    SetxattrIn, WriteIn, WriteOut,
 };
 use fuse_backend_rs::api::filesystem::{FsOptions, OpenOptions};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -425,6 +425,7 @@ fn the_protocol_is_negotiated() {
     assert!(flags.contains(
         FsOptions::PARALLEL_DIROPS | FsOptions::HANDLE_KILLPRIV_V2 | FsOptions::POSIX_ACL
     ));
+    assert_ne!(out.flags & 1 << 29, 0, "FUSE_SETXATTR_EXT");
     assert!(!flags.intersects(
         FsOptions::WRITEBACK_CACHE
             | FsOptions::POSIX_LOCKS
@@ -746,6 +747,23 @@ fn writes_clear_privileges_when_the_guest_asks() {
     };
     guest.call(Opcode::Setattr, node, set.as_slice()).unwrap();
     assert_eq!(mode(&guest), 0o755);
+
+    // The request to allocate has no word for it: who is not root has no right to keep them.
+    fs::set_permissions(guest.path("f"), fs::Permissions::from_mode(0o4755)).unwrap();
+    let allocate = FallocateIn {
+        fh: open.fh,
+        length: 100,
+        ..FallocateIn::default()
+    };
+    guest
+        .call(Opcode::Fallocate, node, allocate.as_slice())
+        .unwrap();
+    assert_eq!(mode(&guest), 0o4755);
+    (guest.uid, guest.gid) = (1234, 2345);
+    guest
+        .call(Opcode::Fallocate, node, allocate.as_slice())
+        .unwrap();
+    assert_eq!(mode(&guest), 0o755);
 }
 
 #[test]
@@ -821,6 +839,47 @@ fn extended_attributes_of_users_are_shared_and_the_hosts_are_not() {
 fn keeps_pages(guest: &mut Guest, node: u64) -> bool {
     let open = guest.open(node, libc::O_RDONLY).unwrap();
     OpenOptions::from_bits_truncate(open.open_flags).contains(OpenOptions::KEEP_CACHE)
+}
+
+#[test]
+fn an_access_list_ends_a_set_group_id_bit_when_the_guest_asks() {
+    const KILL_SGID: u64 = 1;
+    let mut guest = Guest::new();
+    fs::create_dir(guest.path("d")).unwrap();
+    fs::set_permissions(guest.path("d"), fs::Permissions::from_mode(0o2755)).unwrap();
+    let node = guest.lookup(ROOT, "d").unwrap().nodeid;
+    // Version 2; tag, permissions and id of: the owner, a user, the group, the mask, all others.
+    let none = u32::MAX;
+    let entries = [
+        (1u16, 7u16, none),
+        (2, 7, 1234),
+        (4, 5, none),
+        (16, 7, none),
+        (32, 5, none),
+    ];
+    let mut list = 2u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        list.extend(tag.to_le_bytes());
+        list.extend(permissions.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    let name = c("system.posix_acl_access");
+    let set = |guest: &mut Guest, flags: u64, size: u32| {
+        let set = SetxattrIn { size, flags: 0 };
+        let body = [set.as_slice(), &flags.to_le_bytes(), &name, &list].concat();
+        guest.call(Opcode::Setxattr, node, &body).map(|_| ())
+    };
+    let mode = |guest: &Guest| fs::metadata(guest.path("d")).unwrap().mode() & 0o7777;
+    let size = list.len() as u32;
+    if set(&mut guest, 0, size) == Err(libc::EOPNOTSUPP) {
+        eprintln!("skipped: the file system has no access control lists");
+        return;
+    }
+    assert_eq!(mode(&guest), 0o2775);
+    assert_eq!(set(&mut guest, KILL_SGID, size + 1), Err(libc::EINVAL));
+    assert_eq!(mode(&guest), 0o2775);
+    set(&mut guest, KILL_SGID, size).unwrap();
+    assert_eq!(mode(&guest), 0o775);
 }
 
 #[test]

@@ -18,7 +18,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::identity;
-use super::requests;
+use super::requests::{self, Request};
 use super::share::Share;
 use crate::sync::lock;
 use crate::thread::{self, Kind};
@@ -274,12 +274,26 @@ impl Crew {
             tracing::debug!("a file-system request is too long");
             return 0;
         }
-        if let Some(header) = requests::syncfs(&reader) {
-            return requests::answer(writer, &header, self.share.sync());
-        }
+        let flags = match Request::of(&reader) {
+            Some(Request::SyncFs(header)) => {
+                return requests::answer(writer, &header, self.share.sync());
+            }
+            Some(Request::SetAttribute(header, body)) => {
+                let done = requests::set_attribute(&self.share, header.nodeid, body);
+                return requests::answer(writer, &header, done);
+            }
+            Some(Request::Init(flags)) => Some(flags),
+            None => None,
+        };
+        let reply = flags.map(|flags| (flags, writer.clone()));
         let writer = Writer::VirtioFs(writer);
         match self.server.handle_message(reader, writer, None, None) {
-            Ok(len) => u32::try_from(len).unwrap_or(0),
+            Ok(len) => {
+                if let Some((flags, reply)) = reply {
+                    requests::correct_flags(reply, flags);
+                }
+                u32::try_from(len).unwrap_or(0)
+            }
             Err(error) => {
                 // A forgotten inode has no reply; nor has a request that makes no sense.
                 tracing::debug!(%error, "a file-system request can't be answered");
