@@ -297,3 +297,16 @@ fn the_serial_port_reaches_the_descriptor_that_was_passed() {
     assert_eq!(output, "hello\n");
     assert_eq!(vmm.end().1, exit_code::POWER_OFF);
 }
+
+#[test]
+fn a_limit_of_the_size_of_files_fails_writes_and_kills_nobody() {
+    let mut vmm = Vmm::spawn();
+    // Once it answers it is set up.
+    vmm.client.info().unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vmm.process.id())).unwrap();
+    let (_, ignored) = status.split_once("SigIgn:\t").unwrap();
+    let ignored = u64::from_str_radix(&ignored[..16], 16).unwrap();
+    assert_ne!(ignored & 1 << (libc::SIGXFSZ - 1), 0, "{ignored:#x}");
+    vmm.process.kill().unwrap();
+    vmm.process.wait().unwrap();
+}

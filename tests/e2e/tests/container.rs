@@ -887,6 +887,22 @@ fn the_memory_of_the_hosts_processes_is_not_a_containers_to_read() {
 }
 
 #[test]
+fn a_limit_of_the_size_of_files_on_the_host_fails_the_containers_writes() {
+    let host = Host::now();
+    let bundle = Bundle::shell(
+        "dd if=/dev/zero of=/big bs=1 count=1 seek=700M 2>&1 | grep -c 'too large'; echo small > /small; cat /small",
+    );
+    let mut command = Command::new("/bin/sh");
+    // In blocks of 512 bytes.
+    command.args(["-c", "ulimit -f 1048576; exec \"$@\"", "sh"]);
+    let run = run_command(bulkhead(), &bundle);
+    command.arg(run.get_program()).args(run.get_args());
+    let ended = finish(command.stdin(Stdio::null())).expect_code(0);
+    assert_eq!(ended.stdout, "1\nsmall\n");
+    host.assert_nothing_new();
+}
+
+#[test]
 fn a_file_that_the_host_makes_while_the_container_creates_it_keeps_its_permissions() {
     let host = Host::now();
     let volume = tempfile::tempdir().unwrap();
