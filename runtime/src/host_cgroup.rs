@@ -251,6 +251,9 @@ fn of_host(resources: &LinuxResources, guest_mib: u64) -> Result<LinuxResources,
     if let Some(cpu) = &mut cpu {
         // cgroup v2 has none, and runc passes them over there.
         cpu.set_realtime_runtime(None).set_realtime_period(None);
+        // 0 leaves them as they are, and is what docker writes for what is not to change.
+        cpu.set_quota(cpu.quota().filter(|quota| *quota != 0));
+        cpu.set_period(cpu.period().filter(|period| *period != 0));
     }
     host.set_cpu(cpu);
     host.set_block_io(resources.block_io().clone());
@@ -400,6 +403,25 @@ pub(crate) mod tests {
             (None, None)
         );
         assert_eq!(cpu.shares(), Some(512));
+    }
+
+    #[test]
+    fn a_quota_or_period_of_0_stays_as_it_is() {
+        let cpu = |text: &str| {
+            let resources: LinuxResources = serde_json::from_str(text).unwrap();
+            let cpu = of_host(&resources, 128).unwrap().cpu().clone().unwrap();
+            (cpu.quota(), cpu.period())
+        };
+        for (text, expected) in [
+            (r#"{"cpu":{"quota":0,"period":0}}"#, (None, None)),
+            (
+                r#"{"cpu":{"quota":0,"period":50000}}"#,
+                (None, Some(50_000)),
+            ),
+            (r#"{"cpu":{"quota":-1,"period":0}}"#, (Some(-1), None)),
+        ] {
+            assert_eq!(cpu(text), expected, "{text}");
+        }
     }
 
     /// A mount namespace with a hierarchy of cgroup v2 where it belongs, which hosts of version 1 have elsewhere.

@@ -17,6 +17,7 @@ use bulkhead_runtime::share;
 use bulkhead_runtime::state::StateDir;
 use bulkhead_runtime::timeline::{Record, Timeline};
 use containerd_shim_protos::shim_async::create_task;
+use nix::sys::signal::SigSet;
 use tokio::net::unix::pipe;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
@@ -36,6 +37,10 @@ pub fn serve(args: ServerArgs) -> anyhow::Result<()> {
     timeline.mark("server: started");
     // A Ctrl-C in the client's terminal is for the client. A process that leads a group already may stay in it.
     let _ = nix::unistd::setsid();
+    // A client that passes signals on has them blocked, and children begin with what is.
+    SigSet::empty()
+        .thread_set_mask()
+        .context("cannot unblock signals")?;
     let take = |fd| launch::inherited(fd).context("a descriptor is not what the arguments say");
     let listener = UnixListener::from(take(args.listener_fd)?);
     let lifeline = args.lifeline_fd.map(take).transpose()?;

@@ -266,8 +266,9 @@ impl Settings {
         let period = cpu.period().filter(|&period| period != 0);
         match (quota, period) {
             (Some(quota), period) => {
-                let period = period.unwrap_or(DEFAULT_PERIOD);
-                let value = format!("{} {period}", limit_or_max(quota));
+                // Without a period the kernel keeps the one that there is.
+                let period = period.map_or(String::new(), |period| format!(" {period}"));
+                let value = format!("{}{period}", limit_or_max(quota));
                 self.text("cpu.quota", "cpu.max", value);
             }
             (None, Some(period)) => {
@@ -358,9 +359,6 @@ impl Settings {
         Ok(())
     }
 }
-
-/// The kernel's own, in microseconds.
-const DEFAULT_PERIOD: u64 = 100_000;
 
 fn limit_or_max(limit: i64) -> String {
     if limit < 0 {
@@ -553,7 +551,7 @@ mod tests {
                 ("pids.max", "max"),
                 ("memory.swap.max", "max"),
                 ("memory.max", "max"),
-                ("cpu.max", "max 100000")
+                ("cpu.max", "max")
             ])
         );
     }
@@ -579,6 +577,20 @@ mod tests {
         assert_eq!(
             settings(json!({"memory": {"limit": 5, "swap": 5}})),
             pairs(&[("memory.swap.max", "0"), ("memory.max", "5")])
+        );
+    }
+
+    #[test]
+    fn a_quota_alone_keeps_the_period() {
+        for (quota, expected) in [(20_000, "20000"), (-1, "max")] {
+            assert_eq!(
+                settings(json!({"cpu": {"quota": quota, "period": 0}})),
+                pairs(&[("cpu.max", expected)])
+            );
+        }
+        assert_eq!(
+            settings(json!({"cpu": {"quota": -1, "period": 50_000}})),
+            pairs(&[("cpu.max", "max 50000")])
         );
     }
 

@@ -593,6 +593,34 @@ mod tests {
     }
 
     #[test]
+    fn what_should_be_a_list_of_strings_and_is_not_is_told_without_its_content() {
+        let hook =
+            |name: &str, value: Value| json!({"poststart": [{"path": "/bin/true", name: value}]});
+        for (pointer, value, field) in [
+            ("/process/env", json!("PASSWORD=x"), "process.env"),
+            ("/process/env", json!(["A=b", 4711]), "process.env[1]"),
+            ("/process/args", json!("PASSWORD=x"), "process.args"),
+            (
+                "/hooks",
+                hook("env", json!("PASSWORD=x")),
+                "hooks.poststart[0].env",
+            ),
+            (
+                "/hooks",
+                hook("args", json!([4711])),
+                "hooks.poststart[0].args[0]",
+            ),
+        ] {
+            let message = plan(&with(pointer, value)).unwrap_err().to_string();
+            assert_eq!(message, format!("{field}: must hold strings"));
+        }
+        let process =
+            json!({"user": {"uid": 0, "gid": 0}, "cwd": "/", "args": ["x"], "env": "PASSWORD=x"});
+        let error = super::parse::parse_process(process.to_string().as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), "process.env: must hold strings");
+    }
+
+    #[test]
     fn the_last_of_two_equal_variables_counts() {
         let plan = plan(&with("/process/env", json!(["A=1", "B=2", "A=3", "C="]))).unwrap();
         let pairs: Vec<_> = plan

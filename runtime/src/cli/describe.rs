@@ -215,5 +215,7 @@ mod tests {
         }
         let features: Features = serde_json::from_value(the_features().unwrap()).unwrap();
         assert_eq!(features.oci_version_min(), "1.0.0");
+        let newest = format!("\nspec: {}", features.oci_version_max());
+        assert!(crate::cli::VERSION.ends_with(&newest), "{newest}");
     }
 }

@@ -302,6 +302,45 @@ fn who_waits_for_a_process_is_told_why_it_is_lost() {
     }
 }
 
+#[test]
+fn who_asks_a_server_that_ends_over_it_is_told_where_to_look_and_what_to_do() {
+    for (step, words) in [
+        ("server: VMM started", CREATE),
+        ("server: signal delivered", &["kill", "c1", "KILL"][..]),
+        ("server: process described", &["exec", "c1", "/bin/true"]),
+        ("server: process described", DETACH),
+    ] {
+        let Some(bed) = Bed::new(&["/bin/sleep", "1000"]) else {
+            return;
+        };
+        let faulty =
+            |words: &[&str]| finish(bed.bulkhead().args(words).env("BULKHEAD_FAULT", step));
+        let log = bed.path("state/c1/server.log");
+        let (output, expected) = if words == CREATE {
+            (faulty(CREATE), "it said nothing; try again with --debug")
+        } else {
+            for words in [CREATE, &["start", "c1"]] {
+                let output = faulty(words);
+                assert!(output.status.success(), "{}", text(&output.stderr));
+            }
+            (bed.about(words), log.to_str().unwrap())
+        };
+        assert!(!output.status.success(), "{step}");
+        assert_told(&output, step);
+        let said = text(&output.stderr);
+        assert!(
+            said.contains("the sandbox server ended unexpectedly"),
+            "{said}"
+        );
+        assert!(said.contains(expected), "{said}");
+        assert!(
+            words == CREATE || said.contains("`bulkhead delete --force c1`"),
+            "{said}"
+        );
+        delete_at_once(&bed, Duration::from_secs(5));
+    }
+}
+
 pub const SERVER_PROGRAM: &str = "containerd-shim-bulkhead-v2";
 
 /// Deletes by force, in a time in which nothing can have been waited for that does not come.

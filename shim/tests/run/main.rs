@@ -620,11 +620,12 @@ fn a_stand_in_whose_pid_is_known_catches_signals() {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     create.kill().unwrap();
     create.wait().unwrap();
-    let caught = status
+    // They are kept for it to read.
+    let blocked = status
         .lines()
-        .find_map(|line| line.strip_prefix("SigCgt:"))
+        .find_map(|line| line.strip_prefix("SigBlk:"))
         .unwrap();
-    let caught = u64::from_str_radix(caught.trim(), 16).unwrap();
-    assert_ne!(caught & 1 << (Signal::SIGTERM as u64 - 1), 0);
+    let blocked = u64::from_str_radix(blocked.trim(), 16).unwrap();
+    assert_ne!(blocked & 1 << (Signal::SIGTERM as u64 - 1), 0);
     bed.await_clean();
 }

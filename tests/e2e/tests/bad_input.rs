@@ -214,7 +214,7 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
         (
             "terminal without one",
             |c| c["process"]["terminal"] = json!(true),
-            &["process.terminal", "standard input is no terminal"],
+            &["process.terminal", "no terminal"],
         ),
         (
             "network interface of the host",

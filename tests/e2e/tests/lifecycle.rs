@@ -357,6 +357,26 @@ fn signals_to_the_stand_in_reach_the_container() {
 }
 
 #[test]
+fn whatever_can_be_caught_reaches_the_container_through_its_stand_in() {
+    const NAMES: &str = "HUP INT QUIT ILL TRAP ABRT BUS FPE USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT TSTP TTIN TTOU URG \
+                         XCPU XFSZ VTALRM PROF WINCH IO PWR SYS";
+    let _unchanged = Host::unchanged();
+    let script = format!(
+        "for s in {NAMES}; do trap \"echo got $s.\" $s; done; echo ready; sleep 1000 & while :; do wait $!; done"
+    );
+    for runtime in [runc(), bulkhead()] {
+        let container = Container::running(runtime, Bundle::shell(&script));
+        await_output(&container, "ready\n");
+        for name in NAMES.split_whitespace() {
+            let signal: Signal = format!("SIG{name}").parse().unwrap();
+            kill(container.pid, signal).unwrap();
+            await_output(&container, &format!("got {name}.\n"));
+        }
+        assert_eq!(container.status(), "running");
+    }
+}
+
+#[test]
 fn killing_the_stand_in_kills_the_container() {
     let host = Host::now();
     let container = Container::running(bulkhead(), idle());
@@ -513,6 +533,64 @@ fn sigkill_ends_a_paused_container() {
     container.command(&["delete", "--force"]).expect_code(0);
     drop(container);
     host.assert_nothing_new();
+}
+
+#[test]
+fn a_process_from_a_file_need_not_name_what_runc_fills_in() {
+    let _unchanged = Host::unchanged();
+    let exec = |container: &Container, process: Value| {
+        let file = container.files().join("process.json");
+        fs::write(&file, process.to_string()).unwrap();
+        container.command(&["exec", "--process", file.to_str().unwrap()])
+    };
+    for runtime in [runc(), bulkhead()] {
+        let mut bundle = idle();
+        bundle.config["process"]["user"] = Value::Null;
+        let container = Container::running(runtime, &bundle);
+        let who = container.exec(&["/bin/id", "-u"]).expect_code(0);
+        assert_eq!(who.stdout, "0\n");
+        for user in [
+            json!({}),
+            json!({"user": null}),
+            json!({"user": {"gid": 0}}),
+        ] {
+            let mut process = json!({"args": ["/bin/id", "-u"], "cwd": "/", "env": null});
+            process
+                .as_object_mut()
+                .unwrap()
+                .extend(user.as_object().unwrap().clone());
+            assert_eq!(exec(&container, process).expect_code(0).stdout, "0\n");
+        }
+        let secret = json!({"args": ["/bin/id"], "cwd": "/", "env": "PASSWORD=x"});
+        let ended = exec(&container, secret).expect_code(255);
+        assert!(!ended.stderr.contains("PASSWORD"), "{}", ended.stderr);
+    }
+}
+
+#[test]
+fn a_quota_or_a_period_alone_leaves_the_other_as_it_was() {
+    let _unchanged = Host::unchanged();
+    let mut bundle = idle();
+    bundle.config["linux"]["resources"] = json!({"cpu": {"quota": 40_000, "period": 50_000}});
+    for runtime in [runc(), bulkhead()] {
+        let container = Container::running(runtime, &bundle);
+        for (flags, expected) in [
+            (&["--cpu-quota", "20000"][..], "20000 50000\n"),
+            (&["--cpu-period", "100000"], "20000 100000\n"),
+            (&["--cpu-quota", "-1"], "max 100000\n"),
+            (&["--cpu-period", "50000"], "max 50000\n"),
+            (
+                &["--cpu-quota", "-1", "--cpu-period", "40000"],
+                "max 40000\n",
+            ),
+            (&["--cpu-quota", "0", "--cpu-period", "0"], "max 40000\n"),
+        ] {
+            let update = [&["update"], flags].concat();
+            container.command(&update).expect_code(0);
+            let read = container.exec(&["cat", "/sys/fs/cgroup/cpu.max"]);
+            assert_eq!(read.expect_code(0).stdout, expected, "{flags:?}");
+        }
+    }
 }
 
 #[test]

@@ -2,16 +2,23 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::process::Stdio;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::run_command;
+use bulkhead_e2e::command::{finish, run_command};
 use bulkhead_e2e::console::{Console, ConsoleSocket};
-use bulkhead_e2e::container::{Container, bulkhead, reap_all, wait_for};
+use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc, wait_for};
 use bulkhead_e2e::leaks::Host;
+use bulkhead_e2e::watch;
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::Mode;
 use nix::sys::termios::{LocalFlags, tcgetattr};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, mkfifo, setsid};
 use serde_json::json;
 
 fn with_terminal(args: &[&str]) -> Bundle {
@@ -127,7 +134,7 @@ fn a_foreground_terminal_is_raw_while_the_container_runs_and_restored_after_any_
             ])
         };
         let before = tcgetattr(&terminal).unwrap();
-        let mut child = run_command(std::process::Command::new(bulkhead()), &bundle)
+        let mut child = run_command(Command::new(bulkhead()), &bundle)
             .stdin(terminal.try_clone().unwrap())
             .stdout(terminal.try_clone().unwrap())
             .stderr(terminal.try_clone().unwrap())
@@ -195,4 +202,109 @@ fn a_terminal_without_anybody_to_hold_it_is_refused() {
         "{}",
         ended.stderr
     );
+}
+
+/// Makes `terminal` the controlling one of the session that a command is to begin.
+fn control(command: &mut Command, terminal: &File) {
+    let terminal = terminal.try_clone().unwrap();
+    // SAFETY: system calls between fork and exec, on a descriptor that the closure owns.
+    unsafe {
+        command.pre_exec(move || {
+            setsid()?;
+            Errno::result(libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0))?;
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn the_terminal_in_the_foreground_is_any_stream_or_else_the_controlling_one() {
+    let _unchanged = Host::unchanged();
+    for runtime in [runc(), bulkhead()] {
+        let container = Container::running(runtime, Bundle::busybox(&["sleep", "1000"]));
+        for stream in ["stderr", "stdout", "none"] {
+            let (mut console, terminal) = Console::open(83, 25);
+            let before = tcgetattr(&terminal).unwrap();
+            let mut command = container.prepare(&["exec", "-t"], &["sh"]);
+            command.stdin(Stdio::piped());
+            let own = || Stdio::from(terminal.try_clone().unwrap());
+            match stream {
+                "stderr" => command.stdout(Stdio::piped()).stderr(own()),
+                "stdout" => command.stdout(own()).stderr(Stdio::piped()),
+                _ => {
+                    control(&mut command, &terminal);
+                    command.stdout(Stdio::piped()).stderr(Stdio::piped())
+                }
+            };
+            let mut child = command.spawn().unwrap();
+            let mut typed = child.stdin.take().unwrap();
+            typed.write_all(b"stty size; tty; echo rea''dy\n").unwrap();
+            let mut stdout = child.stdout.take();
+            let mut shown = match &mut stdout {
+                Some(stdout) => {
+                    let mut shown = String::new();
+                    let mut buffer = [0; 4096];
+                    while !shown.contains("ready") {
+                        let length = stdout.read(&mut buffer).unwrap();
+                        assert_ne!(length, 0, "{stream}: {shown}");
+                        shown.push_str(&String::from_utf8_lossy(&buffer[..length]));
+                    }
+                    shown
+                }
+                None => console.expect("ready"),
+            };
+            shown.retain(|c| c != '\r');
+            assert!(shown.contains("\n25 83\n/dev/pts/"), "{stream}: {shown}");
+            let raw = tcgetattr(&terminal).unwrap();
+            assert!(!raw.local_flags.contains(LocalFlags::ECHO), "{stream}");
+            typed.write_all(b"exit 6\n").unwrap();
+            drop(typed);
+            if let Some(stdout) = &mut stdout {
+                stdout.read_to_end(&mut Vec::new()).unwrap();
+            }
+            assert_eq!(child.wait().unwrap().code(), Some(6), "{stream}");
+            assert!(tcgetattr(&terminal).unwrap() == before, "{stream}");
+        }
+    }
+}
+
+#[test]
+fn a_terminal_in_the_foreground_that_is_nowhere_is_refused() {
+    let _unchanged = Host::unchanged();
+    let container = Container::running(bulkhead(), Bundle::busybox(&["sleep", "1000"]));
+    let mut command = container.prepare(&["exec", "-t"], &["sh"]);
+    // SAFETY: a system call between fork and exec.
+    unsafe { command.pre_exec(|| Ok(setsid().map(drop)?)) };
+    let ended = finish(command.stdin(Stdio::null())).expect_code(255);
+    assert!(ended.stderr.contains("no terminal"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_size_that_changes_while_the_guest_boots_is_the_programs_once_it_runs() {
+    let host = Host::now();
+    let (mut console, terminal) = Console::open(83, 25);
+    let mut bundle = with_terminal(&["sh"]);
+    // While it runs the container is not there yet.
+    let (began, go) = (bundle.path().join("began"), bundle.path().join("go"));
+    mkfifo(&go, Mode::S_IRWXU).unwrap();
+    let script = format!(": >{}; read line <{}", began.display(), go.display());
+    bundle.config["hooks"] =
+        json!({"createRuntime": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+    let own = || Stdio::from(terminal.try_clone().unwrap());
+    let mut child = run_command(Command::new(bulkhead()), &bundle)
+        .stdin(own())
+        .stdout(own())
+        .stderr(own())
+        .spawn()
+        .unwrap();
+    watch::until(bundle.path(), &[], || began.exists());
+    console.resize(97, 41);
+    // The kernel would do that, were the terminal its controlling one.
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGWINCH).unwrap();
+    std::fs::write(&go, "\n").unwrap();
+    expect_size(&mut console, "41 97");
+    console.type_in("exit 4\n");
+    assert_eq!(child.wait().unwrap().code(), Some(4));
+    reap_all();
+    host.assert_nothing_new();
 }
