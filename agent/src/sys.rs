@@ -615,6 +615,14 @@ pub fn open_pty_peer(master: BorrowedFd<'_>) -> Result<OwnedFd> {
     owned(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
 }
 
+/// How many bytes a pipe, socket or terminal has to read.
+pub fn readable_bytes(file: BorrowedFd<'_>) -> Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes an int, which lives across the call.
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::FIONREAD, &raw mut count) })?;
+    usize::try_from(count).map_err(|_| Errno::EOVERFLOW)
+}
+
 /// Makes a terminal the controlling one of this session.
 pub fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<()> {
     // SAFETY: TIOCSCTTY takes its argument by value.

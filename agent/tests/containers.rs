@@ -7,6 +7,7 @@
 mod bed;
 mod descriptors;
 mod life;
+mod terminals;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -20,6 +21,7 @@ use descriptors::*;
 use futures::FutureExt;
 use life::*;
 use serde_json::json;
+use terminals::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use ttrpc::Code;
@@ -190,6 +192,7 @@ tests![
     descriptors_leave_room_for_what_an_init_needs_itself,
     a_reader_of_a_descriptor_that_goes_away_ends_the_writer,
     an_exit_comes_after_the_last_byte_of_every_descriptor,
+    who_writes_on_does_not_hold_up_the_end_of_a_process,
 ];
 
 async fn output_errors_and_exit_code_come_back() {

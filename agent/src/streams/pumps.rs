@@ -49,6 +49,11 @@ impl End {
         Ok(())
     }
 
+    /// How many bytes there are to read, as far as the kernel counts them. If it does not, there is no bound.
+    fn held(&self) -> usize {
+        crate::sys::readable_bytes(self.as_fd()).unwrap_or(usize::MAX)
+    }
+
     /// Ends directions of a socket. One whose other end is gone needs no word.
     fn shutdown(&self, how: Shutdown) {
         let how = match how {
@@ -92,7 +97,7 @@ pub async fn output(
     let Ok(mut connection) = connection.await else {
         return;
     };
-    if pass_out(&end, &mut connection, &mut ended).await {
+    if pass_out(&end, &mut connection, &mut ended, 0).await {
         drop(end);
         finish(connection, guard).await;
     }
@@ -110,7 +115,7 @@ pub async fn both(
     };
     let (mut from_host, mut to_host) = tokio::io::split(connection);
     let outward = async {
-        let whole = pass_out(&end, &mut to_host, &mut ended).await;
+        let whole = pass_out(&end, &mut to_host, &mut ended, 0).await;
         // What the process has left in the background has lost its peer, as with pipes.
         let process_ended = *ended.borrow();
         end.shutdown(if process_ended {
@@ -144,18 +149,27 @@ async fn pass_in(connection: &mut (impl AsyncRead + Unpin), end: &End) {
     }
 }
 
-/// Moves bytes until the process's end, or that of what it writes. False if the host does not take them.
+/// Moves bytes until the process's end, or that of what it writes. False if the host does not take them. What `end` can't count of
+/// what it holds is `uncounted` bytes at most.
 async fn pass_out(
     end: &End,
     connection: &mut (impl AsyncWrite + Unpin),
     ended: &mut watch::Receiver<bool>,
+    uncounted: usize,
 ) -> bool {
     let mut buffer = vec![0; OUTPUT_BUFFER];
+    // Once the process has ended: how much of what is there can be its own.
+    let mut rest = None;
     loop {
         let length = if *ended.borrow_and_update() {
+            let rest = rest.get_or_insert_with(|| end.held().saturating_add(uncounted));
+            let most = buffer.len().min(*rest);
             // Not through the runtime, whose knowledge of the pipe may be older than the end of the process.
-            match nix::unistd::read(end, &mut buffer) {
-                Ok(length) => Ok(length),
+            match nix::unistd::read(end, buffer.get_mut(..most).unwrap_or_default()) {
+                Ok(length) => {
+                    *rest -= length;
+                    Ok(length)
+                }
                 Err(Errno::EINTR) => continue,
                 // All that the process wrote is handed over; what it left in the background has lost its reader, as under
                 // conmon and containerd's shim. Without an end here the host could not tell that this was all.
