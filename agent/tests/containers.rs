@@ -192,6 +192,8 @@ tests![
     descriptors_leave_room_for_what_an_init_needs_itself,
     a_reader_of_a_descriptor_that_goes_away_ends_the_writer,
     an_exit_comes_after_the_last_byte_of_every_descriptor,
+    a_terminal_that_nobody_has_open_can_be_opened_again,
+    who_holds_a_terminal_does_not_hold_up_the_end_of_its_process,
     who_writes_on_does_not_hold_up_the_end_of_a_process,
 ];
 

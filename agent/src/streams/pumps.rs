@@ -21,6 +21,10 @@ const BUFFER: usize = 64 * 1024;
 /// sends all of it at once.
 pub const OUTPUT_BUFFER: usize = 256 * 1024;
 
+/// What a terminal may hold of a process's output beyond what it counts: the kernel passes it on from one buffer to another, of 12 KiB
+/// together (pty.c, n_tty.c).
+const TERMINAL_HOLDS: usize = 64 * 1024;
+
 /// The agent's end of a stream: of a pipe, a socket, or a terminal's master.
 pub struct End(AsyncFd<OwnedFd>);
 
@@ -203,11 +207,14 @@ async fn finish(mut connection: Connection, guard: Outstanding) {
     while let Ok(1..) = connection.read(&mut byte).await {}
 }
 
-/// A terminal's: what is typed and what is shown.
+/// A terminal's: what is typed and what is shown. While `slave` is open, the container may close the terminal everywhere and open it
+/// again; without it the master would be at its end (EIO), and stay ready to say so.
 pub async fn terminal(
     connection: oneshot::Receiver<Connection>,
     master: Arc<End>,
+    slave: OwnedFd,
     guard: Outstanding,
+    mut ended: watch::Receiver<bool>,
 ) {
     let Ok(connection) = connection.await else {
         return;
@@ -227,25 +234,11 @@ pub async fn terminal(
         // The end of the typing is not the end of the terminal.
         std::future::pending::<()>().await;
     };
-    let shown = async {
-        let mut buffer = vec![0; BUFFER];
-        // A read fails (EIO) once nobody has the other side open.
-        while let Ok(length @ 1..) = master.read(&mut buffer).await {
-            if to_host
-                .write_all(buffer.get(..length).unwrap_or_default())
-                .await
-                .is_err()
-            {
-                return false;
-            }
-        }
-        true
-    };
     let drained = tokio::select! {
-        drained = shown => drained,
+        drained = pass_out(&master, &mut to_host, &mut ended, TERMINAL_HOLDS) => drained,
         () = typed => false,
     };
-    drop(master);
+    drop((slave, master));
     if drained {
         finish(from_host.unsplit(to_host), guard).await;
     }

@@ -7,9 +7,17 @@ use std::path::{Path, PathBuf};
 use bulkhead_protocol::agent::{Stdio, StreamKind};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use tokio::io::AsyncReadExt;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::bed::Bed;
+
+fn terminal() -> Stdio {
+    Stdio {
+        terminal: true,
+        ..Default::default()
+    }
+}
 
 fn fifo(bed: &Bed) -> PathBuf {
     let path = bed.rootfs().join("tmp/fifo");
@@ -24,6 +32,73 @@ async fn opened(fifo: &Path) -> fs::File {
     tokio::task::spawn_blocking(move || OpenOptions::new().write(true).open(fifo).unwrap())
         .await
         .unwrap()
+}
+
+pub async fn a_terminal_that_nobody_has_open_can_be_opened_again() {
+    let bed = Bed::new().await;
+    let again =
+        "read go < /tmp/fifo; exec < $t > $t 2>&1; echo back; read line; echo \"<$line>\"; exit 5";
+    let close = "exec <&- >&- 2>&-";
+    for (index, give_up) in [
+        close.to_owned(),
+        // The end of a session that has taken the terminal hangs it up.
+        format!("setsid -c true < $t; {close}"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let fifo = fifo(&bed);
+        let script = format!("t=$(tty); {give_up}; {again}");
+        let mut spec = bed.spec(&script);
+        let capabilities = json!(["CAP_SYS_ADMIN"]);
+        for set in ["bounding", "effective", "permitted"] {
+            spec["process"]["capabilities"][set] = capabilities.clone();
+        }
+        spec["process"]["terminal"] = json!(true);
+        let id = format!("box{index}");
+        bed.create(&id, &spec, terminal()).await.unwrap();
+        let mut shown = bed.stream(&id, StreamKind::TERMINAL).await;
+        bed.start(&id).await.unwrap();
+        let mut go = opened(&fifo).await;
+        // The agent has heard of the closed terminal by its answer.
+        bed.processes(&id).await.unwrap();
+        go.write_all(b"go\n").unwrap();
+        let mut back = [0; 6];
+        shown.read_exact(&mut back).await.unwrap();
+        assert_eq!(&back, b"back\r\n");
+        shown.write_all(b"typed\n").await.unwrap();
+        let mut rest = String::new();
+        shown.read_to_string(&mut rest).await.unwrap();
+        assert_eq!(rest, "typed\r\n<typed>\r\n");
+        assert_eq!(bed.wait(&id).await.unwrap().exit_code, 5);
+        bed.delete(&id).await.unwrap();
+    }
+}
+
+pub async fn who_holds_a_terminal_does_not_hold_up_the_end_of_its_process() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    for (index, left) in ["sleep 1000", "/bin/busybox yes"].iter().enumerate() {
+        fifo(&bed);
+        // The child takes the terminal away from its parent, whose end hangs nothing up then.
+        let script = format!(
+            "setsid -c sh -c 'echo taken > /tmp/fifo; exec {left}' <&1 & read taken < /tmp/fifo; echo last; exit 3"
+        );
+        let mut process = bed.process(&script);
+        process["terminal"] = json!(true);
+        for set in ["bounding", "effective", "permitted"] {
+            process["capabilities"][set] = json!(["CAP_SYS_ADMIN"]);
+        }
+        let id = format!("exec{index}");
+        bed.exec("box", &id, &process, terminal()).await.unwrap();
+        let mut shown = bed.stream_of("box", &id, StreamKind::TERMINAL).await;
+        let mut output = String::new();
+        let (exit, read) =
+            tokio::join!(bed.wait_exec("box", &id), shown.read_to_string(&mut output));
+        read.unwrap();
+        assert_eq!(exit.unwrap().exit_code, 3);
+        assert!(output.contains("last\r\n"), "{output}");
+    }
 }
 
 pub async fn who_writes_on_does_not_hold_up_the_end_of_a_process() {
