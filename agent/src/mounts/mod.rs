@@ -35,6 +35,8 @@ pub struct Rootfs<'a> {
     read_only_later: Vec<OwnedFd>,
     /// Devices of file systems that are this container's alone.
     own: Vec<libc::dev_t>,
+    /// Whether the container is in the guest's own cgroup namespace.
+    guests_cgroups: bool,
 }
 
 /// Each mount of these is a file system of its own. Others have one for the whole guest, or for a namespace.
@@ -61,6 +63,7 @@ impl<'a> Rootfs<'a> {
             trees,
             read_only_later: Vec::new(),
             own: Vec::new(),
+            guests_cgroups: plan.namespaces & libc::CLONE_NEWCGROUP as u64 == 0,
         })
     }
 
@@ -148,6 +151,12 @@ impl<'a> Rootfs<'a> {
         if matches!(fs, "proc" | "sysfs") {
             self.refuse_link(mount, fs)?;
         }
+        if fs == "cgroup2" && self.guests_cgroups {
+            // A new mount would reset what the agent's says of the whole hierarchy (`nsdelegate`).
+            let tree = self.bind_cgroups(mount)?;
+            self.attach(&tree, mount, Make::Directory)?;
+            return Ok(tree);
+        }
         let context = FsContext::open(fs).map_err(|errno| match errno {
             Errno::ENODEV => Error::setup(
                 Kind::InvalidArgument,
@@ -188,6 +197,7 @@ impl<'a> Rootfs<'a> {
             attributes &= !attr::RDONLY;
         }
         let tree = match context.mount(attributes) {
+            // In a cgroup namespace that another user namespace owns.
             Err(Errno::EPERM | Errno::EBUSY) if fs == "cgroup2" => self.bind_cgroups(mount)?,
             tree => tree.map_err(failed)?,
         };
@@ -201,7 +211,7 @@ impl<'a> Rootfs<'a> {
         Ok(tree)
     }
 
-    /// A user namespace without a cgroup namespace may not mount cgroup2; a view of the guest's does instead.
+    /// A view of the guest's cgroups.
     fn bind_cgroups(&self, mount: &Mount) -> Result<OwnedFd> {
         let mounts = std::fs::read_to_string("/proc/self/mounts").what(|| &mount.field)?;
         let guests = mounts
@@ -213,14 +223,9 @@ impl<'a> Rootfs<'a> {
             .and_then(|path| CString::new(*path).ok())
             .unwrap_or_default();
         let tree = sys::clone_tree(&path, false).what(|| &mount.field)?;
-        sys::set_attributes(
-            tree.as_fd(),
-            mount.options.set,
-            mount.options.clear,
-            0,
-            false,
-        )
-        .what(|| &mount.field)?;
+        // As a copy it would be a peer of, or below, what it was copied from.
+        sys::set_attributes(tree.as_fd(), 0, 0, libc::MS_PRIVATE, false).what(|| &mount.field)?;
+        set_attributes(tree.as_fd(), &mount.options).what(|| &mount.field)?;
         Ok(tree)
     }
 

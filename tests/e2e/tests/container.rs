@@ -800,3 +800,39 @@ fn the_leak_checker_sees_a_process_and_a_mount() {
     umount2(folder.path(), MntFlags::empty()).unwrap();
     host.assert_nothing_new();
 }
+
+/// A cgroup mount that can be written.
+fn with_own_cgroups(bundle: &mut Bundle) {
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    let cgroups = mounts
+        .iter_mut()
+        .find(|mount| mount["type"] == "cgroup")
+        .unwrap();
+    cgroups["options"] = json!(["nosuid", "noexec", "nodev", "relatime", "rw"]);
+    bundle.config["linux"]["resources"]["pids"] = json!({"limit": 50});
+}
+
+#[test]
+fn a_container_that_may_divide_its_cgroup_does_not_lift_its_own_limits() {
+    let _unchanged = Host::unchanged();
+    let mut bundle = Bundle::shell(
+        "cd /sys/fs/cgroup; echo max > pids.max; cat pids.max; mkdir below && echo max > below/cgroup.max.depth && echo divided; \
+         grep -c ' /sys/fs/cgroup .*nsdelegate.*memory_recursiveprot' /proc/self/mounts",
+    );
+    with_own_cgroups(&mut bundle);
+    assert_same_as_runc(&bundle);
+}
+
+#[test]
+fn a_container_without_a_cgroup_namespace_leaves_the_hierarchy_as_it_is() {
+    let _unchanged = Host::unchanged();
+    // Not beside runc, whose mount would change the host's.
+    let mut bundle = Bundle::shell(
+        "grep -c ' /sys/fs/cgroup .*nsdelegate.*memory_recursiveprot' /proc/self/mounts; cat /sys/fs/cgroup$(cut -d : -f 3 /proc/self/cgroup)/pids.max",
+    );
+    with_own_cgroups(&mut bundle);
+    let namespaces = bundle.config["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "cgroup");
+    let ended = run(&bundle).expect_code(0);
+    assert_eq!(ended.stdout, "1\n50\n");
+}
