@@ -2,7 +2,7 @@
 //!
 //! Guest memory is touched lazily, so what a guest does not use costs the host nothing.
 
-use oci_spec::runtime::{LinuxCpu, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxResources, Spec};
 
 use crate::annotations::Overrides;
 use crate::config::Config;
@@ -55,7 +55,6 @@ impl Size {
         };
         let memory_mib = memory_mib.min(most_memory_mib());
         let vcpus = resources
-            .and_then(|resources| resources.cpu().as_ref())
             .and_then(limited_vcpus)
             .unwrap_or(config.vcpus)
             .min(host_cpus());
@@ -67,12 +66,19 @@ impl Size {
 }
 
 /// As many vCPUs as a container may use: its quota, rounded up, or the processors that it is bound to, whichever is less.
-fn limited_vcpus(cpu: &LinuxCpu) -> Option<u8> {
-    let quota = match (cpu.quota(), cpu.period().unwrap_or(DEFAULT_PERIOD)) {
-        (Some(quota), period @ 1..) if quota > 0 => Some(quota.unsigned_abs().div_ceil(period)),
+fn limited_vcpus(resources: &LinuxResources) -> Option<u8> {
+    let cpu = resources.cpu().as_ref();
+    let period = cpu.and_then(LinuxCpu::period).unwrap_or(DEFAULT_PERIOD);
+    let quota = match (cpu.and_then(LinuxCpu::quota), period) {
+        (Some(quota), 1..) if quota > 0 => Some(quota.unsigned_abs().div_ceil(period)),
         _ => None,
     };
-    let bound = cpu.cpus().as_deref().and_then(count);
+    // `unified` wins over the rest.
+    let unified = resources.unified().as_ref();
+    let cpus = unified
+        .and_then(|unified| unified.get("cpuset.cpus"))
+        .or(cpu.and_then(|cpu| cpu.cpus().as_ref()));
+    let bound = cpus.and_then(|list| count(list));
     let vcpus = quota.into_iter().chain(bound).min()?;
     Some(u8::try_from(vcpus).unwrap_or(MAX_VCPUS).clamp(1, MAX_VCPUS))
 }
@@ -131,7 +137,10 @@ mod tests {
 
     #[test]
     fn a_quota_or_a_set_of_processors_counts_the_vcpus() {
-        let vcpus = |cpu: &str| limited_vcpus(&serde_json::from_str(cpu).unwrap());
+        let vcpus = |cpu: &str| {
+            let resources = format!(r#"{{"cpu":{cpu}}}"#);
+            limited_vcpus(&serde_json::from_str(&resources).unwrap())
+        };
         for (cpu, expected) in [
             ("{}", None),
             (r#"{"quota":-1,"period":100000}"#, None),
@@ -157,5 +166,24 @@ mod tests {
             memory_of(r#"{"memory":{"limit":9223372036854771712}}"#),
             most
         );
+    }
+
+    #[test]
+    fn a_unified_set_of_processors_counts_the_vcpus_and_wins() {
+        for (resources, expected) in [
+            (r#"{"unified":{"cpuset.cpus":"0-1"}}"#, Some(2)),
+            (
+                r#"{"unified":{"cpuset.cpus":"4"},"cpu":{"cpus":"0-3"}}"#,
+                Some(1),
+            ),
+            (
+                r#"{"unified":{"cpuset.cpus":"0-7"},"cpu":{"quota":200000}}"#,
+                Some(2),
+            ),
+            (r#"{"unified":{"cpuset.mems":"0"}}"#, None),
+        ] {
+            let vcpus = limited_vcpus(&serde_json::from_str(resources).unwrap());
+            assert_eq!(vcpus, expected, "{resources}");
+        }
     }
 }

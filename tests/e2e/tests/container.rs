@@ -836,3 +836,17 @@ fn a_container_without_a_cgroup_namespace_leaves_the_hierarchy_as_it_is() {
     let ended = run(&bundle).expect_code(0);
     assert_eq!(ended.stdout, "1\n50\n");
 }
+
+#[test]
+fn processors_and_devices_of_the_host_may_be_limited_by_their_files_names() {
+    let _unchanged = Host::unchanged();
+    let mut bundle = Bundle::shell("cat /sys/fs/cgroup/pids.max; nproc");
+    let mut files = json!({"cpuset.cpus": "0", "cpuset.mems": "0", "pids.max": "77"});
+    // One that the guest has not; a host may have none at all.
+    if let Some(Ok(device)) = fs::read_dir("/sys/block").unwrap().next() {
+        let number = fs::read_to_string(device.path().join("dev")).unwrap();
+        files["io.max"] = json!(format!("{} rbps=1048576", number.trim()));
+    }
+    bundle.config["linux"]["resources"]["unified"] = files;
+    assert_same_as_runc(&bundle);
+}
