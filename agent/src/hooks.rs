@@ -128,7 +128,10 @@ fn wait(child: &mut Child, limit: Option<Duration>) -> Result<ExitStatus, Failur
         return Ok(child.wait()?);
     };
     let process = sys::open_process(child.id())?;
-    let end = Instant::now() + limit;
+    // A limit beyond all time is none.
+    let Some(end) = Instant::now().checked_add(limit) else {
+        return Ok(child.wait()?);
+    };
     loop {
         let left = end.saturating_duration_since(Instant::now());
         // Rounded up, so that the last wait does not end early and turn into a busy one.

@@ -7,6 +7,7 @@
 mod bed;
 mod descriptors;
 mod life;
+mod processes;
 mod terminals;
 
 use std::fs;
@@ -20,6 +21,7 @@ use bulkhead_protocol::agent::{HelloRequest, ShutdownRequest, Stdio, StreamKind}
 use descriptors::*;
 use futures::FutureExt;
 use life::*;
+use processes::*;
 use serde_json::json;
 use terminals::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -195,6 +197,7 @@ tests![
     a_terminal_that_nobody_has_open_can_be_opened_again,
     who_holds_a_terminal_does_not_hold_up_the_end_of_its_process,
     who_writes_on_does_not_hold_up_the_end_of_a_process,
+    a_hook_may_have_all_the_time_there_is,
 ];
 
 async fn output_errors_and_exit_code_come_back() {
