@@ -66,18 +66,18 @@ pub fn run(job: &Job<'_>) -> ! {
     if job.plan.id_maps.is_some() && !handshake::wait_for_admission(socket) {
         launch::exit()
     }
-    let program = match set_up(job, socket).and_then(|program| {
+    let (program, hooks) = match set_up(job, socket).and_then(|ready| {
         handshake::send_ready(socket).what(|| "cannot report to the agent")?;
-        Ok(program)
+        Ok(ready)
     }) {
-        Ok(program) => program,
+        Ok(ready) => ready,
         Err(error) => {
             handshake::send_failure(socket, &error);
             launch::exit()
         }
     };
     if handshake::wait_for_start(socket) {
-        handshake::send_failure(socket, &execute(job, &program));
+        handshake::send_failure(socket, &execute(job, &program, hooks));
     }
     launch::exit()
 }
@@ -158,10 +158,10 @@ fn join(joins: &[Join<'_>]) -> Result<()> {
 }
 
 /// Becomes the user's program; returns only the error.
-fn execute(job: &Job<'_>, program: &Program) -> Error {
+fn execute(job: &Job<'_>, program: &Program, hooks: hooks::Prepared<'_>) -> Error {
     let plan = job.plan;
     let ready = process::go_under_filter(&plan.process, plan.seccomp.as_deref())
-        .and_then(|()| hooks::run(&plan.hooks, job.id, program));
+        .and_then(|()| hooks::run(hooks, program));
     fault::point("init-executes");
     match ready {
         Ok(()) => process::replace(&plan.process, program),
@@ -169,7 +169,7 @@ fn execute(job: &Job<'_>, program: &Program) -> Error {
     }
 }
 
-fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
+fn set_up<'a>(job: &Job<'a>, socket: BorrowedFd<'_>) -> Result<(Program, hooks::Prepared<'a>)> {
     let plan = job.plan;
     fault::point("init-forked");
     launch::reset_signals()?;
@@ -214,11 +214,13 @@ fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
         launch::take_terminal()?;
     }
     read_ahead::program(&plan.process);
-    process::become_process(
+    let hooks = hooks::prepare(&plan.hooks, job.id)?;
+    let program = process::become_process(
         &plan.process,
         job.ends.all().count(),
         plan.seccomp.as_deref(),
-    )
+    )?;
+    Ok((program, hooks))
 }
 
 /// The offsets go through the guest's procfs, as long as it is there.

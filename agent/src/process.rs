@@ -1,6 +1,7 @@
 //! Becoming the container's process: user, capabilities, limits, working directory, program.
 //!
-//! The order, and the texts of the errors, are runc's (libcontainer's `finalizeNamespace`): clients match on them.
+//! The texts of the errors are runc's (libcontainer's `finalizeNamespace`): clients match on them. So is the order, but for a seccomp
+//! filter without `no_new_privs`, which comes as late as it can.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
@@ -10,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use caps::{CapSet, CapsHashSet};
+use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::sched::sched_setaffinity;
@@ -60,11 +61,8 @@ pub fn become_process(
 
     if process.no_new_privileges {
         nix::sys::prctl::set_no_new_privs().what(|| "process.noNewPrivileges")?;
-    } else if let Some(filter) = seccomp {
-        // Takes a capability that is gone in a moment. With no_new_privs it takes none, and waits for the exec, so
-        // that a profile needs to allow as little as possible.
-        filter.load()?;
     }
+    umask(Mode::from_bits_truncate(process.umask));
     // Once as root, which may reach what the user may not, and once more as the user, who may own what root may not
     // enter (a volume over NFS, say).
     let entered = match chdir(&process.cwd) {
@@ -92,13 +90,22 @@ pub fn become_process(
         ));
     }
     nix::sys::prctl::set_keepcaps(false).what(|| "cannot drop capabilities")?;
-    apply_capabilities(&process.capabilities)?;
-    umask(Mode::from_bits_truncate(process.umask));
 
-    Ok(Program {
+    // With no_new_privs a filter takes no capability, and waits for the exec. Without, it takes one that is gone in a moment, and all
+    // that can be done before is: a profile needs to allow as little as possible.
+    let filter = seccomp.filter(|_| !process.no_new_privileges);
+    let mut effective = process.capabilities.effective.clone();
+    effective.extend(filter.map(|_| Capability::CAP_SYS_ADMIN));
+    set_capabilities("effective", CapSet::Effective, &effective)?;
+    let program = Program {
         path: find(process)?,
         env: environment(process, home),
-    })
+    };
+    if let Some(filter) = filter {
+        filter.load()?;
+    }
+    apply_capabilities(&process.capabilities)?;
+    Ok(program)
 }
 
 /// Sets the CPUs of a process that joins a container, which is in the container's cgroup already: from where the
@@ -264,14 +271,18 @@ fn apply_capabilities(sets: &Capabilities) -> Result<()> {
         ("permitted", CapSet::Permitted, &sets.permitted),
         ("ambient", CapSet::Ambient, &sets.ambient),
     ] {
-        caps::set(None, kind, set).map_err(|error| {
-            Error::setup(
-                Kind::InvalidArgument,
-                format!("process.capabilities.{name}: cannot be set: {error}"),
-            )
-        })?;
+        set_capabilities(name, kind, set)?;
     }
     Ok(())
+}
+
+fn set_capabilities(name: &str, kind: CapSet, set: &CapsHashSet) -> Result<()> {
+    caps::set(None, kind, set).map_err(|error| {
+        Error::setup(
+            Kind::InvalidArgument,
+            format!("process.capabilities.{name}: cannot be set: {error}"),
+        )
+    })
 }
 
 /// The home directory of a user in the container's /etc/passwd, or `/`. The file is the image's: only a regular
@@ -359,12 +370,7 @@ fn executable(path: &CStr) -> Result<(), Lookup> {
     if stat.st_mode & libc::S_IFMT == libc::S_IFDIR || stat.st_mode & 0o111 == 0 {
         return Err(Lookup::Denied);
     }
-    match faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS) {
-        // The container's filter may be in force by now and know no faccessat2, which a profile of before 2020 does not:
-        // then the exec itself tells.
-        Ok(()) | Err(Errno::EPERM | Errno::ENOSYS) => Ok(()),
-        Err(_) => Err(Lookup::Denied),
-    }
+    faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS).map_err(|_| Lookup::Denied)
 }
 
 /// Opens the container's own null device for the streams that nobody asked for, so that what /proc/self/fd shows

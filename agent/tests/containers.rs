@@ -197,6 +197,7 @@ tests![
     a_terminal_that_nobody_has_open_can_be_opened_again,
     who_holds_a_terminal_does_not_hold_up_the_end_of_its_process,
     who_writes_on_does_not_hold_up_the_end_of_a_process,
+    a_profile_may_refuse_what_a_process_needs_only_to_become_the_user,
     a_hook_may_have_all_the_time_there_is,
 ];
 
