@@ -298,10 +298,7 @@ impl Containers {
                 }
             }
             Ok(Report::Failed(error)) | Err(error) => Err(error),
-            Ok(Report::Ready | Report::Terminal(_) | Report::End) => Err(Error::setup(
-                Kind::Internal,
-                "the container's init is out of step",
-            )),
+            Ok(_) => Err(out_of_step()),
         };
         if adopted.is_err() {
             let _ = sys::signal_process(child.pidfd.as_fd(), libc::SIGKILL);
@@ -333,17 +330,21 @@ impl Containers {
         };
         let what = || "cannot start the container's init";
         socket.start().what(what)?;
-        match socket.report().await.what(what)? {
+        let mut report = socket.report().await.what(what)?;
+        if matches!(report, Report::Hooked) && container.plan.is_scheduled_late() {
+            // Without the second word it ends.
+            container.schedule()?;
+            socket.start().what(what)?;
+            report = socket.report().await.what(what)?;
+        }
+        match report {
             Report::End => {
                 fault::point("start-executed");
                 tracing::debug!(id, "started");
                 Ok(())
             }
             Report::Failed(error) => Err(error),
-            Report::Ready | Report::Terminal(_) | Report::Forked { .. } => Err(Error::setup(
-                Kind::Internal,
-                "the container's init is out of step",
-            )),
+            _ => Err(out_of_step()),
         }
     }
 
@@ -475,6 +476,10 @@ impl Container {
         Ok(())
     }
 
+    fn schedule(&self) -> Result<()> {
+        self.init.schedule(self.plan.process.scheduler.as_ref())
+    }
+
     /// Follows the init to its end.
     async fn supervise(self: Arc<Self>) {
         let exit = exited(&mut self.init.exit.clone()).await;
@@ -499,12 +504,10 @@ impl Container {
                     self.init.streams.add_terminal(master)?;
                     continue;
                 }
-                Report::Ready => Ok(()),
+                Report::Ready if self.plan.is_scheduled_late() => Ok(()),
+                Report::Ready => self.schedule(),
                 Report::Failed(error) => Err(error),
-                Report::Forked { .. } => Err(Error::setup(
-                    Kind::Internal,
-                    "the container's init is out of step",
-                )),
+                Report::Hooked | Report::Forked { .. } => Err(out_of_step()),
                 Report::End => {
                     let exit = exited(&mut self.init.exit.clone()).await;
                     let code = exit.map_or(255, |exit| exit.code);
@@ -540,6 +543,10 @@ impl Container {
             tracing::warn!(%error, "cannot watch a container's cgroup");
         }
     }
+}
+
+fn out_of_step() -> Error {
+    Error::setup(Kind::Internal, "the container's init is out of step")
 }
 
 /// What a plan has to know of the containers whose namespaces are joined.

@@ -2,7 +2,7 @@
 //!
 //! One SOCK_SEQPACKET pair, both ends close-on-exec. A container's init reports the `Terminal` that it has made, `Ready`
 //! when all but the exec is done, waits for the start byte, and then either vanishes into the exec (end of file:
-//! success) or reports its error.
+//! success) or reports its error. One whose scheduling has to wait for its hooks reports `Hooked` in between, and waits again.
 //! Where namespaces are joined first, the process that joined them reports the one that it forked as `Forked` and
 //! ends; the rest is that one's to say.
 
@@ -24,6 +24,7 @@ const READY: u8 = 0;
 const FAILED: u8 = 1;
 const FORKED: u8 = 2;
 const TERMINAL: u8 = 3;
+const HOOKED: u8 = 4;
 const START: u8 = 1;
 const ADMITTED: u8 = 2;
 
@@ -37,6 +38,8 @@ pub enum Report {
     Terminal(OwnedFd),
     /// Set up.
     Ready,
+    /// Started, and has run its hooks; it waits for its scheduling, and then once more for the start.
+    Hooked,
     /// A process was forked that goes on; a child of the agent.
     Forked {
         /// Its pid, in the agent's pid namespace.
@@ -128,6 +131,7 @@ fn receive(socket: BorrowedFd<'_>) -> nix::Result<Report> {
     Ok(match buffer.get(..length).unwrap_or_default() {
         [] => Report::End,
         [READY] => Report::Ready,
+        [HOOKED] => Report::Hooked,
         [TERMINAL] => fds.next().map_or_else(nonsense, Report::Terminal),
         [FORKED, pid @ ..] => match (<[u8; 4]>::try_from(pid), fds.next()) {
             (Ok(pid), Some(pidfd)) => Report::Forked {
@@ -179,6 +183,11 @@ pub fn send_ready(socket: BorrowedFd<'_>) -> nix::Result<()> {
     // Here and below not `send` and `recv`: this process may be under a seccomp profile that refuses them, and every
     // program needs `read` and `write` of it.
     nix::unistd::write(socket, &[READY]).map(drop)
+}
+
+/// Init: its hooks have run.
+pub fn send_hooked(socket: BorrowedFd<'_>) -> nix::Result<()> {
+    nix::unistd::write(socket, &[HOOKED]).map(drop)
 }
 
 /// Joiner: it has forked the process that goes on.
@@ -236,6 +245,8 @@ mod tests {
         assert!(matches!(receive(agent.as_fd()), Ok(Report::Terminal(_))));
         send_ready(init.as_fd()).unwrap();
         assert!(matches!(receive(agent.as_fd()), Ok(Report::Ready)));
+        send_hooked(init.as_fd()).unwrap();
+        assert!(matches!(receive(agent.as_fd()), Ok(Report::Hooked)));
         for terminal in [None, Some(init.as_fd())] {
             send_forked(init.as_fd(), Pid::from_raw(77), init.as_fd(), terminal).unwrap();
             let Report::Forked {

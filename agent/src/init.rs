@@ -77,7 +77,7 @@ pub fn run(job: &Job<'_>) -> ! {
         }
     };
     if handshake::wait_for_start(socket) {
-        handshake::send_failure(socket, &execute(job, &program, hooks));
+        handshake::send_failure(socket, &execute(job, &program, hooks, socket));
     }
     launch::exit()
 }
@@ -158,15 +158,32 @@ fn join(joins: &[Join<'_>]) -> Result<()> {
 }
 
 /// Becomes the user's program; returns only the error.
-fn execute(job: &Job<'_>, program: &Program, hooks: hooks::Prepared<'_>) -> Error {
+fn execute(
+    job: &Job<'_>,
+    program: &Program,
+    hooks: hooks::Prepared<'_>,
+    socket: BorrowedFd<'_>,
+) -> Error {
     let plan = job.plan;
     let ready = process::go_under_filter(&plan.process, plan.seccomp.as_deref())
-        .and_then(|()| hooks::run(hooks, program));
+        .and_then(|()| hooks::run(hooks, program))
+        .and_then(|()| await_scheduling(plan, socket));
     fault::point("init-executes");
     match ready {
         Ok(()) => process::replace(&plan.process, program),
         Err(error) => error,
     }
+}
+
+/// The hooks that this process has forked are not scheduled as it is to be; some schedulers would not let it fork.
+fn await_scheduling(plan: &Plan, socket: BorrowedFd<'_>) -> Result<()> {
+    if plan.is_scheduled_late() {
+        handshake::send_hooked(socket).what(|| "cannot report to the agent")?;
+        if !handshake::wait_for_start(socket) {
+            launch::exit()
+        }
+    }
+    Ok(())
 }
 
 fn set_up<'a>(job: &Job<'a>, socket: BorrowedFd<'_>) -> Result<(Program, hooks::Prepared<'a>)> {

@@ -46,9 +46,6 @@ pub fn become_process(
     if let Some((class, level)) = process.io_priority {
         crate::sys::set_io_priority(class, level).what(|| "process.ioPriority")?;
     }
-    if let Some(scheduler) = &process.scheduler {
-        crate::sys::set_scheduler(scheduler).what(|| "process.scheduler")?;
-    }
     let home = process
         .env
         .iter()

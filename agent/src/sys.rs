@@ -590,8 +590,8 @@ struct SchedAttr {
     period: u64,
 }
 
-/// Sets the scheduling of this process.
-pub fn set_scheduler(scheduler: &crate::spec::Scheduler) -> Result<()> {
+/// Sets the scheduling of a process.
+pub fn set_scheduler(pid: Pid, scheduler: &crate::spec::Scheduler) -> Result<()> {
     let attributes = SchedAttr {
         // 48 bytes.
         size: size_of::<SchedAttr>() as u32,
@@ -604,8 +604,15 @@ pub fn set_scheduler(scheduler: &crate::spec::Scheduler) -> Result<()> {
         period: scheduler.period,
     };
     // SAFETY: the kernel reads `attributes`, which lives across the call and says its size.
-    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })
-        .map(drop)
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_sched_setattr,
+            pid.as_raw(),
+            &raw const attributes,
+            0,
+        )
+    })
+    .map(drop)
 }
 
 /// The slave of a pseudo-terminal's master, opened without a path.

@@ -198,6 +198,7 @@ tests![
     who_holds_a_terminal_does_not_hold_up_the_end_of_its_process,
     who_writes_on_does_not_hold_up_the_end_of_a_process,
     a_profile_may_refuse_what_a_process_needs_only_to_become_the_user,
+    the_scheduler_is_that_of_the_process_that_is_executed,
     a_hook_may_have_all_the_time_there_is,
 ];
 

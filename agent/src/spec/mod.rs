@@ -191,6 +191,11 @@ impl Plan {
         self.namespaces & !self.joined
     }
 
+    /// Whether its scheduling has to wait for hooks, which the process to be scheduled forks.
+    pub fn is_scheduled_late(&self) -> bool {
+        self.process.scheduler.is_some() && !self.hooks.list.is_empty()
+    }
+
     /// The guest's user who is to own the container's cgroup: the process's, where it has a cgroup namespace and may
     /// write to its cgroup. As with runc, and of no effect for the guest's root.
     pub fn cgroup_owner(&self) -> Option<u32> {

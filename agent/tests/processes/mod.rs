@@ -54,6 +54,54 @@ pub async fn a_profile_may_refuse_what_a_process_needs_only_to_become_the_user()
     }
 }
 
+/// Fields of `/proc/PID/stat` from the policy on (proc_pid_stat(5)).
+fn policy(stat: &str) -> &str {
+    stat.rsplit_once(") ")
+        .unwrap()
+        .1
+        .split(' ')
+        .nth(41 - 3)
+        .unwrap()
+}
+
+pub async fn the_scheduler_is_that_of_the_process_that_is_executed() {
+    let bed = Bed::new().await;
+    let deadline = json!({"policy": "SCHED_DEADLINE", "runtime": 1_000_000, "deadline": 10_000_000, "period": 10_000_000});
+    let reset = json!({"policy": "SCHED_BATCH", "flags": ["SCHED_FLAG_RESET_ON_FORK"]});
+    for (scheduler, number) in [(deadline, "6"), (reset, "3")] {
+        for profile in [None, Some(strict_profile())] {
+            let mut spec = bed.spec("");
+            spec["process"]["args"] = json!(["/bin/cat", "/proc/self/stat"]);
+            spec["process"]["scheduler"] = scheduler.clone();
+            spec["process"]["noNewPrivileges"] = json!(false);
+            if let Some(profile) = profile {
+                spec["linux"]["seccomp"] = profile;
+            }
+            assert_eq!(policy(&bed.output(&spec).await), number, "{scheduler}");
+            // Hooks are forked by the process that is to be scheduled.
+            spec["hooks"] = json!({"startContainer": [{"path": "/bin/true"}]});
+            assert_eq!(policy(&bed.output(&spec).await), number, "{scheduler}");
+            spec["process"]["args"] = json!(["/bin/sleep", "1000"]);
+            bed.create("box", &spec, Stdio::default()).await.unwrap();
+            bed.start("box").await.unwrap();
+            let mut process = bed.process("");
+            process["args"] = json!(["/bin/cat", "/proc/self/stat"]);
+            let stat = bed.exec_output("box", &process).await;
+            assert_eq!(policy(&stat), number, "{scheduler}");
+            process["scheduler"] = json!({"policy": "SCHED_ISO"});
+            let (_, message) = bed.run_exec("box", &process).await.unwrap_err();
+            assert_eq!(message, "process.scheduler: invalid argument");
+            bed.delete("box").await.unwrap();
+        }
+    }
+    let mut spec = bed.spec("true");
+    spec["process"]["scheduler"] = json!({"policy": "SCHED_ISO"});
+    spec["hooks"] = json!({"startContainer": [{"path": "/bin/true"}]});
+    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    let (_, message) = bed.start("box").await.unwrap_err();
+    assert_eq!(message, "process.scheduler: invalid argument");
+}
+
 pub async fn a_hook_may_have_all_the_time_there_is() {
     let bed = Bed::new().await;
     let mut spec = bed.spec("true");
