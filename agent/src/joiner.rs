@@ -92,8 +92,7 @@ fn protect(job: &Job<'_>) -> Result<()> {
     launch::reset_signals()?;
     // Until the exec nobody in the container may look into this copy of the agent; the fork inherits it.
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the process")?;
-    launch::set_oom_score(job.process.oom_score_adj)?;
-    process::set_affinity(job.process)
+    launch::set_oom_score(job.process.oom_score_adj)
 }
 
 fn join(job: &Job<'_>, init: OwnedFd) -> Result<Joined> {

@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
-use nix::sched::sched_setaffinity;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{
@@ -103,25 +102,6 @@ pub fn become_process(
     }
     apply_capabilities(&process.capabilities)?;
     Ok(program)
-}
-
-/// Sets the CPUs of a process that joins a container, which is in the container's cgroup already: from where the
-/// initial ones may be out of reach.
-pub fn set_affinity(process: &Process) -> Result<()> {
-    let Some(affinity) = &process.affinity else {
-        return Ok(());
-    };
-    let this = nix::unistd::Pid::from_raw(0);
-    if let Some(cpus) = &affinity.initial {
-        match sched_setaffinity(this, cpus) {
-            Ok(()) | Err(Errno::EINVAL) => {}
-            Err(errno) => return Err(Error::system("process.execCPUAffinity.initial", errno)),
-        }
-    }
-    match &affinity.last {
-        Some(cpus) => sched_setaffinity(this, cpus).what(|| "process.execCPUAffinity.final"),
-        None => Ok(()),
-    }
 }
 
 /// Sets the limits of this process.

@@ -186,7 +186,6 @@ tests![
     start_hooks_run_in_the_container_right_before_the_program,
     a_start_hook_that_fails_ends_the_start,
     the_scheduler_is_the_specs,
-    processes_that_join_have_their_cpus,
     a_terminal_of_unknown_size_has_the_specs,
     processes_join_a_container_of_every_kind_of_namespace,
     descriptors_are_there_by_their_numbers,
@@ -199,6 +198,7 @@ tests![
     who_writes_on_does_not_hold_up_the_end_of_a_process,
     a_profile_may_refuse_what_a_process_needs_only_to_become_the_user,
     the_scheduler_is_that_of_the_process_that_is_executed,
+    the_numbers_of_the_hosts_processors_mean_nothing_to_processes_that_join,
     a_hook_may_have_all_the_time_there_is,
 ];
 
@@ -1658,24 +1658,6 @@ async fn the_scheduler_is_the_specs() {
         .await
         .unwrap_err();
     assert_eq!(message, "process.scheduler: invalid argument");
-}
-
-async fn processes_that_join_have_their_cpus() {
-    let bed = Bed::new().await;
-    let mut spec = bed.spec("grep Cpus_allowed_list /proc/self/status; sleep 1000");
-    spec["process"]["execCPUAffinity"] = json!({"initial": "0", "final": "0"});
-    bed.create("box", &spec, all_pipes()).await.unwrap();
-    bed.start("box").await.unwrap();
-    let script = "grep Cpus_allowed_list /proc/self/status";
-    let own = bed.exec_output("box", &bed.process(script)).await;
-    assert_eq!(own, "Cpus_allowed_list:\t0\n");
-    let mut process = bed.process(script);
-    // The second is out of this container's reach, or nobody's.
-    process["execCPUAffinity"] = json!({"initial": "900", "final": "1"});
-    match bed.run_exec("box", &process).await {
-        Ok(outcome) => assert_eq!(outcome.stdout, "Cpus_allowed_list:\t1\n"),
-        Err((_, message)) => assert_eq!(message, "process.execCPUAffinity.final: invalid argument"),
-    }
 }
 
 async fn a_terminal_of_unknown_size_has_the_specs() {

@@ -411,7 +411,7 @@ fn checked_weight(weight: u16, field: &str) -> Result<u16> {
 }
 
 /// `0-3,7`: cpuset(7), "List format".
-pub fn is_list(text: &str) -> bool {
+fn is_list(text: &str) -> bool {
     text.trim_end().split(',').all(|range| {
         let mut ends = range.split('-').map(|end| end.trim().parse::<u32>().ok());
         match (ends.next(), ends.next(), ends.next()) {

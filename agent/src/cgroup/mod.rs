@@ -22,7 +22,7 @@ use self::files::{flat_keyed, read};
 use crate::error::{Context, Error, Kind, Result, errno_of};
 
 pub use files::EventFile;
-pub use limits::{Limits, is_list};
+pub use limits::Limits;
 
 /// How long a container may take to freeze: a process that waits for its disk does not stop at once.
 const FREEZE_TIME: Duration = Duration::from_secs(10);

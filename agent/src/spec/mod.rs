@@ -33,7 +33,7 @@ pub use mounts::{Mount, MountIds};
 pub use namespaces::{CLONE_NEWTIME, Joins, flag as namespace_flag};
 pub use parse::parse_resources;
 pub use process::{Capabilities, Process};
-pub use scheduling::{Affinity, Scheduler};
+pub use scheduling::Scheduler;
 
 /// Everything that a container's init does, in checked form.
 #[derive(Debug)]
@@ -364,11 +364,6 @@ mod tests {
                 "/process/ioPriority",
                 json!({"class": "IOPRIO_CLASS_BE", "priority": 8}),
                 "process.ioPriority.priority",
-            ),
-            (
-                "/process/execCPUAffinity",
-                json!({"initial": "3-1"}),
-                "process.execCPUAffinity.initial",
             ),
             ("/linux", Value::Null, "linux"),
             (

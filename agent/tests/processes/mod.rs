@@ -102,6 +102,18 @@ pub async fn the_scheduler_is_that_of_the_process_that_is_executed() {
     assert_eq!(message, "process.scheduler: invalid argument");
 }
 
+pub async fn the_numbers_of_the_hosts_processors_mean_nothing_to_processes_that_join() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    let mut process = bed.process("grep Cpus_allowed_list /proc/self/status");
+    let own = bed.exec_output("box", &process).await;
+    // The first one and one that no guest has.
+    for numbers in ["0", "900"] {
+        process["execCPUAffinity"] = json!({"initial": numbers, "final": numbers});
+        assert_eq!(bed.exec_output("box", &process).await, own);
+    }
+}
+
 pub async fn a_hook_may_have_all_the_time_there_is() {
     let bed = Bed::new().await;
     let mut spec = bed.spec("true");
