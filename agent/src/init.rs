@@ -271,7 +271,7 @@ fn name_host(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn build_root(job: &Job<'_>, mut rootfs: Rootfs<'_>) -> Result<Option<Terminal>> {
+fn build_root<'a>(job: &Job<'a>, mut rootfs: Rootfs<'a>) -> Result<Option<Terminal>> {
     let plan = job.plan;
     let null =
         open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).what(|| "/dev/null")?;

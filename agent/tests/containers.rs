@@ -7,6 +7,7 @@
 mod bed;
 mod descriptors;
 mod life;
+mod mounts;
 mod processes;
 mod terminals;
 
@@ -21,6 +22,7 @@ use bulkhead_protocol::agent::{HelloRequest, ShutdownRequest, Stdio, StreamKind}
 use descriptors::*;
 use futures::FutureExt;
 use life::*;
+use mounts::*;
 use processes::*;
 use serde_json::json;
 use terminals::*;
@@ -196,6 +198,7 @@ tests![
     a_terminal_that_nobody_has_open_can_be_opened_again,
     who_holds_a_terminal_does_not_hold_up_the_end_of_its_process,
     who_writes_on_does_not_hold_up_the_end_of_a_process,
+    the_propagation_of_a_mount_is_its_own_whatever_the_roots,
     a_profile_may_refuse_what_a_process_needs_only_to_become_the_user,
     the_scheduler_is_that_of_the_process_that_is_executed,
     the_numbers_of_the_hosts_processors_mean_nothing_to_processes_that_join,

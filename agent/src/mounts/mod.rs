@@ -35,6 +35,8 @@ pub struct Rootfs<'a> {
     read_only_later: Vec<OwnedFd>,
     /// Devices of file systems that are this container's alone.
     own: Vec<libc::dev_t>,
+    /// Mounts with a propagation of their own, which the root's must not replace.
+    propagating: Vec<(OwnedFd, &'a Mount)>,
     /// Whether the container is in the guest's own cgroup namespace.
     guests_cgroups: bool,
 }
@@ -63,6 +65,7 @@ impl<'a> Rootfs<'a> {
             trees,
             read_only_later: Vec::new(),
             own: Vec::new(),
+            propagating: Vec::new(),
             guests_cgroups: plan.namespaces & libc::CLONE_NEWCGROUP as u64 == 0,
         })
     }
@@ -73,7 +76,7 @@ impl<'a> Rootfs<'a> {
     }
 
     /// One of the spec's mounts, the one with this index.
-    pub fn add(&mut self, index: usize, mount: &Mount) -> Result<()> {
+    pub fn add(&mut self, index: usize, mount: &'a Mount) -> Result<()> {
         let attached = if mount.options.remount {
             self.change(mount)?
         } else if mount.options.bind {
@@ -83,9 +86,10 @@ impl<'a> Rootfs<'a> {
         } else {
             self.add_file_system(mount)?
         };
-        for &(kind, recursive) in &mount.options.propagation {
-            sys::set_attributes(attached.as_fd(), 0, 0, kind, recursive)
-                .what(|| format!("{}: cannot set the propagation", mount.field))?;
+        set_propagation(attached.as_fd(), mount)?;
+        if !mount.options.propagation.is_empty() {
+            let attached = attached.try_clone().what(|| &mount.field)?;
+            self.propagating.push((attached, mount));
         }
         if read_only_later(mount) {
             self.read_only_later.push(attached);
@@ -346,9 +350,21 @@ impl<'a> Rootfs<'a> {
         if let Some((kind, recursive)) = propagation {
             sys::set_attributes(self.root(), 0, 0, kind, recursive)
                 .what(|| "linux.rootfsPropagation")?;
+            // A shared root can't be pivoted into, so it comes last; what the mounts say of themselves holds all the same.
+            for (attached, mount) in &self.propagating {
+                set_propagation(attached.as_fd(), mount)?;
+            }
         }
         Ok(())
     }
+}
+
+fn set_propagation(attached: BorrowedFd<'_>, mount: &Mount) -> Result<()> {
+    for &(kind, recursive) in &mount.options.propagation {
+        sys::set_attributes(attached, 0, 0, kind, recursive)
+            .what(|| format!("{}: cannot set the propagation", mount.field))?;
+    }
+    Ok(())
 }
 
 fn failed(context: &FsContext, mount: &Mount, action: &str, errno: Errno) -> Error {
