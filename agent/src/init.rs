@@ -201,7 +201,7 @@ fn set_up<'a>(job: &Job<'a>, socket: BorrowedFd<'_>) -> Result<(Program, hooks::
     // Until the exec nobody in the container may look into this copy of the agent.
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the container's init")?;
     umask(Mode::empty());
-    launch::join_keyring(job.id)?;
+    launch::make_keyring(job.id)?;
     if plan.made() & libc::CLONE_NEWCGROUP as u64 != 0 {
         unshare(CloneFlags::CLONE_NEWCGROUP).what(|| "cannot make a cgroup namespace")?;
     }

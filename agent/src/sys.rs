@@ -557,15 +557,25 @@ pub fn set_limit_of(
     .map(drop)
 }
 
-/// Joins a new session keyring, so that a container neither sees nor keeps the agent's.
-pub fn new_session_keyring(name: &str) -> Result<()> {
+/// Joins the session keyring of this name, or a new one if this process can find none; its serial number.
+pub fn join_session_keyring(name: &str) -> Result<i32> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
     let name = c_string(name.as_bytes())?;
     // SAFETY: the name lives across the call.
-    Errno::result(unsafe {
+    let serial = Errno::result(unsafe {
         libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr())
-    })
-    .map(drop)
+    })?;
+    i32::try_from(serial).map_err(|_| Errno::EOVERFLOW)
+}
+
+/// Lets the user that a session keyring belongs to find it by its name.
+pub fn let_owner_find_keyring(serial: i32) -> Result<()> {
+    const KEYCTL_SETPERM: libc::c_int = 5;
+    // KEY_POS_ALL, KEY_USR_VIEW, KEY_USR_READ and KEY_USR_LINK, which it is born with, and KEY_USR_SEARCH (linux/key.h).
+    const PERMISSIONS: libc::c_ulong = 0x3f1b_0000;
+    // SAFETY: touches no memory.
+    Errno::result(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, serial, PERMISSIONS) })
+        .map(drop)
 }
 
 /// Sets the I/O priority of this process; `ioprio_set(2)`.

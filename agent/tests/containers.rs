@@ -202,6 +202,7 @@ tests![
     a_profile_may_refuse_what_a_process_needs_only_to_become_the_user,
     the_scheduler_is_that_of_the_process_that_is_executed,
     the_numbers_of_the_hosts_processors_mean_nothing_to_processes_that_join,
+    processes_that_join_share_the_session_keyring,
     a_hook_may_have_all_the_time_there_is,
 ];
 

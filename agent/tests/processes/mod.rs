@@ -2,10 +2,12 @@
 
 use std::fs;
 
-use bulkhead_protocol::agent::Stdio;
+use bulkhead_protocol::agent::{Stdio, StreamKind};
 use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
 
-use crate::bed::Bed;
+use crate::bed::{Bed, all_pipes};
+use crate::in_user_namespace;
 
 /// A profile that refuses calls which no program needs that has started.
 fn strict_profile() -> Value {
@@ -111,6 +113,32 @@ pub async fn the_numbers_of_the_hosts_processors_mean_nothing_to_processes_that_
     for numbers in ["0", "900"] {
         process["execCPUAffinity"] = json!({"initial": numbers, "final": numbers});
         assert_eq!(bed.exec_output("box", &process).await, own);
+    }
+}
+
+pub async fn processes_that_join_share_the_session_keyring() {
+    let bed = Bed::new().await;
+    // Other keyrings of this name may be about.
+    let id = format!("keyring-{}", std::process::id());
+    let script = format!("grep _ses.{id} /proc/keys");
+    let and_wait = format!("{script}; exec >&-; sleep 1000");
+    for mut spec in [bed.spec(&and_wait), in_user_namespace(&bed, &and_wait)] {
+        let masked = spec["linux"]["maskedPaths"].as_array_mut().unwrap();
+        masked.retain(|path| path != "/proc/keys");
+        bed.create(&id, &spec, all_pipes()).await.unwrap();
+        let mut output = bed.stream(&id, StreamKind::STDOUT).await;
+        bed.start(&id).await.unwrap();
+        let mut inits = String::new();
+        output.read_to_string(&mut inits).await.unwrap();
+        let serial = |keys: &str| -> Vec<String> {
+            let lines = keys.lines();
+            let serial = |line: &str| line.split(' ').next().map(str::to_owned);
+            lines.filter_map(serial).collect()
+        };
+        let joined = bed.exec_output(&id, &bed.process(&script)).await;
+        assert_eq!(serial(&inits).len(), 1, "{inits}");
+        assert_eq!(serial(&joined), serial(&inits), "{joined}{inits}");
+        bed.delete(&id).await.unwrap();
     }
 }
 
