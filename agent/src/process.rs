@@ -181,13 +181,13 @@ impl Program {
     }
 }
 
-fn environment(process: &Process, home: Option<String>) -> Vec<CString> {
+fn environment(process: &Process, home: Option<Vec<u8>>) -> Vec<CString> {
     let pairs = process
         .env
         .iter()
         .filter(|(name, _)| home.is_none() || name != "HOME")
-        .map(|(name, value)| format!("{name}={value}"));
-    let home = home.as_ref().map(|home| format!("HOME={home}"));
+        .map(|(name, value)| format!("{name}={value}").into_bytes());
+    let home = home.as_ref().map(|home| [b"HOME=", &**home].concat());
     // Null bytes were refused with the spec; a home directory can't hold one that came through.
     pairs
         .chain(home)
@@ -263,10 +263,10 @@ fn set_capabilities(name: &str, kind: CapSet, set: &CapsHashSet) -> Result<()> {
 }
 
 /// The home directory of a user in the container's /etc/passwd, or `/`. The file is the image's: only a regular
-/// file of a sane size is read.
-fn home_of(uid: u32) -> String {
+/// file of a sane size is read, and names may be in any encoding.
+fn home_of(uid: u32) -> Vec<u8> {
     const MAX_PASSWD: u64 = 1 << 20;
-    let root = || "/".to_owned();
+    let root = || b"/".to_vec();
     let opened = File::options()
         .read(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -280,19 +280,19 @@ fn home_of(uid: u32) -> String {
     {
         return root();
     }
-    let mut passwd = String::new();
-    if file.take(MAX_PASSWD).read_to_string(&mut passwd).is_err() {
+    let mut passwd = Vec::new();
+    if file.take(MAX_PASSWD).read_to_end(&mut passwd).is_err() {
         return root();
     }
     home_in(&passwd, uid).unwrap_or_else(root)
 }
 
-fn home_in(passwd: &str, uid: u32) -> Option<String> {
-    passwd.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let line_uid = fields.nth(2)?.parse::<u32>().ok()?;
+fn home_in(passwd: &[u8], uid: u32) -> Option<Vec<u8>> {
+    passwd.split(|&byte| byte == b'\n').find_map(|line| {
+        let mut fields = line.split(|&byte| byte == b':');
+        let line_uid = std::str::from_utf8(fields.nth(2)?).ok()?.parse::<u32>();
         let home = fields.nth(2)?;
-        (line_uid == uid && !home.is_empty()).then(|| home.to_owned())
+        (line_uid == Ok(uid) && !home.is_empty()).then(|| home.to_vec())
     })
 }
 
@@ -442,9 +442,9 @@ mod tests {
 
     #[test]
     fn the_home_directory_is_that_of_the_uid() {
-        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nme:x:1000:1000::/home/me:/bin/sh\nno:x:7:7:::\n";
-        assert_eq!(home_in(passwd, 1000).as_deref(), Some("/home/me"));
-        assert_eq!(home_in(passwd, 0).as_deref(), Some("/root"));
+        let passwd = b"root:x:0:0:root:/root:/bin/sh\nbroken\nme:x:1000:1000::/home/me:/bin/sh\nno:x:7:7:::\n";
+        assert_eq!(home_in(passwd, 1000).as_deref(), Some(&b"/home/me"[..]));
+        assert_eq!(home_in(passwd, 0).as_deref(), Some(&b"/root"[..]));
         assert_eq!(home_in(passwd, 7), None);
         assert_eq!(home_in(passwd, 5), None);
     }

@@ -203,6 +203,7 @@ tests![
     the_scheduler_is_that_of_the_process_that_is_executed,
     the_numbers_of_the_hosts_processors_mean_nothing_to_processes_that_join,
     processes_that_join_share_the_session_keyring,
+    the_home_directory_is_found_among_names_of_any_encoding,
     a_hook_may_have_all_the_time_there_is,
 ];
 

@@ -142,6 +142,16 @@ pub async fn processes_that_join_share_the_session_keyring() {
     }
 }
 
+pub async fn the_home_directory_is_found_among_names_of_any_encoding() {
+    let bed = Bed::new().await;
+    let passwd = b"caf\xe9:x:5:5:Caf\xe9:/:/bin/sh\nme:x:1000:1000::/home/caf\xe9:/bin/sh\n";
+    fs::write(bed.rootfs().join("etc/passwd"), passwd).unwrap();
+    let mut spec = bed.spec("echo $HOME | /bin/busybox od -An -tx1");
+    spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+    let output = bed.output(&spec).await;
+    assert!(output.trim_end().ends_with(" 63 61 66 e9 0a"), "{output}");
+}
+
 pub async fn a_hook_may_have_all_the_time_there_is() {
     let bed = Bed::new().await;
     let mut spec = bed.spec("true");
