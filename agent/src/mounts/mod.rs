@@ -274,7 +274,8 @@ impl<'a> Rootfs<'a> {
         Ok(())
     }
 
-    /// `linux.readonlyPaths`: each a read-only mount of itself. What does not exist needs none.
+    /// `linux.readonlyPaths`: each a read-only mount of itself, and what is mounted below stays as it is, as under runc. What does not
+    /// exist needs none.
     pub fn make_read_only(&self, path: &Path) -> Result<()> {
         let field = || format!("linux.readonlyPaths ({})", path.display());
         let place = match paths::open(self.root(), path.as_os_str().as_bytes()) {
@@ -282,7 +283,7 @@ impl<'a> Rootfs<'a> {
             place => place.what(field)?,
         };
         let tree = sys::clone_tree_of(place.as_fd(), true).what(field)?;
-        sys::set_attributes(tree.as_fd(), attr::RDONLY, 0, 0, true).what(field)?;
+        sys::set_attributes(tree.as_fd(), attr::RDONLY, 0, 0, false).what(field)?;
         sys::attach(tree.as_fd(), place.as_fd()).what(field)
     }
 

@@ -36,3 +36,17 @@ pub async fn the_propagation_of_a_mount_is_its_own_whatever_the_roots() {
         assert_eq!(shared("/"), root_is_shared, "{root:?}: {output}");
     }
 }
+
+pub async fn what_is_mounted_below_a_read_only_path_stays_writable() {
+    let bed = Bed::new().await;
+    let mut spec = bed.spec("touch /data/x 2>&1; touch /data/below/x && echo written");
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    for place in ["/data", "/data/below"] {
+        mounts.push(json!({"destination": place, "type": "tmpfs", "source": "tmpfs"}));
+    }
+    spec["linux"]["readonlyPaths"] = json!(["/data"]);
+    assert_eq!(
+        bed.output(&spec).await,
+        "touch: /data/x: Read-only file system\nwritten\n"
+    );
+}
