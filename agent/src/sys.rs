@@ -104,11 +104,31 @@ fn c_string(bytes: &[u8]) -> Result<CString> {
 /// Opens `path` as if `root` were the root directory: neither `..` nor a symbolic link leaves it, and magic links
 /// of procfs are not followed.
 pub fn open_in_root(root: BorrowedFd<'_>, path: &[u8], flags: OFlag) -> Result<OwnedFd> {
+    open_resolving(
+        root,
+        path,
+        flags,
+        libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS,
+    )
+}
+
+/// Opens `path` below a directory as a mere place (O_PATH): no symbolic link on the way is followed, and nothing leads out.
+pub fn open_below(directory: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
+    let resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS;
+    open_resolving(directory, path, OFlag::O_PATH, resolve)
+}
+
+fn open_resolving(
+    root: BorrowedFd<'_>,
+    path: &[u8],
+    flags: OFlag,
+    resolve: u64,
+) -> Result<OwnedFd> {
     let path = c_string(path)?;
     let how = OpenHow {
         flags: (flags | OFlag::O_CLOEXEC).bits() as u64,
         mode: 0,
-        resolve: libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS,
+        resolve,
     };
     loop {
         // SAFETY: `path` and `how` live across the call, and the size is that of `how`.

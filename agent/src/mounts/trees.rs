@@ -109,12 +109,17 @@ pub(super) fn root_place(plan: &Plan) -> Result<OwnedFd> {
     Ok(place)
 }
 
-/// A copy of a bind mount's source.
+/// A copy of a bind mount's source. Below it nothing that a container may have put there leads elsewhere.
 pub(super) fn bind(mount: &Mount) -> Result<OwnedFd> {
     let path = mount.source.as_deref().unwrap_or(Path::new(""));
-    let field = || format!("{}: source {}", mount.field, path.display());
-    let source = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).what(field)?;
-    sys::clone_tree_of(source.as_fd(), mount.options.bind_recursive).what(field)
+    let field = |path: &Path| format!("{}: source {}", mount.field, path.display());
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    let mut source = open(path, flags, Mode::empty()).what(|| field(path))?;
+    if let Some(below) = &mount.below {
+        source = sys::open_below(source.as_fd(), below.as_os_str().as_bytes())
+            .what(|| field(&path.join(below)))?;
+    }
+    sys::clone_tree_of(source.as_fd(), mount.options.bind_recursive).what(|| field(path))
 }
 
 fn map_ids(tree: BorrowedFd<'_>, ids: &MountIds, mount: &Mount) -> Result<()> {

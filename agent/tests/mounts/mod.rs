@@ -1,8 +1,11 @@
 //! Mounts where the image, the volumes or the container itself would have them lead elsewhere or do more.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 
+use bulkhead_protocol::agent::{CreateContainerRequest, MountBelow, Stdio};
 use serde_json::json;
+use ttrpc::context::Context;
 
 use crate::bed::Bed;
 
@@ -49,4 +52,49 @@ pub async fn what_is_mounted_below_a_read_only_path_stays_writable() {
         bed.output(&spec).await,
         "touch: /data/x: Read-only file system\nwritten\n"
     );
+}
+
+pub async fn what_is_mounted_below_a_volume_is_not_found_through_its_links() {
+    let bed = Bed::new().await;
+    let (volume, secret) = (bed.dir().join("volume"), bed.dir().join("secret"));
+    fs::create_dir_all(secret.join("inner")).unwrap();
+    fs::write(secret.join("inner/file"), "secret").unwrap();
+    fs::create_dir_all(volume.join("real/inner")).unwrap();
+    symlink("real", volume.join("inside")).unwrap();
+    symlink(&secret, volume.join("outside")).unwrap();
+    let mut spec = bed.spec("cat /data/*/inner/file");
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    let index = mounts.len() as u32;
+    mounts.push(json!({"destination": "/data", "source": volume, "options": ["rbind"]}));
+    for (path, allowed) in [
+        ("real/inner", true),
+        ("outside/inner", false),
+        ("outside", false),
+        ("inside/inner", false),
+    ] {
+        let request = CreateContainerRequest {
+            container_id: "box".to_owned(),
+            spec_json: serde_json::to_vec(&spec).unwrap(),
+            stdio: Some(Stdio::default()).into(),
+            mounts_below: vec![MountBelow {
+                mount: index,
+                path: path.into(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let created = bed
+            .client
+            .create_container(Context::default(), &request)
+            .await;
+        match created {
+            Ok(_) if allowed => bed.delete("box").await.unwrap(),
+            Ok(_) => panic!("{path}: made"),
+            Err(error) => {
+                assert!(!allowed, "{path}: {error}");
+                let error = error.to_string();
+                assert!(error.contains(&format!("volume/{path}: ")), "{error}");
+            }
+        }
+    }
 }
