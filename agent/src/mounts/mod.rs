@@ -10,7 +10,7 @@ mod trees;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -242,7 +242,9 @@ impl<'a> Rootfs<'a> {
 
     /// A link at the place of /proc or /sys would put them where the masks don't look for them.
     fn refuse_link(&self, mount: &Mount, fs: &str) -> Result<()> {
-        let destination = mount.destination.as_os_str().as_bytes();
+        // However it is spelled: `/proc/` would be what a link leads to.
+        let destination = cleaned(&mount.destination);
+        let destination = destination.as_os_str().as_bytes();
         match sys::open_in_root(self.root(), destination, OFlag::O_PATH | OFlag::O_NOFOLLOW) {
             Err(Errno::ENOENT) => Ok(()),
             Err(errno) => Err(Error::system(&mount.field, errno)),
@@ -401,10 +403,22 @@ fn set_attributes(tree: BorrowedFd<'_>, options: &MountOptions) -> nix::Result<(
 
 /// Whether a destination is /dev itself, however it is spelled.
 pub fn is_dev(destination: &Path) -> bool {
-    let mut normal = destination
-        .components()
-        .filter(|part| !matches!(part, Component::RootDir | Component::CurDir));
-    normal.next() == Some(Component::Normal("dev".as_ref())) && normal.next().is_none()
+    cleaned(destination) == Path::new("/dev")
+}
+
+/// A path of the container without `.`, `..` and superfluous slashes, as Go's `filepath.Clean` has it for runc: links do not count.
+fn cleaned(path: &Path) -> PathBuf {
+    let mut clean = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::Normal(part) => clean.push(part),
+            Component::ParentDir => {
+                clean.pop();
+            }
+            _ => {}
+        }
+    }
+    clean
 }
 
 #[cfg(test)]
@@ -413,7 +427,7 @@ mod tests {
 
     #[test]
     fn dev_is_recognised_however_it_is_spelled() {
-        for path in ["/dev", "/dev/", "dev", "//dev/.", "/./dev"] {
+        for path in ["/dev", "/dev/", "dev", "//dev/.", "/./dev", "/../x/../dev"] {
             assert!(is_dev(Path::new(path)), "{path}");
         }
         for path in ["/", "/dev/shm", "/devices", "/x/dev"] {

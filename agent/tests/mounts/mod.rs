@@ -5,6 +5,7 @@ use std::os::unix::fs::symlink;
 
 use bulkhead_protocol::agent::{CreateContainerRequest, MountBelow, Stdio};
 use serde_json::json;
+use ttrpc::Code;
 use ttrpc::context::Context;
 
 use crate::bed::Bed;
@@ -96,5 +97,18 @@ pub async fn what_is_mounted_below_a_volume_is_not_found_through_its_links() {
                 assert!(error.contains(&format!("volume/{path}: ")), "{error}");
             }
         }
+    }
+}
+
+pub async fn a_proc_that_is_a_link_is_refused_however_it_is_spelled() {
+    let bed = Bed::new().await;
+    fs::create_dir(bed.rootfs().join("data/sys")).unwrap();
+    symlink("data", bed.rootfs().join("proc")).unwrap();
+    for place in ["/proc/", "/proc/.", "//proc//", "/proc/sys/.."] {
+        let mut spec = bed.spec("true");
+        spec["mounts"][0]["destination"] = json!(place);
+        let refused = bed.create("box", &spec, Stdio::default()).await;
+        let message = format!("mounts[0] ({place}): proc must be mounted on ordinary directory");
+        assert_eq!(refused, Err((Code::INVALID_ARGUMENT, message)));
     }
 }
