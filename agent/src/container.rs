@@ -454,7 +454,10 @@ impl Container {
 
     fn signal_all(&self, number: i32) -> Result<()> {
         if number == Signal::SIGKILL as i32 {
-            return self.cgroup.kill();
+            self.cgroup.kill()?;
+            // It may have left the cgroup.
+            self.init.kill();
+            return Ok(());
         }
         for pid in self.cgroup.processes()? {
             // By now the pid may be another container's process. What it is once it is pinned, it stays.
@@ -536,8 +539,9 @@ impl Container {
     async fn end(&self) {
         if let Err(error) = self.cgroup.kill() {
             tracing::warn!(%error, "cannot kill a container's cgroup");
-            self.init.kill();
         }
+        // Dead already, unless it has left the cgroup.
+        self.init.kill();
         exited(&mut self.init.exit.clone()).await;
         if let Err(error) = self.cgroup.emptied().await {
             tracing::warn!(%error, "cannot watch a container's cgroup");

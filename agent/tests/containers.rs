@@ -207,6 +207,7 @@ tests![
     the_numbers_of_the_hosts_processors_mean_nothing_to_processes_that_join,
     processes_that_join_share_the_session_keyring,
     the_home_directory_is_found_among_names_of_any_encoding,
+    an_init_that_has_left_its_cgroup_ends_with_its_container,
     a_hook_may_have_all_the_time_there_is,
 ];
 

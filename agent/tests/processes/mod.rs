@@ -1,6 +1,7 @@
 //! What processes are on their way to the program: under strict profiles, scheduled, with keyrings; and how all of them end.
 
 use std::fs;
+use std::path::Path;
 
 use bulkhead_protocol::agent::{Stdio, StreamKind};
 use serde_json::{Value, json};
@@ -150,6 +151,43 @@ pub async fn the_home_directory_is_found_among_names_of_any_encoding() {
     spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
     let output = bed.output(&spec).await;
     assert!(output.trim_end().ends_with(" 63 61 66 e9 0a"), "{output}");
+}
+
+pub async fn an_init_that_has_left_its_cgroup_ends_with_its_container() {
+    let bed = Bed::new().await;
+    let elsewhere = bed.cgroup_of("box").with_file_name("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let mount = elsewhere.ancestors().find(|path| {
+        let parent = path.parent().unwrap_or(Path::new("/"));
+        !parent.join("cgroup.procs").exists()
+    });
+    let below = elsewhere.strip_prefix(mount.unwrap()).unwrap();
+    let script = format!(
+        "echo 0 > /sys/fs/cgroup/{}/cgroup.procs && echo left; exec sleep 1000",
+        below.display()
+    );
+    let mut spec = bed.spec(&script);
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "cgroup");
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.last_mut().unwrap()["options"] = json!(["nosuid", "noexec", "nodev"]);
+    for how in ["kill", "delete"] {
+        bed.create("box", &spec, all_pipes()).await.unwrap();
+        let mut output = bed.stream("box", StreamKind::STDOUT).await;
+        bed.start("box").await.unwrap();
+        let mut left = [0; 5];
+        output.read_exact(&mut left).await.unwrap();
+        assert_eq!(&left, b"left\n");
+        if how == "kill" {
+            drop(output);
+            bed.signal("box", 9, true).await.unwrap();
+            let errors = bed.stream("box", StreamKind::STDERR).await;
+            drop(errors);
+            assert_eq!(bed.wait("box").await.unwrap().exit_code, 128 + 9);
+        }
+        bed.delete("box").await.unwrap();
+    }
+    fs::remove_dir(&elsewhere).unwrap();
 }
 
 pub async fn a_hook_may_have_all_the_time_there_is() {
