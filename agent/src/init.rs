@@ -13,7 +13,7 @@ use nix::unistd::setsid;
 
 use crate::devices::Nodes;
 use crate::error::{Context, Error, Result};
-use crate::mounts::{Rootfs, Trees, is_dev};
+use crate::mounts::{Rootfs, Trees, is_dev, is_ptmx};
 use crate::process::{self, Program};
 use crate::spec::{CLONE_NEWTIME, Plan};
 use crate::streams::BorrowedEnds;
@@ -291,7 +291,8 @@ fn build_root<'a>(job: &Job<'a>, mut rootfs: Rootfs<'a>) -> Result<Option<Termin
         for device in devices::defaults(&plan.devices) {
             devices::make(rootfs.root(), &device, nodes)?;
         }
-        for device in &plan.devices {
+        // The multiplexer is a link to that of the container's own devpts, as in runc.
+        for device in plan.devices.iter().filter(|device| !is_ptmx(&device.path)) {
             devices::make(rootfs.root(), device, nodes)?;
         }
         devices::make_links(rootfs.root())?;

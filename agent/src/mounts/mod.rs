@@ -406,6 +406,11 @@ pub fn is_dev(destination: &Path) -> bool {
     cleaned(destination) == Path::new("/dev")
 }
 
+/// Whether a device is the multiplexer of pseudo-terminals.
+pub fn is_ptmx(device: &Path) -> bool {
+    cleaned(device) == Path::new("/dev/ptmx")
+}
+
 /// A path of the container without `.`, `..` and superfluous slashes, as Go's `filepath.Clean` has it for runc: links do not count.
 fn cleaned(path: &Path) -> PathBuf {
     let mut clean = PathBuf::from("/");

@@ -9,6 +9,7 @@ use ttrpc::Code;
 use ttrpc::context::Context;
 
 use crate::bed::Bed;
+use crate::in_user_namespace;
 
 pub async fn the_propagation_of_a_mount_is_its_own_whatever_the_roots() {
     let bed = Bed::new().await;
@@ -110,5 +111,15 @@ pub async fn a_proc_that_is_a_link_is_refused_however_it_is_spelled() {
         let refused = bed.create("box", &spec, Stdio::default()).await;
         let message = format!("mounts[0] ({place}): proc must be mounted on ordinary directory");
         assert_eq!(refused, Err((Code::INVALID_ARGUMENT, message)));
+    }
+}
+
+pub async fn a_multiplexer_of_terminals_among_the_devices_is_passed_over() {
+    let bed = Bed::new().await;
+    let script = "readlink /dev/ptmx";
+    for mut spec in [bed.spec(script), in_user_namespace(&bed, script)] {
+        spec["linux"]["devices"] =
+            json!([{"path": "/dev/ptmx", "type": "c", "major": 5, "minor": 2, "fileMode": 0o666}]);
+        assert_eq!(bed.output(&spec).await, "pts/ptmx\n");
     }
 }
