@@ -65,6 +65,8 @@ pub struct Container {
     pub(crate) deleted: watch::Sender<bool>,
     /// Set once its init is ready.
     kept: OnceLock<Kept>,
+    /// Held by who freezes or thaws it, and by who must find it as it is to be.
+    pub(crate) freezer: tokio::sync::Mutex<()>,
     phase: Mutex<Phase>,
 }
 
@@ -149,6 +151,7 @@ impl Containers {
             execs: Registry::default(),
             deleted: watch::Sender::new(false),
             kept: OnceLock::new(),
+            freezer: tokio::sync::Mutex::default(),
             phase: Mutex::new(Phase::Started),
         });
         let admitted = match &container.plan.id_maps {
@@ -363,7 +366,7 @@ impl Containers {
     }
 
     /// Sends a signal; 0 sends none and only asks whether there is anybody to take one (kill(2)).
-    pub fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
+    pub async fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
         fault::point("signal-asked");
         let container = self.find(id)?;
         let number = i32::try_from(signal)
@@ -371,7 +374,7 @@ impl Containers {
             .filter(|number| (0..=64).contains(number))
             .ok_or_else(|| Error::Request(format!("signal: {signal} is not from 0 to 64")))?;
         if all {
-            container.signal_all(number)
+            container.signal_all(number).await
         } else if exec_id.is_empty() {
             container.init.signal(number, "container not running")
         } else {
@@ -452,13 +455,27 @@ impl Container {
         self.init.has_ended() || sys::has_ended(self.init.pidfd.as_fd())
     }
 
-    fn signal_all(&self, number: i32) -> Result<()> {
+    async fn signal_all(&self, number: i32) -> Result<()> {
         if number == Signal::SIGKILL as i32 {
             self.cgroup.kill()?;
             // It may have left the cgroup.
             self.init.kill();
             return Ok(());
         }
+        // Those who are frozen fork nobody whom the list would not have.
+        let _alone = self.freezer.lock().await;
+        let freeze = number != 0 && !self.cgroup.is_freezing()?;
+        if freeze && let Err(error) = self.cgroup.freeze().await {
+            tracing::warn!(%error, "a signal for all may miss processes that are being forked");
+        }
+        let signalled = self.signal_each(number);
+        if freeze {
+            self.cgroup.thaw().await?;
+        }
+        signalled
+    }
+
+    fn signal_each(&self, number: i32) -> Result<()> {
         for pid in self.cgroup.processes()? {
             // By now the pid may be another container's process. What it is once it is pinned, it stays.
             let signalled = match sys::open_process(pid.unsigned_abs()) {

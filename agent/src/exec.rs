@@ -51,7 +51,11 @@ impl Container {
             Size::bounded(stdio.terminal_width, stdio.terminal_height).or(process.console_size)
         });
         let (streams, ends) = Streams::open(stdio)?;
-        let joiner = self.fork_joiner(&process, ends, size, reaper)?;
+        let joiner = {
+            // Frozen for a signal's sake it is not paused.
+            let _alone = self.freezer.lock().await;
+            self.fork_joiner(&process, ends, size, reaper)?
+        };
         fault::point("exec-forked");
         let executed = joiner.execute(&process, streams, reaper).await;
         if executed.is_err() {

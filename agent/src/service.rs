@@ -234,8 +234,13 @@ impl Agent for Service {
             all,
             ..
         } = request;
-        self.greeted()?
-            .signal(&container_id, &exec_id, signal, all)?;
+        let containers = Arc::clone(self.greeted()?);
+        whole(async move {
+            containers
+                .signal(&container_id, &exec_id, signal, all)
+                .await
+        })
+        .await?;
         Ok(SignalProcessResponse::default())
     }
 

@@ -209,6 +209,8 @@ tests![
     processes_that_join_share_the_session_keyring,
     the_home_directory_is_found_among_names_of_any_encoding,
     an_init_that_has_left_its_cgroup_ends_with_its_container,
+    a_signal_for_all_reaches_those_that_are_forked_meanwhile,
+    a_paused_container_stays_so_when_a_signal_for_all_comes,
     a_hook_may_have_all_the_time_there_is,
 ];
 

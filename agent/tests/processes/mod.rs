@@ -190,6 +190,42 @@ pub async fn an_init_that_has_left_its_cgroup_ends_with_its_container() {
     fs::remove_dir(&elsewhere).unwrap();
 }
 
+pub async fn a_signal_for_all_reaches_those_that_are_forked_meanwhile() {
+    let bed = Bed::new().await;
+    // Each lives only until it has forked the next, and holds the output open.
+    let script = "hop() { hop & }; for i in 1 2 3 4 5 6; do hop; done; exec >&-; echo ready >&2; \
+                  while :; do sleep 1000; done";
+    let spec = bed.spec(script);
+    let stdio = Stdio {
+        stdout: true,
+        stderr: true,
+        ..Default::default()
+    };
+    for round in 0..5 {
+        let id = format!("box{round}");
+        bed.create(&id, &spec, stdio.clone()).await.unwrap();
+        let mut output = bed.stream(&id, StreamKind::STDOUT).await;
+        let mut ready = bed.stream(&id, StreamKind::STDERR).await;
+        bed.start(&id).await.unwrap();
+        ready.read_exact(&mut [0; 6]).await.unwrap();
+        bed.signal(&id, 15, true).await.unwrap();
+        output.read_to_string(&mut String::new()).await.unwrap();
+        // It is no signal for the first process, which has no handler for it.
+        bed.signal(&id, 0, false).await.unwrap();
+        bed.delete(&id).await.unwrap();
+    }
+}
+
+pub async fn a_paused_container_stays_so_when_a_signal_for_all_comes() {
+    let bed = Bed::new().await;
+    bed.running("box").await;
+    bed.pause("box").await.unwrap();
+    bed.signal("box", 1, true).await.unwrap();
+    let refused = bed.pause("box").await.unwrap_err();
+    assert_eq!(refused.1, "container not running: it is paused");
+    bed.resume("box").await.unwrap();
+}
+
 pub async fn a_hook_may_have_all_the_time_there_is() {
     let bed = Bed::new().await;
     let mut spec = bed.spec("true");
