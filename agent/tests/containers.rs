@@ -202,6 +202,7 @@ tests![
     what_is_mounted_below_a_read_only_path_stays_writable,
     what_is_mounted_below_a_volume_is_not_found_through_its_links,
     a_proc_that_is_a_link_is_refused_however_it_is_spelled,
+    the_guests_null_device_cannot_be_changed_through_its_copies,
     a_multiplexer_of_terminals_among_the_devices_is_passed_over,
     a_profile_may_refuse_what_a_process_needs_only_to_become_the_user,
     the_scheduler_is_that_of_the_process_that_is_executed,

@@ -112,6 +112,7 @@ impl<'a> Rootfs<'a> {
             Make::File
         };
         set_attributes(tree.as_fd(), &mount.options).what(|| &mount.field)?;
+        protect_device(tree.as_fd()).what(|| &mount.field)?;
         self.attach(&tree, mount, make)?;
         Ok(tree)
     }
@@ -302,7 +303,9 @@ impl<'a> Rootfs<'a> {
             context.set("source", Some(b"tmpfs")).what(field)?;
             context.mount(attr::RDONLY).what(field)?
         } else {
-            sys::clone_tree_of(null, false).what(field)?
+            let null = sys::clone_tree_of(null, false).what(field)?;
+            protect_device(null.as_fd()).what(field)?;
+            null
         };
         sys::attach(mask.as_fd(), place.as_fd()).what(field)
     }
@@ -368,6 +371,15 @@ fn set_propagation(attached: BorrowedFd<'_>, mount: &Mount) -> Result<()> {
             .what(|| format!("{}: cannot set the propagation", mount.field))?;
     }
     Ok(())
+}
+
+/// Makes a mount read-only that is of a device. It is one of the guest's own, whose mode and owner are everybody's; the device itself
+/// can be written.
+pub fn protect_device(tree: BorrowedFd<'_>) -> nix::Result<()> {
+    match fstat(tree)?.st_mode & libc::S_IFMT {
+        libc::S_IFCHR | libc::S_IFBLK => sys::set_attributes(tree, attr::RDONLY, 0, 0, false),
+        _ => Ok(()),
+    }
 }
 
 fn failed(context: &FsContext, mount: &Mount, action: &str, errno: Errno) -> Error {

@@ -114,6 +114,24 @@ pub async fn a_proc_that_is_a_link_is_refused_however_it_is_spelled() {
     }
 }
 
+pub async fn the_guests_null_device_cannot_be_changed_through_its_copies() {
+    let bed = Bed::new().await;
+    // To what it is already: a test that fails must not change this machine's.
+    let mut spec = bed.spec(
+        "for place in /proc/keys /data/null; do /bin/busybox chmod 666 $place 2>&1; echo x > $place && echo written; \
+         done",
+    );
+    fs::write(bed.rootfs().join("data/null"), "").unwrap();
+    spec["mounts"].as_array_mut().unwrap().push(
+        json!({"destination": "/data/null", "source": "/dev/null", "options": ["bind", "rw"]}),
+    );
+    assert_eq!(
+        bed.output(&spec).await,
+        "chmod: /proc/keys: Read-only file system\nwritten\n\
+         chmod: /data/null: Read-only file system\nwritten\n"
+    );
+}
+
 pub async fn a_multiplexer_of_terminals_among_the_devices_is_passed_over() {
     let bed = Bed::new().await;
     let script = "readlink /dev/ptmx";
