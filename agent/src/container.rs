@@ -70,6 +70,14 @@ pub struct Container {
     phase: Mutex<Phase>,
 }
 
+/// What an init is forked with.
+struct Given {
+    ends: ProcessEnds,
+    /// Size of the terminal to make in place of the standard streams.
+    terminal: Option<Size>,
+    trees: Trees,
+}
+
 #[derive(Debug)]
 enum Phase {
     /// The init waits for its start.
@@ -131,10 +139,15 @@ impl Containers {
         }
         let (streams, ends) = Streams::open(&request.stdio)?;
         let stdio = &request.stdio;
-        let size = stdio.terminal.then(|| {
+        let terminal = stdio.terminal.then(|| {
             Size::bounded(stdio.terminal_width, stdio.terminal_height).or(plan.process.console_size)
         });
-        let (child, socket) = self.fork(id, &plan, &cgroup, &owners, ends, size)?;
+        let given = Given {
+            trees: Trees::prepare(&plan, init::first_free(&ends.borrow())).await?,
+            ends,
+            terminal,
+        };
+        let (child, socket) = self.fork(id, &plan, &cgroup, &owners, given)?;
         fault::point("create-forked");
         drop(owners);
         let child = if plan.joined == 0 {
@@ -223,14 +236,12 @@ impl Containers {
         plan: &Plan,
         cgroup: &Cgroup,
         owners: &[(u64, Arc<Container>)],
-        ends: ProcessEnds,
-        terminal: Option<Size>,
+        given: Given,
     ) -> Result<(Child, handshake::Agent)> {
         let what = || "cannot make the container's init";
         let (mine, theirs) = handshake::pair().what(what)?;
         let socket = handshake::Agent::new(mine).what(what)?;
-        let ends = ends.borrow();
-        let trees = Trees::prepare(plan, init::first_free(&ends))?;
+        let ends = given.ends.borrow();
         if let Some(maps) = &plan.id_maps {
             user_namespace::give_streams(&ends, maps)?;
         }
@@ -259,10 +270,10 @@ impl Containers {
         let job = Job {
             id,
             plan,
-            trees: &trees,
+            trees: &given.trees,
             network: network.as_ref().map(AsFd::as_fd),
             ends,
-            terminal,
+            terminal: given.terminal,
             socket: theirs.as_fd(),
         };
         // SAFETY: the agent has one thread, and the child goes into functions that never return.
@@ -527,7 +538,7 @@ impl Container {
                 Report::Ready if self.plan.is_scheduled_late() => Ok(()),
                 Report::Ready => self.schedule(),
                 Report::Failed(error) => Err(error),
-                Report::Hooked | Report::Forked { .. } => Err(out_of_step()),
+                Report::Hooked | Report::Tree(_) | Report::Forked { .. } => Err(out_of_step()),
                 Report::End => {
                     let exit = exited(&mut self.init.exit.clone()).await;
                     let code = exit.map_or(255, |exit| exit.code);

@@ -3,6 +3,7 @@
 //! One SOCK_SEQPACKET pair, both ends close-on-exec. A container's init reports the `Terminal` that it has made, `Ready`
 //! when all but the exec is done, waits for the start byte, and then either vanishes into the exec (end of file:
 //! success) or reports its error. One whose scheduling has to wait for its hooks reports `Hooked` in between, and waits again.
+//! A child that copies mounts for an init reports each `Tree`.
 //! Where namespaces are joined first, the process that joined them reports the one that it forked as `Forked` and
 //! ends; the rest is that one's to say.
 
@@ -25,6 +26,7 @@ const FAILED: u8 = 1;
 const FORKED: u8 = 2;
 const TERMINAL: u8 = 3;
 const HOOKED: u8 = 4;
+const TREE: u8 = 5;
 const START: u8 = 1;
 const ADMITTED: u8 = 2;
 
@@ -40,6 +42,8 @@ pub enum Report {
     Ready,
     /// Started, and has run its hooks; it waits for its scheduling, and then once more for the start.
     Hooked,
+    /// A copy of a mount, attached nowhere: the next of those that were wanted.
+    Tree(OwnedFd),
     /// A process was forked that goes on; a child of the agent.
     Forked {
         /// Its pid, in the agent's pid namespace.
@@ -133,6 +137,7 @@ fn receive(socket: BorrowedFd<'_>) -> nix::Result<Report> {
         [READY] => Report::Ready,
         [HOOKED] => Report::Hooked,
         [TERMINAL] => fds.next().map_or_else(nonsense, Report::Terminal),
+        [TREE] => fds.next().map_or_else(nonsense, Report::Tree),
         [FORKED, pid @ ..] => match (<[u8; 4]>::try_from(pid), fds.next()) {
             (Ok(pid), Some(pidfd)) => Report::Forked {
                 pid: Pid::from_raw(i32::from_ne_bytes(pid)),
@@ -176,6 +181,11 @@ fn send_with(
 /// Init: the master of its terminal.
 pub fn send_terminal(socket: BorrowedFd<'_>, master: BorrowedFd<'_>) -> nix::Result<()> {
     send_with(socket, &[TERMINAL], &[master.as_raw_fd()])
+}
+
+/// A copy of a mount.
+pub fn send_tree(socket: BorrowedFd<'_>, tree: BorrowedFd<'_>) -> nix::Result<()> {
+    send_with(socket, &[TREE], &[tree.as_raw_fd()])
 }
 
 /// Init: everything but the exec is done.
@@ -243,6 +253,8 @@ mod tests {
         let (agent, init) = pair().unwrap();
         send_terminal(init.as_fd(), init.as_fd()).unwrap();
         assert!(matches!(receive(agent.as_fd()), Ok(Report::Terminal(_))));
+        send_tree(init.as_fd(), init.as_fd()).unwrap();
+        assert!(matches!(receive(agent.as_fd()), Ok(Report::Tree(_))));
         send_ready(init.as_fd()).unwrap();
         assert!(matches!(receive(agent.as_fd()), Ok(Report::Ready)));
         send_hooked(init.as_fd()).unwrap();

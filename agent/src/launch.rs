@@ -90,6 +90,13 @@ pub fn arrange_descriptors<const N: usize>(
     }))
 }
 
+/// Closes every descriptor but one and the standard ones: a connection of the agent that a child held open would never end.
+pub fn close_all_but(keep: &OwnedFd) -> Result<()> {
+    // SAFETY: the owners of these descriptors are never dropped in this process.
+    unsafe { sys::close_from(FIRST, &[keep.as_raw_fd()]) }
+        .what(|| "cannot close the agent's descriptors")
+}
+
 /// Undoes what the agent did to its signals.
 pub fn reset_signals() -> Result<()> {
     let what = || "cannot reset the signals";

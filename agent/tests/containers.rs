@@ -204,6 +204,7 @@ tests![
     a_proc_that_is_a_link_is_refused_however_it_is_spelled,
     the_guests_null_device_cannot_be_changed_through_its_copies,
     a_multiplexer_of_terminals_among_the_devices_is_passed_over,
+    a_slow_volume_holds_up_nobody_but_its_container,
     a_profile_may_refuse_what_a_process_needs_only_to_become_the_user,
     the_scheduler_is_that_of_the_process_that_is_executed,
     the_numbers_of_the_hosts_processors_mean_nothing_to_processes_that_join,

@@ -1,10 +1,16 @@
 //! Mounts where the image, the volumes or the container itself would have them lead elsewhere or do more.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{OpenOptionsExt, symlink};
 
+use bulkhead_agent::sys::watch_fd;
 use bulkhead_protocol::agent::{CreateContainerRequest, MountBelow, Stdio};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use ttrpc::Code;
 use ttrpc::context::Context;
 
@@ -140,4 +146,81 @@ pub async fn a_multiplexer_of_terminals_among_the_devices_is_passed_over() {
             json!([{"path": "/dev/ptmx", "type": "c", "major": 5, "minor": 2, "fileMode": 0o666}]);
         assert_eq!(bed.output(&spec).await, "pts/ptmx\n");
     }
+}
+
+/// A file system of the kernel's FUSE that says it is there and leaves every further request unanswered.
+struct Slow {
+    device: AsyncFd<fs::File>,
+    place: tempfile::TempDir,
+}
+
+impl Slow {
+    async fn mount() -> Self {
+        let device = fs::File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/fuse")
+            .unwrap();
+        let place = tempfile::tempdir().unwrap();
+        let fd = device.as_raw_fd();
+        let options = format!("fd={fd},rootmode=40000,user_id=0,group_id=0");
+        mount(
+            Some("slow"),
+            place.path(),
+            Some("fuse"),
+            MsFlags::empty(),
+            Some(options.as_str()),
+        )
+        .unwrap();
+        let device = watch_fd(device, Interest::READABLE).unwrap();
+        let slow = Self { device, place };
+        let request = slow.request().await;
+        // struct fuse_out_header and struct fuse_init_out (linux/fuse.h): the request's number, version 7.31, nothing offered.
+        let mut answer = [0; 16 + 64];
+        answer[0] = 16 + 64;
+        answer[8..16].copy_from_slice(&request[8..16]);
+        (answer[16], answer[20]) = (7, 31);
+        slow.device.get_ref().write_all(&answer).unwrap();
+        slow
+    }
+
+    /// Waits for the next request.
+    async fn request(&self) -> Vec<u8> {
+        let mut request = vec![0; 1 << 17];
+        let length = self
+            .device
+            .async_io(Interest::READABLE, |mut device| device.read(&mut request))
+            .await
+            .unwrap();
+        request.truncate(length);
+        request
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        umount2(self.place.path(), MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+pub async fn a_slow_volume_holds_up_nobody_but_its_container() {
+    let slow = Slow::mount().await;
+    let source = slow.place.path().join("volume");
+    let bed = Bed::new().await;
+    bed.running("other").await;
+    let mut spec = in_user_namespace(&bed, "true");
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/data", "source": source, "options": ["bind"]}));
+    let meanwhile = async {
+        slow.request().await;
+        let processes = bed.processes("other").await.unwrap();
+        assert_eq!(processes.len(), 1);
+        // Fails what it has not answered.
+        drop(slow);
+    };
+    let create = bed.create("box", &spec, Stdio::default());
+    let (created, ()) = tokio::join!(create, meanwhile);
+    let (_, message) = created.unwrap_err();
+    assert!(message.contains("source "), "{message}");
 }
