@@ -260,7 +260,11 @@ fn validate(spec: &Spec) -> Result<(), SpecError> {
             "is missing: it has to list the container's namespaces",
         ));
     };
-    validate_namespaces(linux, spec.hostname().is_some())?;
+    let has_hostname = spec
+        .hostname()
+        .as_ref()
+        .is_some_and(|name| !name.is_empty());
+    validate_namespaces(linux, has_hostname)?;
     validate_linux(linux)?;
     Ok(())
 }
@@ -688,6 +692,18 @@ pub(crate) mod tests {
         let process = spec.process().as_ref().unwrap();
         let flags = process.scheduler().as_ref().unwrap().flags();
         assert_eq!(flags.as_ref().unwrap().len(), 7);
+    }
+
+    #[test]
+    fn a_hostname_that_names_nothing_needs_no_namespace() {
+        let mut config = good();
+        let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|namespace| namespace["type"] != "uts");
+        for (hostname, taken) in [("", true), ("h", false)] {
+            config["hostname"] = json!(hostname);
+            let loaded = Bundle::load(bundle(&config.to_string()).path());
+            assert_eq!(loaded.is_ok(), taken, "{hostname:?}");
+        }
     }
 
     #[test]
