@@ -265,11 +265,12 @@ impl Settings {
         let quota = cpu.quota().filter(|&quota| quota != 0);
         let period = cpu.period().filter(|&period| period != 0);
         match (quota, period) {
-            (Some(quota), period) => {
-                let period = period.unwrap_or(DEFAULT_PERIOD);
+            (Some(quota), Some(period)) => {
                 let value = format!("{} {period}", limit_or_max(quota));
                 self.text("cpu.quota", "cpu.max", value);
             }
+            // The kernel keeps the period that there is.
+            (Some(quota), None) => self.text("cpu.quota", "cpu.max", limit_or_max(quota)),
             (None, Some(period)) => {
                 let value = Value::Period(period);
                 self.add("cpu.period", "cpu.max", value, Missing::Refuse);
@@ -358,9 +359,6 @@ impl Settings {
         Ok(())
     }
 }
-
-/// The kernel's own, in microseconds.
-const DEFAULT_PERIOD: u64 = 100_000;
 
 fn limit_or_max(limit: i64) -> String {
     if limit < 0 {
@@ -553,7 +551,7 @@ mod tests {
                 ("pids.max", "max"),
                 ("memory.swap.max", "max"),
                 ("memory.max", "max"),
-                ("cpu.max", "max 100000")
+                ("cpu.max", "max")
             ])
         );
     }
