@@ -137,7 +137,8 @@ fn not_running(join: &Join<'_>) -> Error {
 }
 
 fn join(joins: &[Join<'_>]) -> Result<()> {
-    // Others may see the init in their pid namespace; it inherits this.
+    // Others may see the init in their pid namespace; it inherits this. From one that has CAP_SYS_PTRACE in the guest's user namespace
+    // nothing keeps it: what that wins is the guest.
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the container's init")?;
     let user = |join: &&Join<'_>| join.namespace & libc::CLONE_NEWUSER as u64 != 0;
     // The user namespace last: in it this process has no rights in those that others own.
@@ -198,7 +199,7 @@ fn set_up<'a>(job: &Job<'a>, socket: BorrowedFd<'_>) -> Result<(Program, hooks::
     if plan.id_maps.is_some() {
         user_namespace::become_root()?;
     }
-    // Until the exec nobody in the container may look into this copy of the agent.
+    // Until the exec nobody in the container may look into this copy of the agent, but for CAP_SYS_PTRACE in the guest's user namespace.
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the container's init")?;
     umask(Mode::empty());
     launch::make_keyring(job.id)?;
