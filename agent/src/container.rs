@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fault;
+use crate::forget;
 use crate::handshake::{self, Report};
 use crate::init::{self, Job, Join};
 use crate::kept::Kept;
@@ -419,6 +420,11 @@ impl Containers {
         self.registry.remove(id, &container);
         tracing::debug!(id, "deleted");
         Ok(())
+    }
+
+    /// Has the kernel forget the files that nothing uses.
+    pub async fn forget_unused_files(&self) -> Result<()> {
+        forget::unused_files(&self.reaper).await
     }
 
     /// Ends every process of every container. The rest of them goes with the guest.

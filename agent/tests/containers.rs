@@ -15,7 +15,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use bed::{AGENT_MODE, Bed, all_pipes};
-use bulkhead_protocol::agent::{HelloRequest, ShutdownRequest, Stdio, StreamKind};
+use bulkhead_protocol::agent::{
+    ForgetFilesRequest, HelloRequest, ShutdownRequest, Stdio, StreamKind,
+};
 use descriptors::*;
 use futures::FutureExt;
 use life::*;
@@ -185,6 +187,8 @@ tests![
     processes_that_join_have_their_cpus,
     a_terminal_of_unknown_size_has_the_specs,
     processes_join_a_container_of_every_kind_of_namespace,
+    the_kernel_is_told_to_forget_files_and_no_child_is_left,
+    while_the_kernel_forgets_files_the_agent_serves_and_what_it_closes_is_closed,
     descriptors_are_there_by_their_numbers,
     descriptors_carry_bytes_whole_and_end,
     descriptors_leave_room_for_what_an_init_needs_itself,
@@ -1730,4 +1734,69 @@ async fn processes_join_a_container_of_every_kind_of_namespace() {
         );
         assert_eq!(lines[6], "0 88", "{state}: {output}");
     }
+}
+
+async fn the_kernel_is_told_to_forget_files_and_no_child_is_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let told = dir.path().join("told");
+    fs::write(&told, "").unwrap();
+    for (file, expected) in [
+        (told.as_path(), Ok(())),
+        (
+            Path::new("/dev/full"),
+            Err("cannot forget files that are not used: no space left on device"),
+        ),
+    ] {
+        let bed = Bed::forgetting_by(file).await;
+        let request = ForgetFilesRequest::default();
+        let answer = bed.client.forget_files(Context::default(), &request).await;
+        let agent = bed.agent.id();
+        let children = fs::read_to_string(format!("/proc/{agent}/task/{agent}/children"));
+        assert_eq!(children.unwrap(), "");
+        match expected {
+            Ok(()) => assert!(answer.is_ok(), "{answer:?}"),
+            Err(message) => {
+                let error = answer.unwrap_err().to_string();
+                assert!(error.contains(message), "{error}");
+            }
+        }
+    }
+    assert_eq!(fs::read_to_string(told).unwrap(), "2");
+}
+
+async fn while_the_kernel_forgets_files_the_agent_serves_and_what_it_closes_is_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    // Nobody gets beyond its opening as long as nobody reads.
+    let kernel = dir.path().join("kernel");
+    nix::unistd::mkfifo(&kernel, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let bed = Bed::forgetting_by(&kernel).await;
+    bed.create("box", &bed.spec("cat"), all_pipes())
+        .await
+        .unwrap();
+    let mut streams = Vec::new();
+    for kind in [StreamKind::STDIN, StreamKind::STDOUT, StreamKind::STDERR] {
+        streams.push(bed.stream("box", kind).await);
+    }
+    bed.start("box").await.unwrap();
+
+    let client = bed.client.clone();
+    let forgetting = tokio::spawn(async move {
+        let request = ForgetFilesRequest::default();
+        client.forget_files(Context::default(), &request).await
+    });
+    let agent = bed.agent.id();
+    let children = || {
+        let children = fs::read_to_string(format!("/proc/{agent}/task/{agent}/children"));
+        children.unwrap().split_whitespace().count()
+    };
+    while children() < 2 {
+        tokio::task::yield_now().await;
+    }
+    streams[0].shutdown().await.unwrap();
+    assert_eq!(bed.wait("box").await.unwrap().exit_code, 0);
+    assert!(!forgetting.is_finished());
+    let told = tokio::task::spawn_blocking(|| fs::read_to_string(kernel));
+    let told = told.await.unwrap().unwrap();
+    assert_eq!(told, "2");
+    forgetting.await.unwrap().unwrap();
 }

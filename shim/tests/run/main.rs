@@ -233,7 +233,7 @@ fn a_guest_that_does_not_come_up_is_told_in_one_sentence() {
         ("refuse", "the VMM refused: memory is too small"),
         ("die", "exited with code 3"),
         ("silent", "not ready within 1 s"),
-        ("version", "agent 9.9 speaks protocol version 4"),
+        ("version", "agent 9.9 speaks protocol version 5"),
     ] {
         let bed = Bed::new(&["/bin/true"]).unwrap().mode(mode);
         bed.configure("boot_timeout_s = 1\n");
