@@ -21,11 +21,12 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::id::ContainerId;
+use crate::sizing::{FILE_BYTES, most_files};
 
 /// Where cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Memory of server, VMM and proxies beside the guest's, in bytes: what the host's limit is above it.
+/// Memory of server, VMM and proxies beside the guest's and its files', in bytes: what the host's limit is above them.
 const OVERHEAD: u64 = 64 << 20;
 
 /// How long the processes of a cgroup may take to be gone once they are killed, in milliseconds.
@@ -239,7 +240,8 @@ fn beside_own() -> PathBuf {
 
 /// The host's part of a container's resources.
 fn of_host(resources: &LinuxResources, guest_mib: u64) -> Result<LinuxResources, String> {
-    let limit = (guest_mib << 20).saturating_add(OVERHEAD);
+    let files = u64::from(most_files(guest_mib)) * FILE_BYTES;
+    let limit = (guest_mib << 20).saturating_add(OVERHEAD + files);
     let mut memory = LinuxMemory::default();
     memory.set_limit(i64::try_from(limit).ok());
     let mut host = LinuxResourcesBuilder::default()
@@ -377,7 +379,8 @@ pub(crate) mod tests {
         .unwrap();
         let host = of_host(&resources, 128).unwrap();
         let memory = host.memory().as_ref().unwrap();
-        assert_eq!(memory.limit(), Some((128 + 64) << 20));
+        // 64 MiB for the host's programs, and as many for the smallest number of files.
+        assert_eq!(memory.limit(), Some((128 + 64 + 64) << 20));
         assert_eq!(memory.swap(), None);
         assert_eq!(host.cpu(), resources.cpu());
         let files: Vec<_> = host.unified().iter().flatten().collect();

@@ -10,6 +10,7 @@ mod container;
 mod end;
 mod error;
 mod exec;
+mod files;
 mod limits;
 mod process;
 
@@ -238,6 +239,7 @@ impl Sandbox {
         if let Some(agent) = machine.agent_if_ready() {
             // Mostly there is none.
             let _ = agent.delete(container.id.as_str()).await;
+            machine.forget_files().await;
         }
         let removed = machine
             .share()
@@ -691,6 +693,8 @@ impl Sandbox {
             let machine = self.running_machine()?;
             let agent = machine.agent().await?;
             machine.explain(agent.delete(id).await).await?;
+            // The host's file systems that it was on may be wanted for something else.
+            machine.forget_files().await;
             machine
                 .share()
                 .remove_container(container.part, &container.binds)?;

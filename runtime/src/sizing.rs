@@ -26,6 +26,18 @@ pub const MIN_MEMORY_MIB: u64 = 64;
 /// What the guest's kernel, its page tables and the agent take beside the container, in MiB.
 pub const BASE_MEMORY_MIB: u64 = 64;
 
+/// Memory of the host, in bytes, that is set aside for each file of the share that a guest may have cached. The VMM holds a descriptor for it, and
+/// that the host's inodes and names: 2 to 3 KiB, and more for directories of many layers.
+pub const FILE_BYTES: u64 = 4 << 10;
+
+/// How many files of the share a guest of this memory may have cached or open at a time: as many as take a quarter of it on the host, and enough
+/// for small guests. The guest itself takes about 1 KiB for each.
+pub fn most_files(memory_mib: u64) -> u32 {
+    let files = memory_mib.saturating_mul((1 << 20) / 4 / FILE_BYTES);
+    // Both bounds fit.
+    files.clamp(16 << 10, 1 << 20) as u32
+}
+
 /// The size of one guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
@@ -148,6 +160,21 @@ mod tests {
         ] {
             assert_eq!(vcpus(cpu), expected, "{cpu}");
         }
+    }
+
+    #[test]
+    fn a_guest_may_cache_files_for_a_quarter_of_its_memory() {
+        for (memory_mib, expected) in [
+            (64, 16_384),
+            (256, 16_384),
+            (512, 32_768),
+            (513, 32_832),
+            (16_384, 1 << 20),
+            (u64::MAX, 1 << 20),
+        ] {
+            assert_eq!(most_files(memory_mib), expected, "{memory_mib}");
+        }
+        assert_eq!(u64::from(most_files(512)) * FILE_BYTES, 128 << 20);
     }
 
     #[test]

@@ -19,10 +19,10 @@ use async_trait::async_trait;
 use bulkhead_protocol::agent::{
     ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
     DeleteContainerRequest, DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse,
-    ExecProcessRequest, ExecProcessResponse, Flow, HelloRequest, HelloResponse, ShutdownRequest,
-    ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartContainerRequest,
-    StartContainerResponse, StreamHeader, StreamKind, WaitOomRequest, WaitOomResponse,
-    WaitProcessRequest, WaitProcessResponse,
+    ExecProcessRequest, ExecProcessResponse, Flow, ForgetFilesRequest, ForgetFilesResponse,
+    HelloRequest, HelloResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest,
+    SignalProcessResponse, StartContainerRequest, StartContainerResponse, StreamHeader, StreamKind,
+    WaitOomRequest, WaitOomResponse, WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::{Agent, create_agent};
 use bulkhead_protocol::{CONTROL_PORT, PROTOCOL_VERSION};
@@ -70,7 +70,7 @@ fn main() {
             if mode != "deaf" {
                 serve_vsock(&config.vsock_path, &streams);
             }
-            let control = control.clone();
+            let (mode, control) = (mode.clone(), control.clone());
             thread::spawn(move || serve_agent(&mode, control, streams));
         }
     }
@@ -80,7 +80,13 @@ fn main() {
                 end(&control, exit_code::POWER_OFF, "shut down by request")
             }
             // Its processes run on: who is asked nothing meanwhile can't tell.
-            Ok((Request::Pause | Request::Resume, _)) => {
+            Ok((request @ (Request::Pause | Request::Resume), _)) => {
+                if matches!(request, Request::Resume) {
+                    log("resumed");
+                } else if mode == "many files" {
+                    // On the last requests before it stands still.
+                    tell_many_files(&control);
+                }
                 let _ = send_message(&*control, &Message::Response(Response::Ok));
             }
             Ok(_) => {}
@@ -97,6 +103,10 @@ fn end(control: &OwnedFd, exit_code: i32, reason: &str) -> ! {
     };
     let _ = send_message(control, &Message::Event(event));
     std::process::exit(exit_code);
+}
+
+fn tell_many_files(control: &OwnedFd) {
+    let _ = send_message(control, &Message::Event(Event::ManyFiles));
 }
 
 /// Takes the streams' connections.
@@ -144,6 +154,7 @@ fn serve_agent(mode: &str, control: Arc<OwnedFd>, streams: Streams) {
             streams,
             processes: Processes::default(),
             asked: Notify::new(),
+            forgetting: Notify::new(),
             ooms: watch::Sender::new(0),
         };
         let connection = futures_stream(stream);
@@ -180,6 +191,8 @@ struct FakeAgent {
     processes: Processes,
     /// Whether it has been asked if it is still there.
     asked: Notify,
+    /// Lets it forget files, one time: SIGUSR2 in the mode "many files", in which SIGUSR1 has it cache many.
+    forgetting: Notify,
     /// Kills for want of memory: SIGUSR1 in the mode "ooms".
     ooms: watch::Sender<u64>,
 }
@@ -466,6 +479,16 @@ impl Agent for FakeAgent {
             self.ooms.send_modify(|kills| *kills += 1);
             return Ok(SignalProcessResponse::default());
         }
+        if self.mode == "many files" {
+            match i32::try_from(request.signal).unwrap() {
+                nix::libc::SIGUSR1 => tell_many_files(&self.control),
+                nix::libc::SIGUSR2 => self.forgetting.notify_one(),
+                _ => {}
+            }
+            if request.signal != nix::libc::SIGKILL.unsigned_abs() {
+                return Ok(SignalProcessResponse::default());
+            }
+        }
         let mut processes = self.processes.lock().unwrap();
         let process = processes.get_mut(&request.exec_id).unwrap();
         match process.pid {
@@ -483,6 +506,17 @@ impl Agent for FakeAgent {
             None => {}
         }
         Ok(SignalProcessResponse::default())
+    }
+
+    async fn forget_files(
+        &self,
+        _: &TtrpcContext,
+        _: ForgetFilesRequest,
+    ) -> ttrpc::Result<ForgetFilesResponse> {
+        log("forget_files");
+        self.forgetting.notified().await;
+        log("forgotten");
+        Ok(ForgetFilesResponse::default())
     }
 
     async fn delete_container(

@@ -219,6 +219,7 @@ fn a_refused_boot_names_the_cause_and_can_be_repeated() {
             tag: "share".into(),
             directory: "/nonexistent".into(),
             queues: 1,
+            files: 1 << 20,
         });
     });
     let vsock_path = no_share.vsock_path.clone();

@@ -14,12 +14,13 @@ use thiserror::Error;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 
+use super::files::Forgetting;
 use super::{Sandbox, SandboxError};
 use crate::agent::{Agent, AgentError};
 use crate::config::Config;
 use crate::preflight::{self, GuestFiles};
 use crate::share::Share;
-use crate::sizing::Size;
+use crate::sizing::{Size, most_files};
 use crate::sock;
 use crate::template::{Template, Trial};
 use crate::timeline::{self, TimelineEntry};
@@ -90,6 +91,7 @@ pub struct Machine {
     share: Share,
     size: Size,
     ready: watch::Receiver<Ready>,
+    forgetting: Arc<Forgetting>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -144,8 +146,10 @@ impl Machine {
             may_leave_template,
         };
         let (sender, ready) = watch::channel(None);
+        let forgetting = Arc::new(Forgetting::new());
         tokio::spawn({
             let (sandbox, vmm) = (sandbox.clone(), vmm.clone());
+            let forgetting = forgetting.clone();
             async move {
                 let deadline = sandbox.config().boot_timeout;
                 let boot = bring_up(&sandbox, &vmm, start, listener, port);
@@ -155,8 +159,12 @@ impl Machine {
                     }
                     ended = vmm.ended() => Err(ended.into()),
                 };
+                let agent = result.as_ref().ok().cloned();
                 sender.send_replace(Some(result));
-                let ended = vmm.ended().await;
+                let ended = tokio::select! {
+                    ended = vmm.ended() => ended,
+                    never = forgetting.serve(&sandbox, &vmm, agent) => match never {},
+                };
                 sandbox.vm_ended(&ended);
             }
         });
@@ -165,6 +173,7 @@ impl Machine {
             share,
             size,
             ready,
+            forgetting,
         })
     }
 
@@ -181,6 +190,11 @@ impl Machine {
     /// How big the guest is.
     pub fn size(&self) -> Size {
         self.size
+    }
+
+    /// The wishes that the guest forget files.
+    pub fn forgetting(&self) -> &Forgetting {
+        &self.forgetting
     }
 
     /// The agent, once it has called; the reason if it never will.
@@ -354,6 +368,7 @@ fn boot_config(
             tag: SHARE_TAG.to_owned(),
             directory: share.root().to_path_buf(),
             queues: size.vcpus.clamp(1, MAX_SHARE_QUEUES),
+            files: most_files(size.memory_mib),
         }),
         spare_slots: 0,
         serial,

@@ -6,6 +6,7 @@
 mod bed;
 mod descriptors;
 mod faults;
+mod files;
 mod kept;
 mod patience;
 mod states;

@@ -800,3 +800,45 @@ fn the_leak_checker_sees_a_process_and_a_mount() {
     umount2(folder.path(), MntFlags::empty()).unwrap();
     host.assert_nothing_new();
 }
+
+#[test]
+fn a_container_looks_at_more_files_than_its_guest_may_have_cached() {
+    use bulkhead_e2e::container::{Container, bulkhead};
+    const MOST: usize = 16_384;
+    const EACH: usize = 5_000;
+    let _unchanged = Host::unchanged();
+    let volume = tempfile::tempdir().unwrap();
+    let folders = ["a", "b", "c", "d", "e"];
+    for folder in folders {
+        let folder = volume.path().join(folder);
+        fs::create_dir(&folder).unwrap();
+        for file in 0..EACH {
+            fs::write(folder.join(file.to_string()), "").unwrap();
+        }
+    }
+    let mut bundle = Bundle::shell("exec sleep 100000");
+    bundle.config["annotations"] = json!({"io.bulkhead.memory_mib": "128"});
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    mounts.push(
+        json!({"destination": "/volume", "source": volume.path(), "options": ["bind", "ro"]}),
+    );
+    let container = Container::running(bulkhead(), bundle);
+    let vmm = processes::named("bulkhead-vmm");
+    let descriptors = || {
+        let entries = fs::read_dir(format!("/proc/{}/fd", vmm[0])).unwrap();
+        entries.count()
+    };
+    let mut held = Vec::new();
+    for folder in folders {
+        let seen = container.shell(&format!("ls -l /volume/{folder} | wc -l"));
+        assert_eq!(seen.expect_code(0).stdout, format!("{}\n", EACH + 1));
+        held.push(descriptors());
+    }
+    assert!(held.iter().all(|held| *held < MOST), "{held:?}");
+    // What it has looked at last may be forgotten a little later.
+    let start = std::time::Instant::now();
+    while descriptors() > MOST * 5 / 8 {
+        assert!(start.elapsed().as_secs() < 60, "{held:?}");
+        container.shell("true").expect_code(0);
+    }
+}

@@ -1031,3 +1031,44 @@ fn a_foreground_container_can_be_kept() {
     reap_all();
     host.assert_nothing_new();
 }
+
+#[test]
+fn files_of_a_container_that_is_deleted_from_a_sandbox_are_held_no_longer() {
+    const FILES: usize = 500;
+    let _unchanged = Host::unchanged();
+    let first = Container::running(bulkhead(), idle());
+    await_output(&first, "ready\n");
+    let server = Server::of(&first);
+    let vmm = processes::named("bulkhead-vmm");
+    let descriptors = || {
+        let entries = fs::read_dir(format!("/proc/{}/fd", vmm[0])).unwrap();
+        entries.count()
+    };
+    let volume = tempfile::tempdir().unwrap();
+    for file in 0..FILES {
+        fs::write(volume.path().join(file.to_string()), "").unwrap();
+    }
+    let mut bundle = Bundle::shell("ls -l /volume >/seen; mv /seen /ready; exec sleep 100000");
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/volume", "source": volume.path(), "options": ["bind"]}));
+    let before = descriptors();
+    server.create("second", bundle.write()).unwrap();
+    server.start("second");
+    watch::until(&bundle.in_root(""), &[], || {
+        bundle.in_root("ready").exists()
+    });
+    assert!(descriptors() >= before + FILES);
+    server.signal("second", Signal::SIGKILL);
+    server.wait("second");
+    server.delete("second");
+    // The guest has said that it has forgotten them, and its requests are on their way.
+    let start = std::time::Instant::now();
+    while descriptors() > before + FILES / 10 {
+        assert!(
+            start.elapsed().as_secs() < 60,
+            "{} of {before}",
+            descriptors()
+        );
+        first.shell("true").expect_code(0);
+    }
+}

@@ -31,6 +31,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
+use vmm_sys_util::eventfd::EventFd;
 
 use self::share::Share;
 use self::worker::{Channel, Stop, Worker};
@@ -84,8 +85,8 @@ struct Running {
 }
 
 impl Fs {
-    /// Shares a directory tree. Raises the process's limit of open files to the most it may: the guest holds one for each file
-    /// that it has in its caches.
+    /// Shares a directory tree. Raises the process's limit of open files to the most it may: each file that the guest has in its caches
+    /// takes one.
     pub fn new(config: &ShareConfig) -> Result<Self, FsError> {
         let tag = config.tag.as_bytes();
         if tag.is_empty() || tag.len() > TAG_LEN || tag.contains(&0) {
@@ -94,8 +95,9 @@ impl Fs {
         if config.queues == 0 || config.queues > MAX_QUEUES {
             return Err(FsError::Queues(config.queues));
         }
-        let share = descriptor_budget()
-            .and_then(|budget| Share::new(&config.directory, budget))
+        let files = usize::try_from(config.files).unwrap_or(usize::MAX);
+        let share = most_descriptors()
+            .and_then(|most| Share::new(&config.directory, files.min(most)))
             .map_err(|source| FsError::Directory {
                 directory: config.directory.clone(),
                 source,
@@ -111,11 +113,15 @@ impl Fs {
             running: None,
         })
     }
+
+    /// Readable when the guest holds many files and should be asked to forget those that it does not use.
+    pub fn many_files(&self) -> &EventFd {
+        self.share.many_files()
+    }
 }
 
-/// How many descriptors the guest's files may take: what the host allows any process (`fs.nr_open`) as far as this one may, for every
-/// file that the guest has cached takes one.
-fn descriptor_budget() -> io::Result<usize> {
+/// How many descriptors the guest's files may take at most: what the host allows any process (`fs.nr_open`) as far as this one may.
+fn most_descriptors() -> io::Result<usize> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let most = fs::read_to_string("/proc/sys/fs/nr_open")
         .ok()

@@ -36,6 +36,7 @@ use nix::unistd::{
     Gid, Uid, UnlinkatFlags, Whence, fchownat, fdatasync, fsync, ftruncate, linkat, lseek,
     symlinkat, unlinkat,
 };
+use vmm_sys_util::eventfd::EventFd;
 
 use super::host::{self, FileIo, Metadata, ProcSelfFd, name_of, xattr};
 use super::identity::{AsCaller, WithoutFsetid};
@@ -81,7 +82,7 @@ impl Share {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let root = open(directory, flags, Mode::empty())?;
         let metadata = host::metadata(root.as_fd())?;
-        let budget = Budget::new(descriptors);
+        let budget = Budget::new(descriptors)?;
         Ok(Self {
             proc_self_fd: ProcSelfFd::open()?,
             devices: Mutex::new(HashMap::from([(metadata.stat.st_dev, 0)])),
@@ -93,6 +94,21 @@ impl Share {
     /// Where descriptors are opened again.
     pub fn proc_self_fd(&self) -> &ProcSelfFd {
         &self.proc_self_fd
+    }
+
+    /// Readable when the guest holds many files and should be asked to forget those that it does not use.
+    pub fn many_files(&self) -> &EventFd {
+        self.inodes.budget().many()
+    }
+
+    /// How long the guest may believe a name. Linux forgets a file of a virtio-fs at its last use if its name is not to be believed at
+    /// all, so a guest that finds files faster than it can be asked to forget them goes on with those that it uses.
+    fn name_time(&self) -> Duration {
+        if self.inodes.budget().is_scarce() {
+            Duration::ZERO
+        } else {
+            CACHE_TIME
+        }
     }
 
     /// Forgets everything the guest knows and has opened.
@@ -130,7 +146,7 @@ impl Share {
             attr: self.shown(&metadata),
             attr_flags: 0,
             attr_timeout: CACHE_TIME,
-            entry_timeout: CACHE_TIME,
+            entry_timeout: self.name_time(),
         })
     }
 

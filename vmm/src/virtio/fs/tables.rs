@@ -8,32 +8,65 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use fuse_backend_rs::api::filesystem::ROOT_ID;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::host::{Listing, Metadata};
 use crate::sync::lock;
 
 /// How many descriptors the guest may make the VMM hold.
+///
+/// The guest gives none back by itself as long as it has memory left. So whoever can have it forget files is told when half of the
+/// budget is taken; and again when half of what was left at the fewest since then is taken too, so that neither a guest that forgets
+/// nothing nor one that needs most of them makes more than a few such calls.
 #[derive(Debug)]
 pub struct Budget {
     limit: usize,
     used: AtomicUsize,
+    /// How few were taken since that was told last.
+    fewest: AtomicUsize,
+    many: EventFd,
 }
 
 impl Budget {
     /// A budget of `limit` descriptors.
-    pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self {
+    pub fn new(limit: usize) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
             limit,
             used: AtomicUsize::new(0),
-        })
+            fewest: AtomicUsize::new(0),
+            many: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        }))
+    }
+
+    /// Readable when many are taken.
+    pub fn many(&self) -> &EventFd {
+        &self.many
+    }
+
+    /// Whether few are left: less than a quarter.
+    pub fn is_scarce(&self) -> bool {
+        self.used.load(Ordering::Relaxed) > self.limit - self.limit / 4
     }
 
     /// A permit for one, or `ENFILE`.
     pub fn take(self: &Arc<Self>) -> io::Result<Permit> {
         let permit = Permit(self.clone());
-        if self.used.fetch_add(1, Ordering::Relaxed) >= self.limit {
+        let used = self.used.fetch_add(1, Ordering::Relaxed) + 1;
+        if used > self.limit {
             // Dropping the permit takes the count back.
             return Err(io::Error::from_raw_os_error(libc::ENFILE));
+        }
+        let fewest = self.fewest.load(Ordering::Relaxed);
+        let rise = (self.limit.saturating_sub(fewest) / 2).max(self.limit / 16);
+        // One of those who get here together tells.
+        if used >= fewest.saturating_add(rise.max(1))
+            && self
+                .fewest
+                .compare_exchange(fewest, used, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+        {
+            // Fails only when the counter is full: then it is readable already.
+            let _ = self.many.write(1);
         }
         Ok(permit)
     }
@@ -45,7 +78,8 @@ pub struct Permit(Arc<Budget>);
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.0.used.fetch_sub(1, Ordering::Relaxed);
+        let used = self.0.used.fetch_sub(1, Ordering::Relaxed) - 1;
+        self.0.fewest.fetch_min(used, Ordering::Relaxed);
     }
 }
 
@@ -244,6 +278,11 @@ impl Inodes {
         }
     }
 
+    /// What they take descriptors from.
+    pub fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
     #[cfg(test)]
     pub fn len(&self) -> usize {
         lock(&self.maps).by_id.len()
@@ -333,5 +372,65 @@ impl Handles {
     pub fn clear(&self) {
         let before = std::mem::take(&mut lock(&self.map).by_id);
         drop(before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_files_are_told_of_at_half_of_what_was_left() {
+        const NONE: [usize; 0] = [];
+        let budget = Budget::new(160).unwrap();
+        let mut held = Vec::new();
+        let mut told_at = |held: &mut Vec<Permit>, count: usize| {
+            let mut told = Vec::new();
+            held.truncate(count);
+            while held.len() < count {
+                held.push(budget.take().unwrap());
+                if budget.many().read().is_ok() {
+                    told.push(held.len());
+                }
+            }
+            told
+        };
+        // Who forgets nothing is told of ever more rarely, and in the end no more.
+        assert_eq!(told_at(&mut held, 160), [80, 120, 140, 150, 160]);
+        for (fewest, expected) in [
+            // What falls by one and rises by one is no news.
+            (159, NONE.as_slice()),
+            (149, &[159]),
+            (100, &[130, 145, 155]),
+            (0, &[80, 120, 140, 150, 160]),
+        ] {
+            assert_eq!(told_at(&mut held, fewest), NONE);
+            assert_eq!(told_at(&mut held, 160), expected, "{fewest}");
+        }
+        // Around the threshold too.
+        assert_eq!(told_at(&mut held, 0), NONE);
+        assert_eq!(told_at(&mut held, 80), [80]);
+        for _ in 0..3 {
+            assert_eq!(told_at(&mut held, 79), NONE);
+            assert_eq!(told_at(&mut held, 81), NONE);
+        }
+        assert_eq!(told_at(&mut held, 119), [119]);
+    }
+
+    #[test]
+    fn threads_that_take_together_tell_once() {
+        const THREADS: usize = 4;
+        const EACH: usize = 2_000;
+        let budget = Budget::new(2 * THREADS * EACH).unwrap();
+        let held: Vec<Vec<Permit>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..THREADS)
+                .map(|_| scope.spawn(|| (0..EACH).map(|_| budget.take().unwrap()).collect()))
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        assert_eq!(budget.many().read().unwrap(), 1);
+        assert!(!budget.is_scarce());
+        drop(held);
+        assert!(budget.many().read().is_err());
     }
 }

@@ -49,6 +49,7 @@ fn share(dir: &TempDir) -> ShareConfig {
         tag: "bulkhead".to_owned(),
         directory: dir.path().to_owned(),
         queues: 1,
+        files: 1 << 20,
     }
 }
 
@@ -1094,6 +1095,56 @@ fn open_files_are_bounded() {
         .release(&context, a, 0, handle.unwrap(), false, false, None)
         .unwrap();
     share.lookup(&context, ROOT, c"c").unwrap();
+}
+
+#[test]
+fn many_files_are_told_of_and_when_few_more_may_be_held_the_guest_keeps_none() {
+    use fuse_backend_rs::api::filesystem::FileSystem;
+    let dir = TempDir::new().unwrap();
+    let share = Share::new(dir.path(), 16).unwrap();
+    let look_up = |number: usize| {
+        let name = number.to_string();
+        fs::write(dir.path().join(&name), "").unwrap();
+        let name = CString::new(name).unwrap();
+        let found = share.lookup(&Default::default(), ROOT, &name).unwrap();
+        (found.inode, found.entry_timeout, found.attr_timeout)
+    };
+    // The root is the first.
+    for count in 2..=16 {
+        let (_, name_time, attr_time) = look_up(count);
+        let kept = if count <= 12 {
+            share::CACHE_TIME
+        } else {
+            std::time::Duration::ZERO
+        };
+        assert_eq!((name_time, attr_time), (kept, share::CACHE_TIME), "{count}");
+        let told = share.many_files().read().is_ok();
+        assert_eq!(told, [8, 12, 14, 15, 16].contains(&count), "{count}");
+    }
+    // Known ones are not to be kept any longer either.
+    let (inode, name_time, _) = look_up(2);
+    assert_eq!(name_time, std::time::Duration::ZERO);
+    share.forget(&Default::default(), inode, 2);
+    for number in 3..8 {
+        let (inode, ..) = look_up(number);
+        share.forget(&Default::default(), inode, 2);
+    }
+    assert_eq!(look_up(8).1, share::CACHE_TIME);
+}
+
+#[test]
+fn a_share_holds_no_more_files_than_it_is_configured_to() {
+    let dir = TempDir::new().unwrap();
+    let few = ShareConfig {
+        files: 0,
+        ..share(&dir)
+    };
+    // Not even the root.
+    let error = Fs::new(&few).err().unwrap();
+    assert!(matches!(
+        error,
+        FsError::Directory { ref source, .. } if source.raw_os_error() == Some(libc::ENFILE)
+    ));
 }
 
 #[test]
