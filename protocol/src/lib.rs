@@ -7,6 +7,8 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
 
+pub mod limits;
+
 pub use generated::{agent, agent_ttrpc};
 
 /// Version of this API. The two ends refuse each other when it differs.

@@ -297,7 +297,7 @@ impl Sandbox {
                     return Err(SandboxError::Failed(CLOSING.into()));
                 }
                 if let Some(cgroup) = &cgroup {
-                    cgroup.require_empty()?;
+                    self.cgroup.require_free(cgroup.clone()).await?;
                 }
                 // On record before it is made: whoever cleans up after this process has to find it.
                 self.params.state.save(&record)?;

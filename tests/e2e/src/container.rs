@@ -184,6 +184,16 @@ impl<'a> Container<'a> {
         command
     }
 
+    /// `update` to `resources`, the spec's `linux.resources`.
+    ///
+    /// # Panics
+    /// When it can't be run.
+    pub fn update(&self, resources: &Value) -> Ended {
+        let file = self.files.path().join("resources");
+        fs::write(&file, resources.to_string()).unwrap();
+        self.command(&["update", "--resources", file.to_str().unwrap()])
+    }
+
     /// `exec` of a program.
     pub fn exec(&self, args: &[&str]) -> Ended {
         self.command_with(&["exec"], args)
