@@ -8,7 +8,7 @@
 mod systemd;
 mod tree;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
@@ -219,6 +219,16 @@ pub fn own() -> PathBuf {
     let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let own = text.lines().find_map(|line| line.strip_prefix("0::/"));
     Path::new(ROOT).join(own.unwrap_or_default())
+}
+
+/// Where a process writes that it enters this process's cgroup, as it is now, or the root; nothing where there is no cgroup v2.
+pub fn ways_back() -> Vec<File> {
+    let open = |directory: PathBuf| {
+        let procs = directory.join("cgroup.procs");
+        File::options().write(true).open(procs).ok()
+    };
+    let all = [own(), ROOT.into()];
+    all.into_iter().filter_map(open).collect()
 }
 
 /// Where runc puts a container without a path of its own: beside the caller's cgroup, since processes and children don't go

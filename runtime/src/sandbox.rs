@@ -30,7 +30,7 @@ use crate::adapt::{Adapted, adapt};
 use crate::agent::AgentError;
 use crate::annotations::Overrides;
 use crate::config::Config;
-use crate::hooks::{self, HookState, RuntimeNamespaces};
+use crate::hooks::{self, HookState, RuntimePlace};
 use crate::host_cgroup::HostCgroup;
 use crate::id::ContainerId;
 use crate::mounts_below::Inherited;
@@ -73,7 +73,7 @@ pub struct Params {
     /// The configuration in force.
     pub config: Config,
     /// Where the process was before it had namespaces of its own.
-    pub host: RuntimeNamespaces,
+    pub host: RuntimePlace,
 }
 
 /// A container to create.
@@ -400,7 +400,7 @@ impl Sandbox {
         #[allow(deprecated)] // by the spec; Docker's networks still come this way
         let prestart = hooks.prestart().as_ref();
         let host = Some(&self.params.host);
-        for (kind, list, namespaces) in [
+        for (kind, list, place) in [
             ("prestart", prestart, host),
             ("createRuntime", hooks.create_runtime().as_ref(), host),
             ("createContainer", hooks.create_container().as_ref(), None),
@@ -411,7 +411,7 @@ impl Sandbox {
                 &container.hook_state,
                 Status::Creating,
                 Some(pid),
-                namespaces,
+                place,
             )
             .await?;
         }

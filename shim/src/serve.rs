@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use bulkhead_protocol::agent_ttrpc::create_agent;
 use bulkhead_runtime::config::Config;
-use bulkhead_runtime::hooks::RuntimeNamespaces;
+use bulkhead_runtime::hooks::RuntimePlace;
 use bulkhead_runtime::launch::{self, ServerArgs};
 use bulkhead_runtime::oom;
 use bulkhead_runtime::sandbox::{Params, Sandbox};
@@ -48,7 +48,7 @@ pub fn serve(args: ServerArgs) -> anyhow::Result<()> {
             config.debug |= args.debug;
             logging::start(&config, &args.id)?;
             oom::protect();
-            let host = RuntimeNamespaces::current().context("cannot see the host's namespaces")?;
+            let host = RuntimePlace::current().context("cannot see the host's namespaces")?;
             share::private_mount_namespace().context("cannot make a mount namespace")?;
             // What is in the state directory is bound and dialled by its short name.
             std::env::set_current_dir(state.path()).context("cannot enter the state directory")?;

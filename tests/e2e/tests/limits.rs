@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::container::{Container, bulkhead, runc};
+use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc};
 use bulkhead_e2e::leaks::Host;
 use serde_json::{Value, json};
 
@@ -144,4 +144,50 @@ fn an_idle_container_gets_its_share_back() {
         .update(&json!({"cpu": {"idle": 0}}))
         .expect_code(0);
     assert_eq!(limits()["cpu.idle"].as_deref(), Some("0\n"));
+}
+
+#[test]
+fn hooks_are_where_runcs_are_and_what_they_leave_outlives_the_container() {
+    let _unchanged = Host::unchanged();
+    let life = |runtime: PathBuf| {
+        let mut bundle = idle(json!({"devices": [{"allow": false, "access": "rwm"}]}));
+        let log = bundle.path().join("log");
+        let hook = |kind: &str| {
+            let log = log.display();
+            let script = format!("echo {kind} $(cat /proc/self/cgroup) >> {log}");
+            json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}])
+        };
+        let daemon = format!(
+            "sleep 100000 > /dev/null 2>&1 & echo $! > {}.daemon",
+            log.display()
+        );
+        bundle.config["hooks"] = json!({
+            "prestart": hook("prestart"), "createRuntime": hook("createRuntime"),
+            "createContainer": hook("createContainer"),
+            "poststart": [{"path": "/bin/sh", "args": ["sh", "-c", daemon]}, hook("poststart")[0]],
+            "poststop": hook("poststop"),
+        });
+        let container = Container::running(runtime, &bundle);
+        container.command(&["delete", "--force"]).expect_code(0);
+        drop(container);
+        let daemon = fs::read_to_string(format!("{}.daemon", log.display())).unwrap();
+        let lives = fs::read_to_string(format!("/proc/{}/stat", daemon.trim()))
+            .is_ok_and(|stat| !stat.contains(") Z "));
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(daemon.trim().parse().unwrap()),
+            nix::sys::signal::Signal::SIGKILL,
+        );
+        reap_all();
+        let log = fs::read_to_string(&log).unwrap();
+        let lines = log.lines().map(str::to_owned);
+        let (of_container, others): (Vec<_>, Vec<_>) =
+            lines.partition(|line| line.starts_with("createContainer"));
+        (others, lives, of_container)
+    };
+    let (theirs, ours) = (life(runc()), life(bulkhead()));
+    assert_eq!((&ours.0, ours.1), (&theirs.0, theirs.1));
+    assert!(ours.1 && ours.0.len() == 4, "{ours:?}");
+    assert!(!ours.0.iter().any(|line| line.contains(CGROUP)), "{ours:?}");
+    // Under runc it sees the container's cgroup namespace.
+    assert_eq!(ours.2, [format!("createContainer 0::{CGROUP}")]);
 }
