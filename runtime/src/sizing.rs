@@ -68,10 +68,14 @@ impl Size {
 
 /// As many vCPUs as a container may use: its quota, rounded up, or the processors that it is bound to, whichever is less.
 fn limited_vcpus(cpu: &LinuxCpu) -> Option<u8> {
-    let quota = match (cpu.quota(), cpu.period().unwrap_or(DEFAULT_PERIOD)) {
-        (Some(quota), period @ 1..) if quota > 0 => Some(quota.unsigned_abs().div_ceil(period)),
-        _ => None,
-    };
+    // 0 is what clients write that mean nothing by it.
+    let period = cpu.period().filter(|&period| period != 0);
+    let quota = cpu.quota().filter(|&quota| quota > 0);
+    let quota = quota.map(|quota| {
+        quota
+            .unsigned_abs()
+            .div_ceil(period.unwrap_or(DEFAULT_PERIOD))
+    });
     let bound = cpu.cpus().as_deref().and_then(count);
     let vcpus = quota.into_iter().chain(bound).min()?;
     Some(u8::try_from(vcpus).unwrap_or(MAX_VCPUS).clamp(1, MAX_VCPUS))
@@ -137,7 +141,8 @@ mod tests {
             (r#"{"quota":-1,"period":100000}"#, None),
             (r#"{"quota":150000,"period":100000}"#, Some(2)),
             (r#"{"quota":100000}"#, Some(1)),
-            (r#"{"quota":1000,"period":0}"#, None),
+            (r#"{"quota":150000,"period":0}"#, Some(2)),
+            (r#"{"quota":0,"period":0}"#, None),
             (r#"{"cpus":"0-3,7"}"#, Some(5)),
             (r#"{"cpus":"2","quota":400000}"#, Some(1)),
             (r#"{"cpus":"x"}"#, None),
