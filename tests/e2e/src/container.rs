@@ -13,17 +13,6 @@ use tempfile::TempDir;
 
 use crate::bundle::Bundle;
 use crate::command::{Ended, finish, fresh_id};
-use crate::dist;
-
-/// `bulkhead` of the build under test.
-pub fn bulkhead() -> PathBuf {
-    dist().join("bin/bulkhead")
-}
-
-/// Debian's runc, to compare with.
-pub fn runc() -> PathBuf {
-    "runc".into()
-}
 
 /// A runtime under another command line: `script` is what a shell runs in its place, with the runtime's arguments. It lies in `folder`.
 ///

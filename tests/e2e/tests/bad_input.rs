@@ -323,7 +323,7 @@ fn a_broken_bundle_is_refused_by_the_name_of_its_file() {
     let bundle = Bundle::busybox(&["true"]);
     let run_in = |bundle: &Bundle| {
         finish(
-            bulkhead()
+            Command::new(bulkhead())
                 .arg("run")
                 .arg("-b")
                 .arg(bundle.path())
@@ -342,7 +342,7 @@ fn a_broken_bundle_is_refused_by_the_name_of_its_file() {
         assert_refused(text, &run_in(&bundle), &["config.json"]);
     }
     let nowhere = finish(
-        bulkhead()
+        Command::new(bulkhead())
             .args(["run", "-b", "/no/such/bundle"])
             .arg(fresh_id()),
     );
@@ -357,7 +357,7 @@ fn a_bad_id_is_refused() {
     bundle.write();
     for id in ["..", ".", "a/b", "a b", "", "\u{e9}"] {
         let ended = finish(
-            bulkhead()
+            Command::new(bulkhead())
                 .arg("run")
                 .arg("-b")
                 .arg(bundle.path())
@@ -387,7 +387,7 @@ fn a_wrong_command_line_is_refused() {
         &["events", "--interval", "soon", "x"],
         &["spec", "--bundle", "/no/such/folder"],
     ] {
-        let ended = finish(bulkhead().args(arguments));
+        let ended = finish(Command::new(bulkhead()).args(arguments));
         assert_ne!(ended.code, 0, "{arguments:?}: {ended:?}");
         assert!(
             !ended.stderr.is_empty() || !ended.stdout.is_empty(),
@@ -453,7 +453,7 @@ fn a_descriptor_that_is_no_stream_is_refused_by_its_number_and_kind() {
     let bundle = Bundle::busybox(&["true"]);
     bundle.write();
     let refused = |fd: Option<OwnedFd>, words: &[&str]| {
-        let mut command = bulkhead();
+        let mut command = Command::new(bulkhead());
         command
             .args(["run", "--preserve-fds", "2", "-b"])
             .arg(bundle.path())
@@ -475,7 +475,7 @@ fn a_descriptor_that_is_no_stream_is_refused_by_its_number_and_kind() {
 fn run_with_config(config: &str) -> Ended {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), config).unwrap();
-    let mut command = bulkhead();
+    let mut command = Command::new(bulkhead());
     command.arg("--config").arg(file.path());
     finish(run_command(command, &Bundle::busybox(&["true"])).stdin(Stdio::null()))
 }
@@ -593,7 +593,7 @@ fn an_id_in_use_is_refused_and_its_owner_lives_on() {
     bundle.write();
     let id = fresh_id();
     let command = || {
-        let mut command = bulkhead();
+        let mut command = Command::new(bulkhead());
         command
             .arg("run")
             .arg("-b")

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 
 use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::{
-    bulkhead, finish, run, run_command, run_with_input, runtime, start, wait,
+    bulkhead, finish, run, run_command, run_with_input, runc, start, wait,
 };
 use bulkhead_e2e::container::reap_all;
 use bulkhead_e2e::leaks::Host;
@@ -25,7 +25,7 @@ use serde_json::json;
 /// Runs the bundle under runc and under Bulkhead; stdout and exit code must be the same.
 #[track_caller]
 fn assert_same_as_runc(bundle: &Bundle) {
-    let theirs = finish(run_command(runtime("runc"), bundle).stdin(Stdio::null()));
+    let theirs = finish(run_command(Command::new(runc()), bundle).stdin(Stdio::null()));
     let host = Host::now();
     let ours = run(bundle);
     assert_eq!(
@@ -45,7 +45,7 @@ fn signal(child: &Child, signal: Signal) {
 
 /// Starts a bundle and returns once the container has printed its first line, `ready`.
 fn start_until_ready(bundle: &Bundle) -> (Child, BufReader<std::process::ChildStdout>) {
-    let mut child = start(run_command(bulkhead(), bundle).stdin(Stdio::null()));
+    let mut child = start(run_command(Command::new(bulkhead()), bundle).stdin(Stdio::null()));
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     stdout.read_line(&mut line).unwrap();
@@ -123,7 +123,7 @@ fn thirty_two_mebibytes_pass_both_ways_whole_and_in_order() {
         .map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
         .collect();
     let bundle = Bundle::busybox(&["cat"]);
-    let mut child = start(run_command(bulkhead(), &bundle).stdin(Stdio::piped()));
+    let mut child = start(run_command(Command::new(bulkhead()), &bundle).stdin(Stdio::piped()));
     let mut stdin = child.stdin.take().unwrap();
     let mut stdout = child.stdout.take().unwrap();
     std::thread::scope(|scope| {
@@ -152,7 +152,7 @@ fn output_that_nobody_reads_any_more_ends_the_writer() {
     // A child of PID 1, since signals of its own making don't end the init of a pid namespace.
     let bundle = Bundle::shell("yes; exit $?");
     let host = Host::now();
-    let mut child = start(run_command(bulkhead(), &bundle).stdin(Stdio::null()));
+    let mut child = start(run_command(Command::new(bulkhead()), &bundle).stdin(Stdio::null()));
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     stdout.read_line(&mut line).unwrap();
@@ -582,8 +582,8 @@ fn capabilities_that_nobody_knows_are_told_and_passed_over() {
     sets["bounding"] = json!(["CAP_NOT_YET", "CAP_KILL"]);
     sets["effective"] = json!(["CAP_NOT_YET"]);
     sets["permitted"] = json!([]);
-    for program in [bulkhead(), runtime("runc")] {
-        let ended = finish(run_command(program, &bundle).stdin(Stdio::null()));
+    for runtime in [bulkhead(), runc()] {
+        let ended = finish(run_command(Command::new(runtime), &bundle).stdin(Stdio::null()));
         let ended = ended.expect_code(0);
         assert_eq!(ended.stdout, "CapBnd:\t0000000000000020\n");
         let told = "ignoring unknown or unavailable capabilities: [CAP_NOT_YET]";
@@ -765,7 +765,7 @@ fn orphans_are_reaped() {
 #[test]
 fn check_finds_this_machine_able() {
     let host = Host::now();
-    let ended = finish(bulkhead().arg("check")).expect_code(0);
+    let ended = finish(Command::new(bulkhead()).arg("check")).expect_code(0);
     assert!(!ended.stdout.contains("FAIL"), "{}", ended.stdout);
     assert!(ended.stdout.contains("/dev/kvm"), "{}", ended.stdout);
     host.assert_nothing_new();

@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::{Ended, fresh_id, hand_over, start, wait};
-use bulkhead_e2e::container::{Container, bulkhead, runc, wait_for};
+use bulkhead_e2e::command::{Ended, bulkhead, fresh_id, hand_over, runc, start, wait};
+use bulkhead_e2e::container::{Container, wait_for};
 use bulkhead_e2e::leaks::Host;
 use nix::unistd::Pid;
 

@@ -8,16 +8,12 @@ use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::{finish, run, run_command};
-use bulkhead_e2e::container::{Container, bulkhead, reap_all};
+use bulkhead_e2e::command::{bulkhead, finish, run, run_command};
+use bulkhead_e2e::container::{Container, reap_all};
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::processes;
 
 const MIB: usize = 1 << 20;
-
-fn idle() -> Bundle {
-    Bundle::shell("trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done")
-}
 
 /// Gives each page of the `n`th block a number that no other page has.
 fn number(block: &mut [u8], n: usize) {
@@ -41,7 +37,7 @@ fn footprint(pid: u32) -> (usize, u64) {
 fn a_gibibyte_arrives_whole_and_in_order_both_ways() {
     let _unchanged = Host::unchanged();
     const BLOCKS: usize = 1024;
-    let container = Container::running(bulkhead(), idle());
+    let container = Container::running(bulkhead(), Bundle::idle());
     let mut child = container
         .prepare(&["exec"], &["cat"])
         .stdin(Stdio::piped())
@@ -75,7 +71,7 @@ fn a_gibibyte_arrives_whole_and_in_order_both_ways() {
 #[test]
 fn a_thousand_executed_processes_leave_nothing() {
     let _unchanged = Host::unchanged();
-    let container = Container::running(bulkhead(), idle());
+    let container = Container::running(bulkhead(), Bundle::idle());
     let server = processes::named("containerd-shim-bulkhead-v2");
     let vmm = processes::named("bulkhead-vmm");
     let inside = "ls /proc | grep -c '^[0-9]'";

@@ -9,8 +9,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::{Ended, fresh_id};
-use bulkhead_e2e::container::{bulkhead, reap_all, wait_for};
+use bulkhead_e2e::command::{Ended, bulkhead, fresh_id};
+use bulkhead_e2e::container::{reap_all, wait_for};
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::steps::PROXY;
 use bulkhead_e2e::{dist, processes, watch};

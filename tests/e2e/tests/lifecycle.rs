@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::{Ended, finish};
-use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc, wait_for};
+use bulkhead_e2e::command::{Ended, bulkhead, finish, runc};
+use bulkhead_e2e::container::{Container, reap_all, wait_for};
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::{processes, watch};
 use containerd_shim_protos::api::{
@@ -31,13 +31,6 @@ use serde_json::{Value, json};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
-/// A container that does nothing until it is told to end.
-fn idle() -> Bundle {
-    Bundle::shell(
-        "trap 'exit 5' TERM; trap 'echo usr1' USR1; echo ready; while :; do sleep 1000 & wait $!; done",
-    )
-}
-
 #[track_caller]
 fn exists(pid: Pid) -> bool {
     kill(pid, None).is_ok()
@@ -53,7 +46,7 @@ fn await_output(container: &Container, text: &str) {
 fn a_container_goes_through_the_states_of_the_spec() {
     let host = Host::now();
     for runtime in [runc(), bulkhead()] {
-        let bundle = idle();
+        let bundle = Bundle::idle();
         let container = Container::create(runtime, &bundle);
         let state = container.state();
         assert_eq!(state["status"], "created");
@@ -82,7 +75,7 @@ fn a_container_goes_through_the_states_of_the_spec() {
 fn the_exit_codes_of_misuse_are_runcs() {
     let _unchanged = Host::unchanged();
     let codes = |runtime: PathBuf| -> Vec<(&'static str, i32)> {
-        let container = Container::create(runtime.clone(), idle());
+        let container = Container::create(runtime.clone(), Bundle::idle());
         let mut codes = vec![
             ("exec before start", container.exec(&["true"]).code),
             (
@@ -152,7 +145,7 @@ fn the_exit_codes_of_misuse_are_runcs() {
 #[test]
 fn an_id_is_taken_until_its_container_is_deleted() {
     let _unchanged = Host::unchanged();
-    let bundle = idle();
+    let bundle = Bundle::idle();
     let container = Container::create(bulkhead(), &bundle);
     let mut again = container.prepare(
         &["create", "--bundle", bundle.path().to_str().unwrap()],
@@ -199,7 +192,7 @@ fn lists_and_states_have_runcs_fields() {
         |value: &Value| -> Vec<String> { value.as_object().unwrap().keys().cloned().collect() };
     let mut found = Vec::new();
     for runtime in [runc(), bulkhead()] {
-        let mut bundle = idle();
+        let mut bundle = Bundle::idle();
         bundle.config["annotations"] = json!({"some": "note"});
         let container = Container::running(runtime.clone(), &bundle);
         let list = finish(std::process::Command::new(&runtime).args(["list", "--format=json"]));
@@ -235,7 +228,7 @@ fn lists_and_states_have_runcs_fields() {
 fn an_executed_process_is_as_under_runc() {
     let _unchanged = Host::unchanged();
     let results = |runtime: PathBuf| -> Vec<(i32, String)> {
-        let container = Container::running(runtime, idle());
+        let container = Container::running(runtime, Bundle::idle());
         let run = |flags: &[&str], args: &[&str]| {
             let ended = container.command_with(&[&["exec"], flags].concat(), args);
             (ended.code, ended.stdout)
@@ -279,7 +272,7 @@ fn an_executed_process_is_as_under_runc() {
 #[test]
 fn executed_processes_stream_both_ways_and_their_exit_comes_after_the_last_byte() {
     let _unchanged = Host::unchanged();
-    let container = Container::running(bulkhead(), idle());
+    let container = Container::running(bulkhead(), Bundle::idle());
     let mut child = container
         .prepare(&["exec"], &["sh", "-c", "cat; echo end; seq 1 100000"])
         .stdin(Stdio::piped())
@@ -305,7 +298,7 @@ fn executed_processes_stream_both_ways_and_their_exit_comes_after_the_last_byte(
 #[test]
 fn a_detached_process_has_a_stand_in_that_clients_can_wait_for_and_signal() {
     let host = Host::now();
-    let container = Container::running(bulkhead(), idle());
+    let container = Container::running(bulkhead(), Bundle::idle());
     let pid_file = container.files().join("exec-pid");
     let flags = ["exec", "--detach", "--pid-file", pid_file.to_str().unwrap()];
     let exec = |script: &str| {
@@ -348,7 +341,7 @@ fn a_detached_process_has_a_stand_in_that_clients_can_wait_for_and_signal() {
 #[test]
 fn signals_to_the_stand_in_reach_the_container() {
     let _unchanged = Host::unchanged();
-    let container = Container::running(bulkhead(), idle());
+    let container = Container::running(bulkhead(), Bundle::idle());
     await_output(&container, "ready\n");
     kill(container.pid, Signal::SIGUSR1).unwrap();
     await_output(&container, "usr1\n");
@@ -359,7 +352,7 @@ fn signals_to_the_stand_in_reach_the_container() {
 #[test]
 fn killing_the_stand_in_kills_the_container() {
     let host = Host::now();
-    let container = Container::running(bulkhead(), idle());
+    let container = Container::running(bulkhead(), Bundle::idle());
     kill(container.pid, Signal::SIGKILL).unwrap();
     assert_eq!(container.wait(), 137);
     processes::wait_for_end(&processes::named("bulkhead-vmm"));
@@ -432,7 +425,7 @@ fn a_paused_container_stands_still_until_it_is_resumed() {
 #[test]
 fn what_is_asked_of_a_paused_container_is_done_when_it_is_resumed_or_told_at_once() {
     let _unchanged = Host::unchanged();
-    let bundle = idle();
+    let bundle = Bundle::idle();
     for runtime in [runc(), bulkhead()] {
         let container = Container::running(runtime, &bundle);
         container
@@ -470,7 +463,7 @@ fn what_is_asked_of_a_paused_container_is_done_when_it_is_resumed_or_told_at_onc
 #[test]
 fn limits_given_during_a_pause_that_cannot_hold_are_told_at_the_resume() {
     let _unchanged = Host::unchanged();
-    let container = Container::running(bulkhead(), idle());
+    let container = Container::running(bulkhead(), Bundle::idle());
     container
         .shell("head -c 8m /dev/zero > /dev/shm/used")
         .expect_code(0);
@@ -492,7 +485,7 @@ fn limits_given_during_a_pause_that_cannot_hold_are_told_at_the_resume() {
 #[test]
 fn an_exec_that_waits_for_a_resume_ends_with_its_container() {
     let _unchanged = Host::unchanged();
-    let container = Container::running(bulkhead(), idle());
+    let container = Container::running(bulkhead(), Bundle::idle());
     container.command(&["pause"]).expect_code(0);
     let mut exec = container.prepare(&["exec", "--ignore-paused"], &["true"]);
     let exec = exec.stdin(Stdio::null()).spawn().unwrap();
@@ -503,12 +496,12 @@ fn an_exec_that_waits_for_a_resume_ends_with_its_container() {
 #[test]
 fn sigkill_ends_a_paused_container() {
     let host = Host::now();
-    let container = Container::running(bulkhead(), idle());
+    let container = Container::running(bulkhead(), Bundle::idle());
     container.command(&["pause"]).expect_code(0);
     container.command_with(&["kill"], &["KILL"]).expect_code(0);
     assert_eq!(container.wait(), 137);
     drop(container);
-    let container = Container::running(bulkhead(), idle());
+    let container = Container::running(bulkhead(), Bundle::idle());
     container.command(&["pause"]).expect_code(0);
     container.command(&["delete", "--force"]).expect_code(0);
     drop(container);
@@ -518,7 +511,7 @@ fn sigkill_ends_a_paused_container() {
 #[test]
 fn limits_hold_in_the_guest_and_can_be_changed() {
     let _unchanged = Host::unchanged();
-    let mut bundle = idle();
+    let mut bundle = Bundle::idle();
     bundle.config["linux"]["resources"] = json!({
         "memory": {"limit": 67_108_864}, "pids": {"limit": 50}, "cpu": {"shares": 512, "quota": 50_000, "period": 100_000},
         "devices": [{"allow": false, "access": "rwm"}],
@@ -569,7 +562,7 @@ fn statistics_have_runcs_form_and_true_numbers() {
 #[test]
 fn a_process_killed_for_want_of_memory_is_an_event_and_the_guest_survives() {
     let _unchanged = Host::unchanged();
-    let mut bundle = idle();
+    let mut bundle = Bundle::idle();
     bundle.config["linux"]["resources"] = json!({"memory": {"limit": 33_554_432}});
     let container = Container::running(bulkhead(), &bundle);
     let mut events = container
@@ -599,7 +592,7 @@ fn a_process_killed_for_want_of_memory_is_an_event_and_the_guest_survives() {
 #[test]
 fn the_hosts_cgroup_is_where_the_bundle_says_and_holds_the_sandbox() {
     let _unchanged = Host::unchanged();
-    let mut bundle = idle();
+    let mut bundle = Bundle::idle();
     bundle.config["linux"]["cgroupsPath"] = json!("/e2e-parent/the-container");
     bundle.config["process"]["oomScoreAdj"] = json!(321);
     let cgroup = PathBuf::from("/sys/fs/cgroup/e2e-parent/the-container");
@@ -643,7 +636,7 @@ fn the_hosts_cgroup_is_where_the_bundle_says_and_holds_the_sandbox() {
 #[test]
 fn a_populated_cgroup_is_refused() {
     let _unchanged = Host::unchanged();
-    let mut bundle = idle();
+    let mut bundle = Bundle::idle();
     bundle.config["linux"]["cgroupsPath"] = json!("/e2e-shared");
     let first = Container::create(bulkhead(), &bundle);
     let Err(Ended { code, stderr, .. }) = Container::try_create(bulkhead(), &bundle, &[]) else {
@@ -691,7 +684,7 @@ fn hooks_run_in_the_order_of_the_spec_with_the_state_on_standard_input() {
 fn a_hook_that_fails_before_the_start_undoes_the_container() {
     for kind in ["prestart", "createRuntime", "createContainer"] {
         let host = Host::now();
-        let mut bundle = idle();
+        let mut bundle = Bundle::idle();
         bundle.config["hooks"] =
             json!({kind: [{"path": "/bin/sh", "args": ["sh", "-c", "echo no luck >&2; exit 3"]}]});
         let Err(ended) = Container::try_create(bulkhead(), &bundle, &[]) else {
@@ -712,7 +705,7 @@ fn a_hook_that_fails_before_the_start_undoes_the_container() {
 fn when_a_part_of_the_sandbox_is_killed_the_container_is_stopped_and_can_be_deleted() {
     for victim in ["bulkhead-vmm", "containerd-shim-bulkhead-v2"] {
         let host = Host::now();
-        let container = Container::running(bulkhead(), idle());
+        let container = Container::running(bulkhead(), Bundle::idle());
         await_output(&container, "ready\n");
         let pids = processes::named(victim);
         assert_eq!(pids.len(), 1, "{victim}");
@@ -732,8 +725,8 @@ fn when_a_part_of_the_sandbox_is_killed_the_container_is_stopped_and_can_be_dele
 #[test]
 fn a_guest_that_panics_stops_its_container_and_touches_no_other() {
     let host = Host::now();
-    let other = Container::running(bulkhead(), idle());
-    let mut bundle = idle();
+    let other = Container::running(bulkhead(), Bundle::idle());
+    let mut bundle = Bundle::idle();
     bundle.config["linux"]["resources"] = json!({"memory": {"limit": 33_554_432}});
     bundle.config["annotations"] = json!({
         "io.bulkhead.kernel_arguments": "sysctl.vm.panic_on_oom=2", "io.bulkhead.memory_mib": "128",
@@ -753,8 +746,8 @@ fn a_guest_that_panics_stops_its_container_and_touches_no_other() {
 #[test]
 fn two_containers_do_not_touch_each_other() {
     let _unchanged = Host::unchanged();
-    let one = Container::running(bulkhead(), idle());
-    let other = Container::running(bulkhead(), idle());
+    let one = Container::running(bulkhead(), Bundle::idle());
+    let other = Container::running(bulkhead(), Bundle::idle());
     let vmms = processes::named("bulkhead-vmm");
     assert_eq!(vmms.len(), 2);
     one.command(&["delete", "--force"]).expect_code(0);
@@ -916,7 +909,7 @@ fn beside(pid: Pid) -> Bundle {
 #[test]
 fn containers_of_one_sandbox_join_namespaces_and_are_paused_each_by_itself() {
     let host = Host::now();
-    let first = Container::running(bulkhead(), idle());
+    let first = Container::running(bulkhead(), Bundle::idle());
     await_output(&first, "ready\n");
     let server = Server::of(&first);
     let bundle = beside(first.pid);

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::container::{Container, bulkhead, reap_all, runc, wrapped};
+use bulkhead_e2e::command::{bulkhead, runc};
+use bulkhead_e2e::container::{Container, reap_all, wrapped};
 use bulkhead_e2e::leaks::Host;
 use serde_json::json;
 use tempfile::TempDir;
@@ -54,16 +55,12 @@ fn programs(directory: &Path) -> Vec<String> {
     programs
 }
 
-fn idle() -> Bundle {
-    Bundle::shell("exec sleep 100000")
-}
-
 #[test]
 fn systemd_makes_the_scope_that_the_bundle_names_and_forgets_it_with_the_container() {
     let _unchanged = Host::unchanged();
     let folder = tempfile::tempdir().unwrap();
     let life = |runtime: PathBuf| {
-        let mut bundle = idle();
+        let mut bundle = Bundle::idle();
         let linux = &mut bundle.config["linux"];
         linux["cgroupsPath"] = json!("system.slice:e2e:scoped");
         linux["resources"] = json!({
@@ -111,7 +108,7 @@ fn systemd_makes_the_scope_that_the_bundle_names_and_forgets_it_with_the_contain
 fn without_a_path_the_scope_has_the_containers_name() {
     let _unchanged = Host::unchanged();
     let folder = tempfile::tempdir().unwrap();
-    let container = Container::running(with_systemd(&folder, &bulkhead()), idle());
+    let container = Container::running(with_systemd(&folder, &bulkhead()), Bundle::idle());
     let scope = format!("bulkhead-{}.scope", container.id);
     let unit = properties(&scope);
     assert_eq!(unit["ActiveState"], "active");

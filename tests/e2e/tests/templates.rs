@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bulkhead_e2e::bundle::Bundle;
@@ -38,7 +39,7 @@ impl Templates {
     /// Runs a bundle, and tells whether its guest was made from a template.
     fn run(&self, bundle: &Bundle, flags: &[&str]) -> (Ended, bool) {
         let timeline = self.0.path().join("timeline.json");
-        let mut command = bulkhead();
+        let mut command = Command::new(bulkhead());
         command
             .arg("--config")
             .arg(self.0.path().join("config.toml"))

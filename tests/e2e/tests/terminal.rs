@@ -5,9 +5,9 @@
 use std::process::Stdio;
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::run_command;
+use bulkhead_e2e::command::{bulkhead, run_command};
 use bulkhead_e2e::console::{Console, ConsoleSocket};
-use bulkhead_e2e::container::{Container, bulkhead, reap_all, wait_for};
+use bulkhead_e2e::container::{Container, reap_all, wait_for};
 use bulkhead_e2e::leaks::Host;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
@@ -81,8 +81,7 @@ fn a_terminal_over_a_console_socket_is_a_real_one() {
 #[test]
 fn an_executed_process_gets_a_terminal_of_its_own() {
     let _unchanged = Host::unchanged();
-    let bundle = Bundle::shell("trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done");
-    let container = Container::running(bulkhead(), &bundle);
+    let container = Container::running(bulkhead(), Bundle::idle());
     let socket = ConsoleSocket::new();
     let pid_file = container.files().join("exec-pid");
     let before = [
