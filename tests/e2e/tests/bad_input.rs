@@ -35,6 +35,7 @@ fn assert_refused(case: &str, ended: &Ended, words: &[&str]) {
 
 #[test]
 fn a_wrong_config_is_refused_by_the_name_of_its_field() {
+    let unchanged = Host::unchanged();
     type Edit = fn(&mut Value);
     let cases: &[(&str, Edit, &[&str])] = &[
         (
@@ -308,18 +309,17 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
             &["ociVersion"],
         ),
     ];
-    let host = Host::now();
     for (case, edit, words) in cases {
         let mut bundle = Bundle::busybox(&["true"]);
         edit(&mut bundle.config);
         assert_refused(case, &run(&bundle), words);
-        host.assert_nothing_new();
+        unchanged.at_once(case);
     }
 }
 
 #[test]
 fn a_broken_bundle_is_refused_by_the_name_of_its_file() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let bundle = Bundle::busybox(&["true"]);
     let run_in = |bundle: &Bundle| {
         finish(
@@ -347,12 +347,11 @@ fn a_broken_bundle_is_refused_by_the_name_of_its_file() {
             .arg(fresh_id()),
     );
     assert_refused("no bundle", &nowhere, &["/no/such/bundle"]);
-    host.assert_nothing_new();
 }
 
 #[test]
 fn a_bad_id_is_refused() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let bundle = Bundle::busybox(&["true"]);
     bundle.write();
     for id in ["..", ".", "a/b", "a b", "", "\u{e9}"] {
@@ -366,7 +365,6 @@ fn a_bad_id_is_refused() {
         );
         assert_refused(id, &ended, &["id"]);
     }
-    host.assert_nothing_new();
 }
 
 #[test]
@@ -398,11 +396,11 @@ fn a_wrong_command_line_is_refused() {
 
 #[test]
 fn a_descriptor_that_is_no_stream_is_refused_by_its_number_and_kind() {
+    let _unchanged = Host::unchanged();
     use std::net::TcpListener;
     use std::os::fd::OwnedFd;
     use std::os::unix::fs::OpenOptionsExt;
     use std::os::unix::net::{UnixDatagram, UnixListener};
-    let host = Host::now();
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let open = |name: &str, flags: i32| {
@@ -468,7 +466,6 @@ fn a_descriptor_that_is_no_stream_is_refused_by_its_number_and_kind() {
     }
     // As runc says it.
     refused(None, &["preserved-fd 1 (of 2)", "descriptor 4"]);
-    host.assert_nothing_new();
 }
 
 /// `bulkhead --config FILE run` of a bundle that is fine, with a configuration that isn't.
@@ -482,17 +479,17 @@ fn run_with_config(config: &str) -> Ended {
 
 #[test]
 fn missing_guest_files_are_named() {
-    let host = Host::now();
+    let unchanged = Host::unchanged();
     for key in ["kernel", "initramfs", "vmm", "server"] {
         let ended = run_with_config(&format!("{key} = \"/no/such/{key}\"\n"));
         assert_refused(key, &ended, &[&format!("/no/such/{key}")]);
-        host.assert_nothing_new();
+        unchanged.at_once(key);
     }
 }
 
 #[test]
 fn a_kernel_that_is_none_is_refused() {
-    let host = Host::now();
+    let unchanged = Host::unchanged();
     for junk in [
         b"".as_slice(),
         b"not an ELF file",
@@ -506,36 +503,34 @@ fn a_kernel_that_is_none_is_refused() {
             &run_with_config(&format!("kernel = \"{path}\"\n")),
             &["kernel"],
         );
-        host.assert_nothing_new();
+        unchanged.at_once(path);
     }
 }
 
 #[test]
 fn an_initramfs_that_is_none_ends_the_run() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), b"no archive at all").unwrap();
     let path = file.path().to_str().unwrap();
     let ended = run_with_config(&format!("initramfs = \"{path}\"\n"));
     assert_refused("junk initramfs", &ended, &["guest"]);
-    host.assert_nothing_new();
 }
 
 #[test]
 fn a_wrong_configuration_file_is_refused() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     assert_refused(
         "unknown key",
         &run_with_config("kernal = \"/x\"\n"),
         &["kernal", "did you mean `kernel`?"],
     );
     assert_refused("malformed", &run_with_config("kernel = \n"), &["line 1"]);
-    host.assert_nothing_new();
 }
 
 #[test]
 fn a_machine_without_kvm_is_told_so() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let bundle = Bundle::busybox(&["true"]);
     bundle.write();
     // A mount namespace of its own, in which /dev has no kvm.
@@ -560,12 +555,11 @@ fn a_machine_without_kvm_is_told_so() {
     let ended = without_kvm(&["check".as_ref()]);
     assert_eq!(ended.code, 1, "{ended:?}");
     assert!(ended.stdout.contains("/dev/kvm"), "{ended:?}");
-    host.assert_nothing_new();
 }
 
 #[test]
 fn a_user_who_is_not_root_is_told_so() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     // Programs and bundle where anybody may look at them.
     let folder = tempfile::tempdir().unwrap();
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -583,12 +577,11 @@ fn a_user_who_is_not_root_is_told_so() {
         .arg(bundle.path())
         .arg(fresh_id());
     assert_refused("run", &finish(&mut command), &["root"]);
-    host.assert_nothing_new();
 }
 
 #[test]
 fn an_id_in_use_is_refused_and_its_owner_lives_on() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let bundle = Bundle::shell("cat; echo alive");
     bundle.write();
     let id = fresh_id();
@@ -615,5 +608,4 @@ fn an_id_in_use_is_refused_and_its_owner_lives_on() {
     std::io::Read::read_to_string(&mut stdout, &mut rest).unwrap();
     assert_eq!(rest, "alive\n");
     bulkhead_e2e::command::wait(owner).expect_code(0);
-    host.assert_nothing_new();
 }

@@ -7,6 +7,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -14,7 +15,6 @@ use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::{
     bulkhead, finish, run, run_command, run_with_input, runc, start, wait,
 };
-use bulkhead_e2e::container::reap_all;
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::processes;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -26,7 +26,7 @@ use serde_json::json;
 #[track_caller]
 fn assert_same_as_runc(bundle: &Bundle) {
     let theirs = finish(run_command(Command::new(runc()), bundle).stdin(Stdio::null()));
-    let host = Host::now();
+    let unchanged = Host::unchanged();
     let ours = run(bundle);
     assert_eq!(
         (ours.code, ours.stdout.as_str()),
@@ -35,7 +35,7 @@ fn assert_same_as_runc(bundle: &Bundle) {
         ours.stderr,
         theirs.stderr
     );
-    host.assert_nothing_new();
+    unchanged.at_once("run");
 }
 
 #[track_caller]
@@ -64,11 +64,10 @@ fn start_until_ready(bundle: &Bundle) -> (Child, BufReader<std::process::ChildSt
 
 #[test]
 fn output_and_exit_code_come_back() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let ended = run(&Bundle::shell("echo to stdout; echo to stderr >&2; exit 7")).expect_code(7);
     assert_eq!(ended.stdout, "to stdout\n");
     assert_eq!(ended.stderr, "to stderr\n");
-    host.assert_nothing_new();
 }
 
 #[test]
@@ -110,10 +109,9 @@ fn what_runc_does_without_may_be_missing_in_a_config() {
 
 #[test]
 fn standard_input_arrives_and_its_end_is_seen() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let ended = run_with_input(&Bundle::shell("cat; echo done"), b"one\ntwo\n").expect_code(0);
     assert_eq!(ended.stdout, "one\ntwo\ndone\n");
-    host.assert_nothing_new();
 }
 
 #[test]
@@ -149,9 +147,9 @@ fn thirty_two_mebibytes_pass_both_ways_whole_and_in_order() {
 
 #[test]
 fn output_that_nobody_reads_any_more_ends_the_writer() {
+    let _unchanged = Host::unchanged();
     // A child of PID 1, since signals of its own making don't end the init of a pid namespace.
     let bundle = Bundle::shell("yes; exit $?");
-    let host = Host::now();
     let mut child = start(run_command(Command::new(bulkhead()), &bundle).stdin(Stdio::null()));
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
@@ -160,7 +158,6 @@ fn output_that_nobody_reads_any_more_ends_the_writer() {
     drop(stdout);
     // SIGPIPE of the writer, as under runc.
     wait(child).expect_code(128 + 13);
-    host.assert_nothing_new();
 }
 
 #[test]
@@ -172,7 +169,7 @@ fn death_by_signal_n_is_exit_code_128_plus_n() {
 
 #[test]
 fn sigterm_and_sigint_reach_the_process() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     for (sent, name) in [(Signal::SIGTERM, "TERM"), (Signal::SIGINT, "INT")] {
         let script =
             format!("trap 'echo got {name}; exit 3' {name}; echo ready; while :; do sleep 1; done");
@@ -183,12 +180,11 @@ fn sigterm_and_sigint_reach_the_process() {
         assert_eq!(rest, format!("got {name}\n"));
         wait(child).expect_code(3);
     }
-    host.assert_nothing_new();
 }
 
 #[test]
 fn a_killed_client_leaves_nothing_behind() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let bundle = Bundle::shell("echo ready; exec sleep 1000");
     let (mut child, _stdout) = start_until_ready(&bundle);
     let sandbox = processes::of_the_build_under_test();
@@ -196,19 +192,14 @@ fn a_killed_client_leaves_nothing_behind() {
         sandbox.len() >= 3,
         "client, server and VMM run: {sandbox:?}"
     );
-    // Whoever loses its parent is ours to take away, and nobody else's whenever that may be.
-    nix::sys::prctl::set_child_subreaper(true).unwrap();
     signal(&child, Signal::SIGKILL);
     child.wait().unwrap();
     processes::wait_for_end(&sandbox);
-    reap_all();
-    nix::sys::prctl::set_child_subreaper(false).unwrap();
-    host.assert_nothing_new();
 }
 
 #[test]
 fn a_killed_vmm_ends_the_run_with_one_sentence() {
-    let host = Host::now();
+    let unchanged = Host::unchanged();
     let bundle = Bundle::shell("echo ready; exec sleep 1000");
     let (child, _stdout) = start_until_ready(&bundle);
     let vmm = processes::named("bulkhead-vmm");
@@ -222,12 +213,12 @@ fn a_killed_vmm_ends_the_run_with_one_sentence() {
         "stderr: {}",
         ended.stderr
     );
-    host.assert_nothing_new();
+    unchanged.at_once("run");
 }
 
 #[test]
 fn two_containers_run_side_by_side() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let first = Bundle::shell("echo ready; read line < /go 2>/dev/null; exec sleep 1000");
     let (child, _stdout) = start_until_ready(&first);
     let second = run(&Bundle::shell("echo second; exit 5")).expect_code(5);
@@ -236,7 +227,6 @@ fn two_containers_run_side_by_side() {
     let left = processes::of_the_build_under_test();
     wait(child);
     processes::wait_for_end(&left);
-    host.assert_nothing_new();
 }
 
 #[test]
@@ -764,21 +754,29 @@ fn orphans_are_reaped() {
 
 #[test]
 fn check_finds_this_machine_able() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let ended = finish(Command::new(bulkhead()).arg("check")).expect_code(0);
     assert!(!ended.stdout.contains("FAIL"), "{}", ended.stdout);
     assert!(ended.stdout.contains("/dev/kvm"), "{}", ended.stdout);
-    host.assert_nothing_new();
 }
 
 #[test]
-fn the_leak_checker_sees_a_process_and_a_mount() {
-    let host = Host::now();
+fn the_leak_checker_sees_what_is_left() {
+    let unchanged = Host::unchanged();
+    let at_once = |host: &Host| catch_unwind(AssertUnwindSafe(|| host.at_once("a step")));
+    let at_the_end = |host: Host| catch_unwind(AssertUnwindSafe(|| drop(host)));
+
     let mut sleeper = Command::new("sleep").arg("1000").spawn().unwrap();
-    assert!(std::panic::catch_unwind(|| host.assert_nothing_new()).is_err());
+    assert!(at_once(&unchanged).is_err());
     sleeper.kill().unwrap();
     sleeper.wait().unwrap();
+    unchanged.at_once("a process that has gone");
+
+    let before = Host::unchanged();
     let folder = tempfile::tempdir().unwrap();
+    unchanged.at_once("a file of the test's own");
+    assert!(at_the_end(before).is_err());
+
     let tmpfs = || {
         let none: Option<&str> = None;
         mount(
@@ -791,12 +789,19 @@ fn the_leak_checker_sees_a_process_and_a_mount() {
         .unwrap();
     };
     tmpfs();
-    assert!(std::panic::catch_unwind(|| host.assert_nothing_new()).is_err());
+    assert!(at_once(&unchanged).is_err());
     // One more of the same kind in the same place.
-    let host_with_one = Host::now();
+    let with_one = Host::unchanged();
     tmpfs();
-    assert!(std::panic::catch_unwind(|| host_with_one.assert_nothing_new()).is_err());
+    assert!(at_once(&with_one).is_err());
+    assert!(at_the_end(with_one).is_err());
     umount2(folder.path(), MntFlags::empty()).unwrap();
     umount2(folder.path(), MntFlags::empty()).unwrap();
-    host.assert_nothing_new();
+
+    let templates = Path::new("/var/cache/bulkhead");
+    fs::create_dir_all(templates).unwrap();
+    let unfinished = templates.join("e2e.template.unfinished");
+    fs::write(&unfinished, "").unwrap();
+    assert!(at_once(&unchanged).is_err());
+    fs::remove_file(unfinished).unwrap();
 }

@@ -123,8 +123,6 @@ impl Sandbox {
     }
 
     fn with_templates(fault: Fault, templates: Option<&Path>) -> Self {
-        // Who stands for the container is to be ours to wait for.
-        nix::sys::prctl::set_child_subreaper(true).unwrap();
         let mut bundle = Bundle::busybox(&["sleep", "1000"]);
         if let Fault::Guest(step) = fault {
             let word = format!("BULKHEAD_FAULT={step}");
@@ -246,7 +244,7 @@ impl Sandbox {
     }
 
     /// Checks that the container has stopped, that who waits for it knows, and that nothing is left of it once it is deleted.
-    fn end(self, host: &Host) {
+    fn end(self, unchanged: &Host) {
         self.await_end();
         if let Ok(pid) = self.read("pid").parse() {
             processes::wait_for_end(&[pid]);
@@ -266,17 +264,16 @@ impl Sandbox {
             assert!(!name.to_string_lossy().contains("unfinished"), "{name:?}");
         }
         reap_all();
-        drop(self);
-        host.assert_nothing_new();
+        unchanged.at_once(&format!("{:?}", self.fault));
     }
 }
 
 /// A life with a fault, and its end. Returns the commands that failed.
 fn check(fault: Fault) -> Vec<&'static str> {
-    let host = Host::now();
+    let unchanged = Host::unchanged();
     let sandbox = Sandbox::new(fault);
     let failed = sandbox.live();
-    sandbox.end(&host);
+    sandbox.end(&unchanged);
     failed
 }
 
@@ -292,15 +289,14 @@ fn a_vmm_that_is_killed_at_any_of_its_steps_leaves_nothing() {
 
 #[test]
 fn a_vmm_that_is_killed_while_it_saves_a_template_or_uses_one_leaves_nothing_but_a_good_one() {
-    let _unchanged = Host::unchanged();
+    let unchanged = Host::unchanged();
     let folder = tempfile::tempdir().unwrap();
     let count = || fs::read_dir(folder.path()).unwrap().count();
     let life = |step, command: usize| {
-        let host = Host::now();
         let fault = Fault::Host(step, command);
         let sandbox = Sandbox::with_templates(fault, Some(folder.path()));
         let failed = sandbox.live();
-        sandbox.end(&host);
+        sandbox.end(&unchanged);
         failed
     };
     for step in SAVING {
@@ -350,8 +346,7 @@ fn a_stand_in_that_is_killed_at_any_of_its_steps_takes_its_container_along() {
 
 #[test]
 fn a_stand_in_of_an_executed_process_that_is_killed_at_any_of_its_steps_takes_nothing_else_along() {
-    let _unchanged = Host::unchanged();
-    let host = Host::now();
+    let unchanged = Host::unchanged();
     let sandbox = Sandbox::new(Fault::Host(PROXY[0], 3));
     for (before, after) in &LIFE[..2] {
         sandbox.run(before, after, None).expect_code(0);
@@ -368,7 +363,7 @@ fn a_stand_in_of_an_executed_process_that_is_killed_at_any_of_its_steps_takes_no
     }
     sandbox.run(&["exec"], &["true"], None).expect_code(0);
     sandbox.run(&["kill"], &["KILL"], None).expect_code(0);
-    sandbox.end(&host);
+    sandbox.end(&unchanged);
 }
 
 #[test]
@@ -391,10 +386,9 @@ fn a_process_that_ends_on_its_way_into_a_container_takes_nothing_else_along() {
 
 #[test]
 fn what_answers_nothing_is_deleted_by_force() {
-    let _unchanged = Host::unchanged();
+    let unchanged = Host::unchanged();
     // The stand-in is `bulkhead` itself.
     for program in ["containerd-shim-bulkhead-v2", "bulkhead-vmm", "bulkhead"] {
-        let host = Host::now();
         let sandbox = Sandbox::new(Fault::Guest("none"));
         for (before, after) in &LIFE[..2] {
             sandbox.run(before, after, None).expect_code(0);
@@ -406,7 +400,7 @@ fn what_answers_nothing_is_deleted_by_force() {
         sandbox
             .run(&["delete", "--force"], &[], None)
             .expect_code(0);
-        sandbox.end(&host);
+        sandbox.end(&unchanged);
     }
 }
 

@@ -65,7 +65,7 @@ fn steps(timeline: &Path) -> Vec<String> {
 
 #[test]
 fn guests_of_one_template_have_their_own_files_clock_and_random_numbers() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let templates = Templates::new();
     let script = "cat /name; cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; \
                   head -c 16 /dev/urandom | md5sum; busybox date +%s; touch /made";
@@ -92,7 +92,6 @@ fn guests_of_one_template_have_their_own_files_clock_and_random_numbers() {
     seen.sort();
     seen.dedup();
     assert_eq!(seen.len(), total, "guests draw the same numbers: {seen:?}");
-    host.assert_nothing_new();
 }
 
 #[test]
