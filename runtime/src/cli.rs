@@ -324,6 +324,30 @@ mod tests {
     }
 
     #[test]
+    fn flags_may_stand_behind_the_id() {
+        for (before, behind) in [
+            (
+                &["create", "--bundle", "b", "--pid-file", "p", "c1"][..],
+                &["create", "c1", "--bundle", "b", "--pid-file", "p"][..],
+            ),
+            (
+                &["create", "--bundle", "b", "--no-pivot", "c1"],
+                &["create", "--no-pivot", "c1", "--bundle=b"],
+            ),
+            (&["kill", "--all", "c1", "9"], &["kill", "c1", "9", "--all"]),
+            (&["kill", "--all", "c1", "9"], &["kill", "c1", "-a", "9"]),
+            (&["delete", "--force", "c1"], &["delete", "c1", "--force"]),
+            (
+                &["update", "--memory", "1G", "--cpu-quota", "-1", "c1"],
+                &["update", "c1", "--memory", "1G", "--cpu-quota", "-1"],
+            ),
+        ] {
+            let parsed = |line| format!("{:?}", matches(line).unwrap().command);
+            assert_eq!(parsed(behind), parsed(before));
+        }
+    }
+
+    #[test]
     fn behind_the_id_every_word_is_the_programs() {
         for (line, id, words) in [
             (&["exec", "c1", "--help"][..], "c1", &["--help"][..]),

@@ -39,7 +39,11 @@ impl Size {
     /// The size for the container of `spec`: what its annotations say, or its limits and the guest's own base, or the
     /// configured defaults.
     pub fn of(spec: &Spec, config: &Config) -> Result<Self, SpecError> {
-        let overrides = Overrides::of(spec)?;
+        Ok(Self::with(spec, config, &Overrides::of(spec)?, host_cpus()))
+    }
+
+    /// The same on a host of so many processors.
+    fn with(spec: &Spec, config: &Config, overrides: &Overrides, host_cpus: u8) -> Self {
         let resources = spec
             .linux()
             .as_ref()
@@ -58,11 +62,11 @@ impl Size {
             .and_then(|resources| resources.cpu().as_ref())
             .and_then(limited_vcpus)
             .unwrap_or(config.vcpus)
-            .min(host_cpus());
-        Ok(Self {
+            .min(host_cpus);
+        Self {
             vcpus: overrides.vcpus.unwrap_or(vcpus),
             memory_mib: overrides.memory_mib.unwrap_or(memory_mib),
-        })
+        }
     }
 }
 
@@ -108,17 +112,50 @@ pub fn most_memory_mib() -> u64 {
 mod tests {
     use super::*;
 
-    fn memory_of(resources: &str) -> u64 {
-        let spec: Spec = serde_json::from_str(&format!(
-            r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}}}"#
-        ))
-        .unwrap();
+    fn spec(resources: &str) -> Spec {
+        let text = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}}}"#);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn config(text: &str) -> Config {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("c.toml");
-        std::fs::write(&file, "memory_mib = 128").unwrap();
-        Size::of(&spec, &Config::load(Some(&file)).unwrap())
+        std::fs::write(&file, text).unwrap();
+        Config::load(Some(&file)).unwrap()
+    }
+
+    fn memory_of(resources: &str) -> u64 {
+        Size::of(&spec(resources), &config("memory_mib = 128"))
             .unwrap()
             .memory_mib
+    }
+
+    #[test]
+    fn an_annotation_counts_the_vcpus_before_a_limit_and_that_before_the_configuration() {
+        const HOST: u8 = 8;
+        let two = r#"{"cpu":{"quota":200000,"period":100000}}"#;
+        let many = r#"{"cpu":{"quota":2000000,"period":100000}}"#;
+        for (vcpus, resources, configured, expected) in [
+            (None, "{}", 3, 3),
+            (None, "{}", 32, HOST),
+            (None, two, 3, 2),
+            (None, two, 1, 2),
+            (None, many, 3, HOST),
+            (Some(5), "{}", 3, 5),
+            (Some(5), two, 3, 5),
+            (Some(1), many, 3, 1),
+        ] {
+            let overrides = Overrides {
+                vcpus,
+                ..Overrides::default()
+            };
+            let config = config(&format!("vcpus = {configured}"));
+            let size = Size::with(&spec(resources), &config, &overrides, HOST);
+            assert_eq!(
+                size.vcpus, expected,
+                "{vcpus:?}, {resources}, {configured} configured"
+            );
+        }
     }
 
     #[test]

@@ -55,10 +55,3 @@ impl Drop for IdleSandbox {
         let _ = fs::remove_file(&self.config);
     }
 }
-
-/// The name of a process or thread, by its folder in /proc.
-pub fn name(folder: &str) -> anyhow::Result<String> {
-    Ok(fs::read_to_string(format!("{folder}/comm"))?
-        .trim()
-        .to_owned())
-}

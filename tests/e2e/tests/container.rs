@@ -609,7 +609,8 @@ fn kernel_parameters_scheduling_and_scores_are_those_of_the_config() {
 #[test]
 fn a_guest_is_as_large_as_limits_or_annotations_say() {
     let _unchanged = Host::unchanged();
-    // The guest's kernel keeps some for itself.
+    // The guest's kernel keeps some of the memory for itself. Where the host has one processor, a guest has no more by any means: how they
+    // are counted where it has more is shown by the unit tests (runtime/src/sizing.rs).
     let mebibytes = |change: &dyn Fn(&mut serde_json::Value)| -> u64 {
         let mut bundle = Bundle::shell("grep MemTotal /proc/meminfo; nproc");
         change(&mut bundle.config);

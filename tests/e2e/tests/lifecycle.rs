@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::{Ended, bulkhead, finish, runc};
+use bulkhead_e2e::command::{Ended, bulkhead, finish, run_with_input, runc};
 use bulkhead_e2e::container::{Container, reap_all, wait_for};
 use bulkhead_e2e::leaks::Host;
 use bulkhead_e2e::{processes, watch};
@@ -203,6 +204,18 @@ fn lists_and_states_have_runcs_fields() {
             .expect_code(0);
         let pids: Vec<i32> = serde_json::from_str(&ps.stdout).unwrap();
         assert!(pids.contains(&container.pid.as_raw()), "{pids:?}");
+        // What follows the id is for ps(1), here for columns of which the pid is not the first.
+        let table = container
+            .command_with(&["ps"], &["-o", "comm,pid"])
+            .expect_code(0);
+        let mut rows = table
+            .stdout
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        assert_eq!(rows.next().unwrap(), ["COMMAND", "PID"]);
+        let listed: Vec<i32> = rows.map(|row| row[1].parse().unwrap()).collect();
+        assert!(listed.contains(&container.pid.as_raw()), "{listed:?}");
+        assert!(!listed.contains(&Pid::this().as_raw()), "{listed:?}");
         let quiet =
             finish(std::process::Command::new(&runtime).args(["list", "-q"])).expect_code(0);
         assert!(quiet.stdout.lines().any(|line| line == container.id));
@@ -218,6 +231,44 @@ fn lists_and_states_have_runcs_fields() {
         "json",
     ]));
     assert_eq!(empty.expect_code(0).stdout, "null\n");
+}
+
+/// What a command of a runtime that is about no container prints.
+#[track_caller]
+fn printed(runtime: &Path, arguments: &[&str]) -> String {
+    let mut command = std::process::Command::new(runtime);
+    finish(command.args(arguments)).expect_code(0).stdout
+}
+
+#[test]
+fn features_name_every_mount_option_of_runcs() {
+    let _unchanged = Host::unchanged();
+    let options = |runtime: PathBuf| -> BTreeSet<String> {
+        let features: Value = serde_json::from_str(&printed(&runtime, &["features"])).unwrap();
+        serde_json::from_value(features["mountOptions"].clone()).unwrap()
+    };
+    let (ours, theirs) = (options(bulkhead()), options(runc()));
+    let missing: Vec<_> = theirs.difference(&ours).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+    // What runc 1.1 does not know yet.
+    let further: Vec<_> = ours.difference(&theirs).collect();
+    assert_eq!(further, ["idmap", "ridmap"]);
+}
+
+#[test]
+fn the_config_to_begin_with_is_runcs_but_for_the_hosts_name() {
+    let _unchanged = Host::unchanged();
+    let [theirs, ours] = [runc(), bulkhead()].map(|runtime| {
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = folder.path().to_str().unwrap();
+        assert_eq!(printed(&runtime, &["spec", "--bundle", bundle]), "");
+        let text = fs::read(folder.path().join("config.json")).unwrap();
+        let mut config: Value = serde_json::from_slice(&text).unwrap();
+        let hostname = config.as_object_mut().unwrap().remove("hostname").unwrap();
+        (config, hostname)
+    });
+    assert_eq!(ours.0, theirs.0);
+    assert_eq!((ours.1, theirs.1), (json!("bulkhead"), json!("runc")));
 }
 
 #[test]
@@ -398,20 +449,32 @@ fn a_stopped_container_holds_no_machine_and_keeps_its_state() {
 #[test]
 fn a_paused_container_stands_still_until_it_is_resumed() {
     let _unchanged = Host::unchanged();
-    let bundle = Bundle::shell("n=0; while :; do n=$((n+1)); echo $n > /count; done");
-    let container = Container::running(bulkhead(), &bundle);
-    container.command(&["pause"]).expect_code(0);
-    assert_eq!(container.status(), "paused");
-    let ended = container.exec(&["true"]);
-    assert_eq!(ended.code, 255);
-    assert!(ended.stderr.contains("paused"), "{}", ended.stderr);
-    container.command(&["pause"]).expect_code(1);
-    // A signal waits until the container goes on.
-    container.command_with(&["kill"], &["USR2"]).expect_code(0);
-    assert_eq!(container.status(), "paused");
-    container.command(&["resume"]).expect_code(0);
-    container.command(&["resume"]).expect_code(1);
-    assert_eq!(container.status(), "running");
+    for runtime in [runc(), bulkhead()] {
+        let bundle = Bundle::shell("trap 'echo >>/signals' USR2; while :; do echo >>/count; done");
+        let length = |name: &str| fs::metadata(bundle.in_root(name)).map_or(0, |file| file.len());
+        let root = bundle.in_root("");
+        let container = Container::running(runtime, &bundle);
+        watch::until(&root, &[], || length("count") > 0);
+        container.command(&["pause"]).expect_code(0);
+        assert_eq!(container.status(), "paused");
+        // One that runs adds to it during every one of these commands.
+        let count = length("count");
+        let ended = container.exec(&["true"]);
+        assert_eq!(ended.code, 255);
+        assert!(ended.stderr.contains("paused"), "{}", ended.stderr);
+        container.command(&["pause"]).expect_code(1);
+        // A signal waits until the container goes on.
+        container.command_with(&["kill"], &["USR2"]).expect_code(0);
+        assert_eq!(container.status(), "paused");
+        assert_eq!(length("count"), count, "it goes on");
+        assert_eq!(length("signals"), 0, "the signal did not wait");
+        container.command(&["resume"]).expect_code(0);
+        container.command(&["resume"]).expect_code(1);
+        assert_eq!(container.status(), "running");
+        watch::until(&root, &[], || length("count") > count);
+        watch::until(&root, &[], || length("signals") > 0);
+        assert_eq!(length("signals"), 1);
+    }
 }
 
 #[test]
@@ -501,16 +564,19 @@ fn sigkill_ends_a_paused_container() {
 #[test]
 fn limits_hold_in_the_guest_and_can_be_changed() {
     let _unchanged = Host::unchanged();
-    let mut bundle = Bundle::idle();
-    bundle.config["linux"]["resources"] = json!({
-        "memory": {"limit": 67_108_864}, "pids": {"limit": 50}, "cpu": {"shares": 512, "quota": 50_000, "period": 100_000},
-        "devices": [{"allow": false, "access": "rwm"}],
-    });
-    let container = Container::running(bulkhead(), &bundle);
-    let read = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max";
-    assert_eq!(container.shell(read).stdout, "67108864\n50\n50000 100000\n");
-    container
-        .command(&[
+    for runtime in [runc(), bulkhead()] {
+        let mut bundle = Bundle::idle();
+        bundle.config["linux"]["resources"] = json!({
+            "memory": {"limit": 67_108_864}, "pids": {"limit": 50}, "cpu": {"shares": 512, "quota": 50_000, "period": 100_000},
+            "devices": [{"allow": false, "access": "rwm"}],
+        });
+        let container = Container::running(runtime.clone(), &bundle);
+        let limits = || {
+            let read = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.max cpu.weight";
+            container.shell(read).expect_code(0).stdout
+        };
+        assert_eq!(limits(), "67108864\n50\n50000 100000\n20\n");
+        let update = [
             "update",
             "--memory",
             "33554432",
@@ -518,35 +584,53 @@ fn limits_hold_in_the_guest_and_can_be_changed() {
             "20",
             "--cpu-quota",
             "20000",
-        ])
-        .expect_code(0);
-    assert_eq!(container.shell(read).stdout, "33554432\n20\n20000 100000\n");
-    let mut update = container.prepare(&["update", "--resources", "-"], &[]);
-    let mut update = update.stdin(Stdio::piped()).spawn().unwrap();
-    update
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(br#"{"pids": {"limit": 30}}"#)
-        .unwrap();
-    assert!(update.wait().unwrap().success());
-    assert_eq!(container.shell(read).stdout, "33554432\n30\n20000 100000\n");
-    let ended = container.command(&["update", "--memory", "9000000000"]);
-    assert_eq!(ended.code, 1);
-    assert!(ended.stderr.contains("do not fit"), "{}", ended.stderr);
+            "--cpu-share",
+            "1024",
+        ];
+        container.command(&update).expect_code(0);
+        assert_eq!(limits(), "33554432\n20\n20000 100000\n39\n");
+        let mut update = container.prepare(&["update", "--resources", "-"], &[]);
+        let mut update = update.stdin(Stdio::piped()).spawn().unwrap();
+        update
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(br#"{"pids": {"limit": 30}}"#)
+            .unwrap();
+        assert!(update.wait().unwrap().success());
+        assert_eq!(limits(), "33554432\n30\n20000 100000\n39\n");
+        if runtime == bulkhead() {
+            let ended = container.command(&["update", "--memory", "9000000000"]);
+            assert_eq!(ended.code, 1);
+            assert!(ended.stderr.contains("do not fit"), "{}", ended.stderr);
+        }
+        // Last, since nothing more can be executed then.
+        let ended = container.shell(
+            "for n in $(seq 40); do sleep 1000 </dev/null >/dev/null 2>&1 & done; echo forty",
+        );
+        assert_ne!(ended.code, 0);
+        assert_eq!(ended.stdout, "");
+        assert!(ended.stderr.contains("can't fork"), "{}", ended.stderr);
+    }
 }
 
 #[test]
 fn statistics_have_runcs_form_and_true_numbers() {
     let _unchanged = Host::unchanged();
-    let container = Container::running(bulkhead(), Bundle::busybox(&["sleep", "1000"]));
-    let ended = container.command(&["events", "--stats"]).expect_code(0);
-    let event: Value = serde_json::from_str(&ended.stdout).unwrap();
-    assert_eq!(event["type"], "stats");
-    assert_eq!(event["id"], container.id.as_str());
-    assert_eq!(event["data"]["pids"]["current"], 1);
-    assert!(event["data"]["memory"]["usage"]["usage"].as_u64().unwrap() > 0);
-    assert!(event["data"]["cpu"]["usage"]["total"].as_u64().unwrap() > 0);
+    let mut bundle = Bundle::busybox(&["sleep", "1000"]);
+    bundle.config["linux"]["resources"]["memory"] = json!({"limit": 67_108_864});
+    for runtime in [runc(), bulkhead()] {
+        let container = Container::running(runtime, &bundle);
+        let ended = container.command(&["events", "--stats"]).expect_code(0);
+        let event: Value = serde_json::from_str(&ended.stdout).unwrap();
+        assert_eq!(event["type"], "stats");
+        assert_eq!(event["id"], container.id.as_str());
+        let data = &event["data"];
+        assert_eq!(data["pids"]["current"], 1);
+        assert_eq!(data["memory"]["usage"]["limit"], 67_108_864);
+        assert!(data["memory"]["usage"]["usage"].as_u64().unwrap() > 0);
+        assert!(data["cpu"]["usage"]["total"].as_u64().unwrap() > 0);
+    }
 }
 
 #[test]
@@ -580,11 +664,28 @@ fn a_process_killed_for_want_of_memory_is_an_event_and_the_guest_survives() {
 }
 
 #[test]
+fn a_container_whose_own_process_is_killed_for_want_of_memory_ends_as_by_sigkill() {
+    let _unchanged = Host::unchanged();
+    for runtime in [runc(), bulkhead()] {
+        // It keeps what it reads until a line ends, which none does.
+        let mut bundle = Bundle::busybox(&["tail", "/dev/zero"]);
+        bundle.config["linux"]["resources"] = json!({"memory": {"limit": 33_554_432}});
+        let container = Container::running(runtime, &bundle);
+        assert_eq!(container.wait(), 137);
+        assert_eq!(container.status(), "stopped");
+        container.command(&["delete"]).expect_code(0);
+    }
+}
+
+#[test]
 fn the_hosts_cgroup_is_where_the_bundle_says_and_holds_the_sandbox() {
     let _unchanged = Host::unchanged();
     let mut bundle = Bundle::idle();
     bundle.config["linux"]["cgroupsPath"] = json!("/e2e-parent/the-container");
     bundle.config["process"]["oomScoreAdj"] = json!(321);
+    bundle.config["linux"]["resources"] = json!({
+        "memory": {"limit": 64 << 20}, "cpu": {"shares": 512, "quota": 50_000, "period": 100_000},
+    });
     let cgroup = PathBuf::from("/sys/fs/cgroup/e2e-parent/the-container");
     let container = Container::running(bulkhead(), &bundle);
     let procs = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
@@ -608,15 +709,26 @@ fn the_hosts_cgroup_is_where_the_bundle_says_and_holds_the_sandbox() {
     );
     let used = container.shell("dd if=/dev/zero of=/dev/shm/used bs=1M count=24 2>&1");
     used.expect_code(0);
-    let current: u64 = fs::read_to_string(cgroup.join("memory.current"))
-        .unwrap()
-        .trim()
-        .parse()
-        .unwrap();
+    let read = |name: &str| {
+        let text = fs::read_to_string(cgroup.join(name)).unwrap();
+        text.trim().to_owned()
+    };
+    let current: u64 = read("memory.current").parse().unwrap();
     assert!(
         current > 24 << 20,
         "the guest's memory is not counted: {current}"
     );
+    // The container's, the guest's own, and what is beside the guest.
+    let memory = ((64 + 64 + 64) << 20).to_string();
+    assert_eq!(read("memory.max"), memory);
+    assert_eq!(read("cpu.max"), "50000 100000");
+    assert_eq!(read("cpu.weight"), "59");
+    container
+        .command(&["update", "--memory", "32M", "--cpu-quota", "20000"])
+        .expect_code(0);
+    // The guest stays as large as it was made.
+    assert_eq!(read("memory.max"), memory);
+    assert_eq!(read("cpu.max"), "20000 100000");
     container.command(&["delete", "--force"]).expect_code(0);
     assert!(!cgroup.exists());
     drop(container);
@@ -640,32 +752,42 @@ fn a_populated_cgroup_is_refused() {
 #[test]
 fn hooks_run_in_the_order_of_the_spec_with_the_state_on_standard_input() {
     let _unchanged = Host::unchanged();
-    let mut bundle = Bundle::shell("echo container >> /order");
+    // A poststart hook runs beside the container, which therefore waits for it here.
+    let mut bundle =
+        Bundle::shell("while [ ! -e /order.poststart.ran ]; do :; done; echo container >> /order");
     let order = bundle.in_root("order");
     let log = order.to_str().unwrap().to_owned();
     let hook = |name: &str| {
-        let script = format!("cat > {log}.{name}; echo {name} >> {log}");
+        let script = format!("cat > {log}.{name}; echo {name} >> {log}; echo > {log}.{name}.ran");
         json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}])
     };
     bundle.config["hooks"] = json!({
         "prestart": hook("prestart"), "createRuntime": hook("createRuntime"), "createContainer": hook("createContainer"),
         "startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "echo startContainer >> /order"]}],
-        "poststop": hook("poststop"),
+        "poststart": hook("poststart"), "poststop": hook("poststop"),
     });
     let container = Container::running(bulkhead(), &bundle);
     assert_eq!(container.wait(), 0);
     container.command(&["delete"]).expect_code(0);
     assert_eq!(
         fs::read_to_string(&order).unwrap(),
-        "prestart\ncreateRuntime\ncreateContainer\nstartContainer\ncontainer\npoststop\n"
+        "prestart\ncreateRuntime\ncreateContainer\nstartContainer\npoststart\ncontainer\npoststop\n"
     );
-    let state: Value =
-        serde_json::from_slice(&fs::read(format!("{log}.createRuntime")).unwrap()).unwrap();
-    assert_eq!(state["pid"], container.pid.as_raw());
-    assert_eq!(state["id"], container.id.as_str());
-    let state: Value =
-        serde_json::from_slice(&fs::read(format!("{log}.poststop")).unwrap()).unwrap();
-    assert_eq!(state["status"], "stopped");
+    let state = |name: &str| -> Value {
+        serde_json::from_slice(&fs::read(format!("{log}.{name}")).unwrap()).unwrap()
+    };
+    for (name, status) in [
+        ("prestart", "creating"),
+        ("createRuntime", "creating"),
+        ("createContainer", "creating"),
+        ("poststart", "running"),
+    ] {
+        let state = state(name);
+        assert_eq!(state["id"], container.id.as_str(), "{name}");
+        assert_eq!(state["pid"], container.pid.as_raw(), "{name}");
+        assert_eq!(state["status"], status, "{name}");
+    }
+    assert_eq!(state("poststop")["status"], "stopped");
 }
 
 #[test]
@@ -687,6 +809,46 @@ fn a_hook_that_fails_before_the_start_undoes_the_container() {
         reap_all();
         unchanged.at_once(kind);
     }
+}
+
+#[test]
+fn a_hook_that_fails_after_the_start_is_logged_and_changes_nothing() {
+    let _unchanged = Host::unchanged();
+    let mut bundle = Bundle::shell("read line; exit 6");
+    let seen = bundle.in_root("seen").to_str().unwrap().to_owned();
+    // Those behind it run all the same.
+    let hooks = |kind: &str| {
+        let scripts = [
+            format!("echo no luck {kind} >&2; exit 3"),
+            format!("echo {kind} >> {seen}"),
+        ];
+        let hooks = scripts.map(|script| json!({"path": "/bin/sh", "args": ["sh", "-c", script]}));
+        json!(hooks)
+    };
+    bundle.config["hooks"] =
+        json!({"poststart": hooks("poststart"), "poststop": hooks("poststop")});
+    let told = |log: &str, kind: &str| {
+        let told =
+            log.contains(&format!("hooks.{kind}[0]")) && log.contains(&format!("no luck {kind}"));
+        assert!(told, "{kind}: {log}");
+    };
+
+    let (input, mut line) = std::io::pipe().unwrap();
+    let null = || Stdio::from(fs::File::options().write(true).open("/dev/null").unwrap());
+    let container = Container::create_on(bulkhead(), &bundle, [input.into(), null(), null()]);
+    container.command(&["start"]).expect_code(0);
+    assert_eq!(container.status(), "running");
+    let log = format!("/run/bulkhead/{}/server.log", container.id);
+    told(&fs::read_to_string(log).unwrap(), "poststart");
+    line.write_all(b"go on\n").unwrap();
+    assert_eq!(container.wait(), 6);
+    container.command(&["delete"]).expect_code(0);
+    assert_eq!(fs::read_to_string(&seen).unwrap(), "poststart\npoststop\n");
+    drop(container);
+
+    let ended = run_with_input(&bundle, b"go on\n").expect_code(6);
+    told(&ended.stderr, "poststart");
+    told(&ended.stderr, "poststop");
 }
 
 #[test]

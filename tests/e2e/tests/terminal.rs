@@ -2,13 +2,14 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use bulkhead_e2e::bundle::Bundle;
 use bulkhead_e2e::command::{bulkhead, run_command};
 use bulkhead_e2e::console::{Console, ConsoleSocket};
 use bulkhead_e2e::container::{Container, reap_all, wait_for};
 use bulkhead_e2e::leaks::Host;
+use bulkhead_e2e::processes;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
@@ -40,12 +41,9 @@ fn expect_size(console: &mut Console, size: &str) {
     assert!(learned, "the size is not {size}");
 }
 
-#[test]
-fn a_terminal_over_a_console_socket_is_a_real_one() {
-    let _unchanged = Host::unchanged();
-    let bundle = with_terminal(&["sh"]);
-    let (container, mut console) = create(&bundle);
-    container.command(&["start"]).expect_code(0);
+/// What a user does at a shell whose terminal is a real one. (Quotes within words keep the echo of what is typed apart from what it prints.)
+#[track_caller]
+fn use_shell(console: &mut Console) {
     console.type_in("tty; [ -t 0 -a -t 1 -a -t 2 ] && echo all th''ree\n");
     let shown = console.expect("all three");
     assert!(
@@ -53,27 +51,68 @@ fn a_terminal_over_a_console_socket_is_a_real_one() {
         "{shown}"
     );
     console.resize(97, 41);
-    expect_size(&mut console, "41 97");
+    expect_size(console, "41 97");
     // Ctrl-C ends the job and not the shell.
-    // (The quotes keep the echo of what is typed apart from what it prints.)
     console.type_in("sh -c 'echo run\"\"ning; exec sleep 1000'\n");
     console.expect("running");
     console.type_in("\x03");
     console.type_in("echo st''ill here\n");
     console.expect("still here");
-    // Ctrl-Z stops it, and the shell has it back.
-    console.type_in("sh -c 'echo a\"\"gain; exec sleep 1001'\n");
-    console.expect("again");
+    // Ctrl-Z stops one, and the shell has the terminal; `fg` gives it back, which its answer shows, and Ctrl-C is for it again.
+    console.type_in("tr a-z A-Z\n");
+    console.type_in("before\n");
+    console.expect("BEFORE");
     console.type_in("\x1a");
     console.expect("Stopped");
+    console.type_in("fg\n");
+    console.type_in("behind\n");
+    console.expect("BEHIND");
+    console.type_in("\x03");
+    console.type_in("echo back ag''ain\n");
+    console.expect("back again");
     // Ctrl-D is the end of the input.
     console.type_in("echo go''ing; cat; echo af''ter\n");
     console.expect("going");
     console.type_in("\x04");
     console.expect("after");
+}
+
+#[test]
+fn a_terminal_over_a_console_socket_is_a_real_one() {
+    let _unchanged = Host::unchanged();
+    let bundle = with_terminal(&["sh"]);
+    let (container, mut console) = create(&bundle);
+    container.command(&["start"]).expect_code(0);
+    use_shell(&mut console);
     container.command_with(&["kill"], &["KILL"]).expect_code(0);
     console.rest();
     assert_eq!(container.wait(), 137);
+}
+
+#[test]
+fn a_terminal_in_the_foreground_is_a_real_one() {
+    let _unchanged = Host::unchanged();
+    let bundle = with_terminal(&["sh"]);
+    let (mut console, terminal) = Console::open(80, 24);
+    let mut command = run_command(Command::new(bulkhead()), &bundle);
+    let mut child = Console::start(&terminal, &mut command);
+    use_shell(&mut console);
+    console.type_in("exit 7\n");
+    assert_eq!(child.wait().unwrap().code(), Some(7));
+}
+
+#[test]
+fn a_process_executed_in_the_foreground_gets_a_real_terminal() {
+    let _unchanged = Host::unchanged();
+    let container = Container::running(bulkhead(), Bundle::idle());
+    let (mut console, terminal) = Console::open(80, 24);
+    let before = tcgetattr(&terminal).unwrap();
+    let mut command = container.prepare(&["exec", "-t"], &["sh"]);
+    let mut child = Console::start(&terminal, &mut command);
+    use_shell(&mut console);
+    console.type_in("exit 7\n");
+    assert_eq!(child.wait().unwrap().code(), Some(7));
+    assert!(tcgetattr(&terminal).unwrap() == before, "not restored");
 }
 
 #[test]
@@ -112,7 +151,13 @@ fn an_executed_process_gets_a_terminal_of_its_own() {
 #[test]
 fn a_foreground_terminal_is_raw_while_the_container_runs_and_restored_after_any_end() {
     let unchanged = Host::unchanged();
-    for end in ["exit", "signal", "failure"] {
+    for (end, expected) in [
+        ("exit", 4),
+        ("signal", 3),
+        ("failure", 1),
+        ("bulkhead-vmm", 255),
+        ("containerd-shim-bulkhead-v2", 255),
+    ] {
         let (mut console, terminal) = Console::open(83, 25);
         let bundle = if end == "failure" {
             with_terminal(&["nonesuch"])
@@ -124,32 +169,30 @@ fn a_foreground_terminal_is_raw_while_the_container_runs_and_restored_after_any_
             ])
         };
         let before = tcgetattr(&terminal).unwrap();
-        let mut child = run_command(std::process::Command::new(bulkhead()), &bundle)
-            .stdin(terminal.try_clone().unwrap())
-            .stdout(terminal.try_clone().unwrap())
-            .stderr(terminal.try_clone().unwrap())
-            .spawn()
-            .unwrap();
-        let expected = match end {
-            "failure" => {
-                console.expect("nonesuch");
-                1
+        let mut command = run_command(Command::new(bulkhead()), &bundle);
+        let mut child = Console::start(&terminal, &mut command);
+        if end == "failure" {
+            console.expect("nonesuch");
+        } else {
+            let shown = console.expect("ready");
+            assert!(shown.contains("25 83"), "{shown}");
+            let raw = tcgetattr(&terminal).unwrap();
+            assert!(!raw.local_flags.contains(LocalFlags::ECHO));
+        }
+        let end_by = |pid: u32, signal| kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
+        match end {
+            "failure" => {}
+            "exit" => {
+                console.type_in("hello\n");
+                console.expect("got hello");
             }
-            _ => {
-                let shown = console.expect("ready");
-                assert!(shown.contains("25 83"), "{shown}");
-                let raw = tcgetattr(&terminal).unwrap();
-                assert!(!raw.local_flags.contains(LocalFlags::ECHO));
-                if end == "exit" {
-                    console.type_in("hello\n");
-                    console.expect("got hello");
-                    4
-                } else {
-                    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).unwrap();
-                    3
-                }
+            "signal" => end_by(child.id(), Signal::SIGTERM),
+            program => {
+                let pids = processes::named(program);
+                assert_eq!(pids.len(), 1, "{program}");
+                end_by(pids[0], Signal::SIGKILL);
             }
-        };
+        }
         assert_eq!(child.wait().unwrap().code(), Some(expected), "{end}");
         assert!(
             tcgetattr(&terminal).unwrap() == before,
