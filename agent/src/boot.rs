@@ -22,6 +22,10 @@ use crate::timeline::Timeline;
 /// Where the unified hierarchy is mounted.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
+/// As systemd mounts them on hosts: a container that may write to its cgroup changes no limits of its own, and what protects its memory
+/// protects that of the cgroups below it.
+const CGROUP_OPTIONS: &str = "nsdelegate,memory_recursiveprot";
+
 /// Processes and pending signals that a user may have whose container sets no limit of them. Linux derives its own from the memory, of
 /// which a guest has too little for that.
 const MAX_PROCESSES: u64 = 65_536;
@@ -114,7 +118,7 @@ pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Hierarc
         CGROUP_ROOT,
         Some("cgroup2"),
         plain,
-        NO_DATA,
+        Some(CGROUP_OPTIONS),
     )
     .context("cannot mount the cgroups")?;
     let hierarchy =

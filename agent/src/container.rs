@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use crate::cgroup::{Cgroup, Hierarchy};
 use crate::error::{Context, Error, Kind, Result};
 use crate::fault;
+use crate::forget;
 use crate::handshake::{self, Report};
 use crate::init::{self, Job, Join};
 use crate::kept::Kept;
@@ -65,7 +66,17 @@ pub struct Container {
     pub(crate) deleted: watch::Sender<bool>,
     /// Set once its init is ready.
     kept: OnceLock<Kept>,
+    /// Held by who freezes or thaws it, and by who must find it as it is to be.
+    pub(crate) freezer: tokio::sync::Mutex<()>,
     phase: Mutex<Phase>,
+}
+
+/// What an init is forked with.
+struct Given {
+    ends: ProcessEnds,
+    /// Size of the terminal to make in place of the standard streams.
+    terminal: Option<Size>,
+    trees: Trees,
 }
 
 #[derive(Debug)]
@@ -129,10 +140,15 @@ impl Containers {
         }
         let (streams, ends) = Streams::open(&request.stdio)?;
         let stdio = &request.stdio;
-        let size = stdio.terminal.then(|| {
+        let terminal = stdio.terminal.then(|| {
             Size::bounded(stdio.terminal_width, stdio.terminal_height).or(plan.process.console_size)
         });
-        let (child, socket) = self.fork(id, &plan, &cgroup, &owners, ends, size)?;
+        let given = Given {
+            trees: Trees::prepare(&plan, init::first_free(&ends.borrow())).await?,
+            ends,
+            terminal,
+        };
+        let (child, socket) = self.fork(id, &plan, &cgroup, &owners, given)?;
         fault::point("create-forked");
         drop(owners);
         let child = if plan.joined == 0 {
@@ -149,6 +165,7 @@ impl Containers {
             execs: Registry::default(),
             deleted: watch::Sender::new(false),
             kept: OnceLock::new(),
+            freezer: tokio::sync::Mutex::default(),
             phase: Mutex::new(Phase::Started),
         });
         let admitted = match &container.plan.id_maps {
@@ -220,14 +237,12 @@ impl Containers {
         plan: &Plan,
         cgroup: &Cgroup,
         owners: &[(u64, Arc<Container>)],
-        ends: ProcessEnds,
-        terminal: Option<Size>,
+        given: Given,
     ) -> Result<(Child, handshake::Agent)> {
         let what = || "cannot make the container's init";
         let (mine, theirs) = handshake::pair().what(what)?;
         let socket = handshake::Agent::new(mine).what(what)?;
-        let ends = ends.borrow();
-        let trees = Trees::prepare(plan, init::first_free(&ends))?;
+        let ends = given.ends.borrow();
         if let Some(maps) = &plan.id_maps {
             user_namespace::give_streams(&ends, maps)?;
         }
@@ -256,10 +271,10 @@ impl Containers {
         let job = Job {
             id,
             plan,
-            trees: &trees,
+            trees: &given.trees,
             network: network.as_ref().map(AsFd::as_fd),
             ends,
-            terminal,
+            terminal: given.terminal,
             socket: theirs.as_fd(),
         };
         // SAFETY: the agent has one thread, and the child goes into functions that never return.
@@ -298,10 +313,7 @@ impl Containers {
                 }
             }
             Ok(Report::Failed(error)) | Err(error) => Err(error),
-            Ok(Report::Ready | Report::Terminal(_) | Report::End) => Err(Error::setup(
-                Kind::Internal,
-                "the container's init is out of step",
-            )),
+            Ok(_) => Err(out_of_step()),
         };
         if adopted.is_err() {
             let _ = sys::signal_process(child.pidfd.as_fd(), libc::SIGKILL);
@@ -333,17 +345,21 @@ impl Containers {
         };
         let what = || "cannot start the container's init";
         socket.start().what(what)?;
-        match socket.report().await.what(what)? {
+        let mut report = socket.report().await.what(what)?;
+        if matches!(report, Report::Hooked) && container.plan.is_scheduled_late() {
+            // Without the second word it ends.
+            container.schedule()?;
+            socket.start().what(what)?;
+            report = socket.report().await.what(what)?;
+        }
+        match report {
             Report::End => {
                 fault::point("start-executed");
                 tracing::debug!(id, "started");
                 Ok(())
             }
             Report::Failed(error) => Err(error),
-            Report::Ready | Report::Terminal(_) | Report::Forked { .. } => Err(Error::setup(
-                Kind::Internal,
-                "the container's init is out of step",
-            )),
+            _ => Err(out_of_step()),
         }
     }
 
@@ -362,7 +378,7 @@ impl Containers {
     }
 
     /// Sends a signal; 0 sends none and only asks whether there is anybody to take one (kill(2)).
-    pub fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
+    pub async fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
         fault::point("signal-asked");
         let container = self.find(id)?;
         let number = i32::try_from(signal)
@@ -370,7 +386,7 @@ impl Containers {
             .filter(|number| (0..=64).contains(number))
             .ok_or_else(|| Error::Request(format!("signal: {signal} is not from 0 to 64")))?;
         if all {
-            container.signal_all(number)
+            container.signal_all(number).await
         } else if exec_id.is_empty() {
             container.init.signal(number, "container not running")
         } else {
@@ -421,6 +437,11 @@ impl Containers {
         Ok(())
     }
 
+    /// Has the kernel forget the files that nothing uses.
+    pub async fn forget_unused_files(&self) -> Result<()> {
+        forget::unused_files(&self.reaper).await
+    }
+
     /// Ends every process of every container. The rest of them goes with the guest.
     pub async fn end_all(&self) {
         for (_, container) in self.registry.all() {
@@ -451,10 +472,27 @@ impl Container {
         self.init.has_ended() || sys::has_ended(self.init.pidfd.as_fd())
     }
 
-    fn signal_all(&self, number: i32) -> Result<()> {
+    async fn signal_all(&self, number: i32) -> Result<()> {
         if number == Signal::SIGKILL as i32 {
-            return self.cgroup.kill();
+            self.cgroup.kill()?;
+            // It may have left the cgroup.
+            self.init.kill();
+            return Ok(());
         }
+        // Those who are frozen fork nobody whom the list would not have.
+        let _alone = self.freezer.lock().await;
+        let freeze = number != 0 && !self.cgroup.is_freezing()?;
+        if freeze && let Err(error) = self.cgroup.freeze().await {
+            tracing::warn!(%error, "a signal for all may miss processes that are being forked");
+        }
+        let signalled = self.signal_each(number);
+        if freeze {
+            self.cgroup.thaw().await?;
+        }
+        signalled
+    }
+
+    fn signal_each(&self, number: i32) -> Result<()> {
         for pid in self.cgroup.processes()? {
             // By now the pid may be another container's process. What it is once it is pinned, it stays.
             let signalled = match sys::open_process(pid.unsigned_abs()) {
@@ -473,6 +511,10 @@ impl Container {
             }
         }
         Ok(())
+    }
+
+    fn schedule(&self) -> Result<()> {
+        self.init.schedule(self.plan.process.scheduler.as_ref())
     }
 
     /// Follows the init to its end.
@@ -499,12 +541,10 @@ impl Container {
                     self.init.streams.add_terminal(master)?;
                     continue;
                 }
-                Report::Ready => Ok(()),
+                Report::Ready if self.plan.is_scheduled_late() => Ok(()),
+                Report::Ready => self.schedule(),
                 Report::Failed(error) => Err(error),
-                Report::Forked { .. } => Err(Error::setup(
-                    Kind::Internal,
-                    "the container's init is out of step",
-                )),
+                Report::Hooked | Report::Tree(_) | Report::Forked { .. } => Err(out_of_step()),
                 Report::End => {
                     let exit = exited(&mut self.init.exit.clone()).await;
                     let code = exit.map_or(255, |exit| exit.code);
@@ -533,13 +573,18 @@ impl Container {
     async fn end(&self) {
         if let Err(error) = self.cgroup.kill() {
             tracing::warn!(%error, "cannot kill a container's cgroup");
-            self.init.kill();
         }
+        // Dead already, unless it has left the cgroup.
+        self.init.kill();
         exited(&mut self.init.exit.clone()).await;
         if let Err(error) = self.cgroup.emptied().await {
             tracing::warn!(%error, "cannot watch a container's cgroup");
         }
     }
+}
+
+fn out_of_step() -> Error {
+    Error::setup(Kind::Internal, "the container's init is out of step")
 }
 
 /// What a plan has to know of the containers whose namespaces are joined.

@@ -12,6 +12,7 @@ use crate::spec::parse_resources;
 impl Container {
     /// Freezes every process.
     pub async fn pause(&self) -> Result<()> {
+        let _alone = self.freezer.lock().await;
         self.expect_running()?;
         if self.cgroup.is_freezing()? {
             return Err(Error::State(
@@ -23,6 +24,7 @@ impl Container {
 
     /// Thaws them.
     pub async fn resume(&self) -> Result<()> {
+        let _alone = self.freezer.lock().await;
         self.expect_running()?;
         if !self.cgroup.is_frozen()? {
             return Err(Error::State("container not paused".to_owned()));

@@ -12,6 +12,7 @@ use nix::sys::stat::{Mode, SFlag, fstat, makedev, mknodat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat};
 
 use crate::error::{Context, Error, Kind, Result};
+use crate::mounts::protect_device;
 use crate::paths::{self, Make};
 use crate::spec::Device;
 use crate::sys;
@@ -109,6 +110,7 @@ fn bind_own(root: BorrowedFd<'_>, device: &Device, number: libc::dev_t) -> Resul
         )
     })?;
     let node = sys::clone_tree_of(own.as_fd(), false).what(field)?;
+    protect_device(node.as_fd()).what(field)?;
     let place =
         paths::open_or_make(root, device.path.as_os_str().as_bytes(), Make::File).what(field)?;
     sys::attach(node.as_fd(), place.as_fd()).what(field)

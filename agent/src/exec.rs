@@ -51,9 +51,13 @@ impl Container {
             Size::bounded(stdio.terminal_width, stdio.terminal_height).or(process.console_size)
         });
         let (streams, ends) = Streams::open(stdio)?;
-        let joiner = self.fork_joiner(&process, ends, size, reaper)?;
+        let joiner = {
+            // Frozen for a signal's sake it is not paused.
+            let _alone = self.freezer.lock().await;
+            self.fork_joiner(&process, ends, size, reaper)?
+        };
         fault::point("exec-forked");
-        let executed = joiner.execute(streams, reaper).await;
+        let executed = joiner.execute(&process, streams, reaper).await;
         if executed.is_err() {
             joiner.end().await;
         }
@@ -168,7 +172,7 @@ impl Joiner {
     }
 
     /// Follows the process to its exec.
-    async fn execute(&self, streams: Streams, reaper: &Reaper) -> Result<Task> {
+    async fn execute(&self, process: &Process, streams: Streams, reaper: &Reaper) -> Result<Task> {
         let what = || "cannot hear of the container's new process";
         let (pid, pidfd, terminal) = match self.socket.report().await.what(what)? {
             Report::Forked {
@@ -177,8 +181,8 @@ impl Joiner {
                 terminal,
             } => (pid, pidfd, terminal),
             Report::Failed(error) => return Err(error),
-            Report::Ready | Report::Terminal(_) => return Err(out_of_step()),
             Report::End => return Err(killed()),
+            _ => return Err(out_of_step()),
         };
         let Some(exit) = reaper.watch_adopted(pid, pidfd.as_fd()) else {
             // It has come and gone; perhaps with a word.
@@ -198,6 +202,7 @@ impl Joiner {
             if let Some(master) = terminal {
                 task.streams.add_terminal(master)?;
             }
+            task.schedule(process.scheduler.as_ref())?;
             // Where it has failed already it is not there to hear, and has said why.
             let started = self.socket.start();
             match (self.socket.report().await.what(what)?, started) {

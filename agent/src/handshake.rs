@@ -2,7 +2,8 @@
 //!
 //! One SOCK_SEQPACKET pair, both ends close-on-exec. A container's init reports the `Terminal` that it has made, `Ready`
 //! when all but the exec is done, waits for the start byte, and then either vanishes into the exec (end of file:
-//! success) or reports its error.
+//! success) or reports its error. One whose scheduling has to wait for its hooks reports `Hooked` in between, and waits again.
+//! A child that copies mounts for an init reports each `Tree`.
 //! Where namespaces are joined first, the process that joined them reports the one that it forked as `Forked` and
 //! ends; the rest is that one's to say.
 
@@ -24,6 +25,8 @@ const READY: u8 = 0;
 const FAILED: u8 = 1;
 const FORKED: u8 = 2;
 const TERMINAL: u8 = 3;
+const HOOKED: u8 = 4;
+const TREE: u8 = 5;
 const START: u8 = 1;
 const ADMITTED: u8 = 2;
 
@@ -37,6 +40,10 @@ pub enum Report {
     Terminal(OwnedFd),
     /// Set up.
     Ready,
+    /// Started, and has run its hooks; it waits for its scheduling, and then once more for the start.
+    Hooked,
+    /// A copy of a mount, attached nowhere: the next of those that were wanted.
+    Tree(OwnedFd),
     /// A process was forked that goes on; a child of the agent.
     Forked {
         /// Its pid, in the agent's pid namespace.
@@ -128,7 +135,9 @@ fn receive(socket: BorrowedFd<'_>) -> nix::Result<Report> {
     Ok(match buffer.get(..length).unwrap_or_default() {
         [] => Report::End,
         [READY] => Report::Ready,
+        [HOOKED] => Report::Hooked,
         [TERMINAL] => fds.next().map_or_else(nonsense, Report::Terminal),
+        [TREE] => fds.next().map_or_else(nonsense, Report::Tree),
         [FORKED, pid @ ..] => match (<[u8; 4]>::try_from(pid), fds.next()) {
             (Ok(pid), Some(pidfd)) => Report::Forked {
                 pid: Pid::from_raw(i32::from_ne_bytes(pid)),
@@ -174,11 +183,21 @@ pub fn send_terminal(socket: BorrowedFd<'_>, master: BorrowedFd<'_>) -> nix::Res
     send_with(socket, &[TERMINAL], &[master.as_raw_fd()])
 }
 
+/// A copy of a mount.
+pub fn send_tree(socket: BorrowedFd<'_>, tree: BorrowedFd<'_>) -> nix::Result<()> {
+    send_with(socket, &[TREE], &[tree.as_raw_fd()])
+}
+
 /// Init: everything but the exec is done.
 pub fn send_ready(socket: BorrowedFd<'_>) -> nix::Result<()> {
     // Here and below not `send` and `recv`: this process may be under a seccomp profile that refuses them, and every
     // program needs `read` and `write` of it.
     nix::unistd::write(socket, &[READY]).map(drop)
+}
+
+/// Init: its hooks have run.
+pub fn send_hooked(socket: BorrowedFd<'_>) -> nix::Result<()> {
+    nix::unistd::write(socket, &[HOOKED]).map(drop)
 }
 
 /// Joiner: it has forked the process that goes on.
@@ -234,8 +253,12 @@ mod tests {
         let (agent, init) = pair().unwrap();
         send_terminal(init.as_fd(), init.as_fd()).unwrap();
         assert!(matches!(receive(agent.as_fd()), Ok(Report::Terminal(_))));
+        send_tree(init.as_fd(), init.as_fd()).unwrap();
+        assert!(matches!(receive(agent.as_fd()), Ok(Report::Tree(_))));
         send_ready(init.as_fd()).unwrap();
         assert!(matches!(receive(agent.as_fd()), Ok(Report::Ready)));
+        send_hooked(init.as_fd()).unwrap();
+        assert!(matches!(receive(agent.as_fd()), Ok(Report::Hooked)));
         for terminal in [None, Some(init.as_fd())] {
             send_forked(init.as_fd(), Pid::from_raw(77), init.as_fd(), terminal).unwrap();
             let Report::Forked {

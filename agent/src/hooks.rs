@@ -1,7 +1,7 @@
 //! `hooks.startContainer`: programs of the container that run in it right before its own.
 //!
-//! Runs in the container's init, which is the container's user under the container's filter by then, as in runc. The
-//! other hooks are the host's.
+//! Runs in the container's init, which is the container's user under the container's filter by then, as in runc; what the filter may
+//! know nothing of is done before. The other hooks are the host's.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -13,21 +13,33 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::error::{Error, Kind, Result, errno_of, errno_text};
 use crate::process::Program;
 use crate::spec::{Hook, StartHooks};
-use crate::sys;
 
 /// The end of a failed hook's output that its message holds.
 const SHOWN_OUTPUT: u64 = 1024;
 
-/// Runs the hooks, one after the other; the first that fails ends it. `program` has the environment of those that
-/// have none of their own.
-pub fn run(hooks: &StartHooks, id: &str, program: &Program) -> Result<()> {
-    if hooks.list.is_empty() {
-        return Ok(());
-    }
+/// The hooks of a container, ready to run.
+#[derive(Debug)]
+pub struct Prepared<'a>(Vec<PreparedHook<'a>>);
+
+#[derive(Debug)]
+struct PreparedHook<'a> {
+    hook: &'a Hook,
+    /// Files in memory and no pipes: nothing has to be fed or drained while the hook runs.
+    streams: [File; 3],
+    /// Its output and errors once more, to be read.
+    told: [File; 2],
+    /// Tells of the end of one whose time is limited.
+    ended: Option<SignalFd>,
+}
+
+/// Makes ready what the hooks will want. In the process that will run them: they are told its pid.
+pub fn prepare<'a>(hooks: &'a StartHooks, id: &str) -> Result<Prepared<'a>> {
     let state = serde_json::json!({
         "ociVersion": hooks.version,
         "id": id,
@@ -37,13 +49,39 @@ pub fn run(hooks: &StartHooks, id: &str, program: &Program) -> Result<()> {
         "annotations": hooks.annotations,
     })
     .to_string();
-    for (index, hook) in hooks.list.iter().enumerate() {
-        run_one(hook, &state, program).map_err(|failure| {
-            Error::setup(
-                failure.kind,
-                format!("hooks.startContainer[{index}]: {}", failure.problem),
-            )
-        })?;
+    let list = hooks.list.iter().enumerate();
+    let prepared = list
+        .map(|(index, hook)| prepare_one(hook, &state).map_err(|failure| failure.of_hook(index)));
+    prepared.collect::<Result<_>>().map(Prepared)
+}
+
+fn prepare_one<'a>(hook: &'a Hook, state: &str) -> Result<PreparedHook<'a>, Failure> {
+    let mut input = memory_file()?;
+    input.write_all(state.as_bytes())?;
+    input.rewind()?;
+    let (output, errors) = (memory_file()?, memory_file()?);
+    let told = [output.try_clone()?, errors.try_clone()?];
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    let ended = hook.timeout.map(|_| SignalFd::with_flags(&ends(), flags));
+    Ok(PreparedHook {
+        hook,
+        streams: [input, output, errors],
+        told,
+        ended: ended.transpose()?,
+    })
+}
+
+/// The signal that a child has ended.
+fn ends() -> SigSet {
+    SigSet::from(Signal::SIGCHLD)
+}
+
+/// Runs the hooks, one after the other; the first that fails ends it. `program` has the environment of those that
+/// have none of their own.
+pub fn run(prepared: Prepared<'_>, program: &Program) -> Result<()> {
+    let list = prepared.0.into_iter().enumerate();
+    for (index, prepared) in list {
+        run_one(prepared, program).map_err(|failure| failure.of_hook(index))?;
     }
     Ok(())
 }
@@ -53,6 +91,13 @@ pub fn run(hooks: &StartHooks, id: &str, program: &Program) -> Result<()> {
 struct Failure {
     kind: Kind,
     problem: String,
+}
+
+impl Failure {
+    fn of_hook(self, index: usize) -> Error {
+        let problem = format!("hooks.startContainer[{index}]: {}", self.problem);
+        Error::setup(self.kind, problem)
+    }
 }
 
 impl From<std::io::Error> for Failure {
@@ -71,12 +116,9 @@ impl From<Errno> for Failure {
     }
 }
 
-fn run_one(hook: &Hook, state: &str, program: &Program) -> Result<(), Failure> {
-    // Files in memory and no pipes: nothing has to be fed or drained while the hook runs.
-    let mut input = memory_file()?;
-    input.write_all(state.as_bytes())?;
-    input.rewind()?;
-    let (output, errors) = (memory_file()?, memory_file()?);
+fn run_one(prepared: PreparedHook<'_>, program: &Program) -> Result<(), Failure> {
+    let hook = prepared.hook;
+    let [input, output, errors] = prepared.streams;
     let mut command = Command::new(&hook.path);
     if let [name, rest @ ..] = hook.args.as_slice() {
         command.arg0(name).args(rest);
@@ -88,10 +130,13 @@ fn run_one(hook: &Hook, state: &str, program: &Program) -> Result<(), Failure> {
     };
     let mut child = command
         .stdin(Stdio::from(input))
-        .stdout(Stdio::from(output.try_clone()?))
-        .stderr(Stdio::from(errors.try_clone()?))
+        .stdout(Stdio::from(output))
+        .stderr(Stdio::from(errors))
         .spawn()?;
-    let status = wait(&mut child, hook.timeout)?;
+    let status = match (hook.timeout, &prepared.ended) {
+        (Some(limit), Some(ended)) => wait(&mut child, limit, ended)?,
+        _ => child.wait()?,
+    };
     if status.success() {
         return Ok(());
     }
@@ -100,6 +145,7 @@ fn run_one(hook: &Hook, state: &str, program: &Program) -> Result<(), Failure> {
         (None, Some(signal)) => format!("signal {signal}"),
         (None, None) => "unknown end".to_owned(),
     };
+    let [output, errors] = prepared.told;
     Err(Failure {
         kind: Kind::Internal,
         problem: format!(
@@ -123,35 +169,46 @@ fn tail(mut file: File) -> std::io::Result<String> {
 }
 
 /// Waits for a hook's end; kills one that takes too long.
-fn wait(child: &mut Child, limit: Option<Duration>) -> Result<ExitStatus, Failure> {
-    let Some(limit) = limit else {
-        return Ok(child.wait()?);
-    };
-    let process = sys::open_process(child.id())?;
-    let end = Instant::now() + limit;
+fn wait(child: &mut Child, limit: Duration, ended: &SignalFd) -> Result<ExitStatus, Failure> {
+    // Not before the fork, which would pass it on to the hook. An end before this is seen at once.
+    ends().thread_block()?;
+    let status = wait_blocked(child, limit, ended);
+    ends().thread_unblock()?;
+    status
+}
+
+fn wait_blocked(
+    child: &mut Child,
+    limit: Duration,
+    ended: &SignalFd,
+) -> Result<ExitStatus, Failure> {
+    // A limit beyond all time is none.
+    let end = Instant::now().checked_add(limit);
     loop {
-        let left = end.saturating_duration_since(Instant::now());
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            let _ = child.kill();
+            child.wait()?;
+            return Err(Failure {
+                kind: Kind::Internal,
+                problem: format!(
+                    "hook ran past specified timeout of {:.1}s",
+                    limit.as_secs_f64()
+                ),
+            });
+        }
         // Rounded up, so that the last wait does not end early and turn into a busy one.
-        let left = i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
-        let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-        match poll(
-            &mut fds,
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX),
-        ) {
-            Ok(0) if Instant::now() >= end => {
-                let _ = child.kill();
-                child.wait()?;
-                return Err(Failure {
-                    kind: Kind::Internal,
-                    problem: format!(
-                        "hook ran past specified timeout of {:.1}s",
-                        limit.as_secs_f64()
-                    ),
-                });
-            }
-            Ok(0) | Err(Errno::EINTR) => {}
-            Ok(_) => return Ok(child.wait()?),
+        let left = left.map(|left| left.as_micros().div_ceil(1000));
+        let left = left.map_or(Ok(PollTimeout::NONE), PollTimeout::try_from);
+        let mut fds = [PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, left.unwrap_or(PollTimeout::MAX)) {
+            Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
+        // Of this child, or of one that a hook has left to this process.
+        while ended.read_signal()?.is_some() {}
     }
 }

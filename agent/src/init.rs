@@ -13,7 +13,7 @@ use nix::unistd::setsid;
 
 use crate::devices::Nodes;
 use crate::error::{Context, Error, Result};
-use crate::mounts::{Rootfs, Trees, is_dev};
+use crate::mounts::{Rootfs, Trees, is_dev, is_ptmx};
 use crate::process::{self, Program};
 use crate::spec::{CLONE_NEWTIME, Plan};
 use crate::streams::BorrowedEnds;
@@ -66,18 +66,18 @@ pub fn run(job: &Job<'_>) -> ! {
     if job.plan.id_maps.is_some() && !handshake::wait_for_admission(socket) {
         launch::exit()
     }
-    let program = match set_up(job, socket).and_then(|program| {
+    let (program, hooks) = match set_up(job, socket).and_then(|ready| {
         handshake::send_ready(socket).what(|| "cannot report to the agent")?;
-        Ok(program)
+        Ok(ready)
     }) {
-        Ok(program) => program,
+        Ok(ready) => ready,
         Err(error) => {
             handshake::send_failure(socket, &error);
             launch::exit()
         }
     };
     if handshake::wait_for_start(socket) {
-        handshake::send_failure(socket, &execute(job, &program));
+        handshake::send_failure(socket, &execute(job, &program, hooks, socket));
     }
     launch::exit()
 }
@@ -137,7 +137,8 @@ fn not_running(join: &Join<'_>) -> Error {
 }
 
 fn join(joins: &[Join<'_>]) -> Result<()> {
-    // Others may see the init in their pid namespace; it inherits this.
+    // Others may see the init in their pid namespace; it inherits this. From one that has CAP_SYS_PTRACE in the guest's user namespace
+    // nothing keeps it: what that wins is the guest.
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the container's init")?;
     let user = |join: &&Join<'_>| join.namespace & libc::CLONE_NEWUSER as u64 != 0;
     // The user namespace last: in it this process has no rights in those that others own.
@@ -158,10 +159,16 @@ fn join(joins: &[Join<'_>]) -> Result<()> {
 }
 
 /// Becomes the user's program; returns only the error.
-fn execute(job: &Job<'_>, program: &Program) -> Error {
+fn execute(
+    job: &Job<'_>,
+    program: &Program,
+    hooks: hooks::Prepared<'_>,
+    socket: BorrowedFd<'_>,
+) -> Error {
     let plan = job.plan;
     let ready = process::go_under_filter(&plan.process, plan.seccomp.as_deref())
-        .and_then(|()| hooks::run(&plan.hooks, job.id, program));
+        .and_then(|()| hooks::run(hooks, program))
+        .and_then(|()| await_scheduling(plan, socket));
     fault::point("init-executes");
     match ready {
         Ok(()) => process::replace(&plan.process, program),
@@ -169,7 +176,18 @@ fn execute(job: &Job<'_>, program: &Program) -> Error {
     }
 }
 
-fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
+/// The hooks that this process has forked are not scheduled as it is to be; some schedulers would not let it fork.
+fn await_scheduling(plan: &Plan, socket: BorrowedFd<'_>) -> Result<()> {
+    if plan.is_scheduled_late() {
+        handshake::send_hooked(socket).what(|| "cannot report to the agent")?;
+        if !handshake::wait_for_start(socket) {
+            launch::exit()
+        }
+    }
+    Ok(())
+}
+
+fn set_up<'a>(job: &Job<'a>, socket: BorrowedFd<'_>) -> Result<(Program, hooks::Prepared<'a>)> {
     let plan = job.plan;
     fault::point("init-forked");
     launch::reset_signals()?;
@@ -181,10 +199,10 @@ fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
     if plan.id_maps.is_some() {
         user_namespace::become_root()?;
     }
-    // Until the exec nobody in the container may look into this copy of the agent.
+    // Until the exec nobody in the container may look into this copy of the agent, but for CAP_SYS_PTRACE in the guest's user namespace.
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the container's init")?;
     umask(Mode::empty());
-    launch::join_keyring(job.id)?;
+    launch::make_keyring(job.id)?;
     if plan.made() & libc::CLONE_NEWCGROUP as u64 != 0 {
         unshare(CloneFlags::CLONE_NEWCGROUP).what(|| "cannot make a cgroup namespace")?;
     }
@@ -214,11 +232,13 @@ fn set_up(job: &Job<'_>, socket: BorrowedFd<'_>) -> Result<Program> {
         launch::take_terminal()?;
     }
     read_ahead::program(&plan.process);
-    process::become_process(
+    let hooks = hooks::prepare(&plan.hooks, job.id)?;
+    let program = process::become_process(
         &plan.process,
         job.ends.all().count(),
         plan.seccomp.as_deref(),
-    )
+    )?;
+    Ok((program, hooks))
 }
 
 /// The offsets go through the guest's procfs, as long as it is there.
@@ -252,7 +272,7 @@ fn name_host(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn build_root(job: &Job<'_>, mut rootfs: Rootfs<'_>) -> Result<Option<Terminal>> {
+fn build_root<'a>(job: &Job<'a>, mut rootfs: Rootfs<'a>) -> Result<Option<Terminal>> {
     let plan = job.plan;
     let null =
         open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).what(|| "/dev/null")?;
@@ -272,7 +292,8 @@ fn build_root(job: &Job<'_>, mut rootfs: Rootfs<'_>) -> Result<Option<Terminal>>
         for device in devices::defaults(&plan.devices) {
             devices::make(rootfs.root(), &device, nodes)?;
         }
-        for device in &plan.devices {
+        // The multiplexer is a link to that of the container's own devpts, as in runc.
+        for device in plan.devices.iter().filter(|device| !is_ptmx(&device.path)) {
             devices::make(rootfs.root(), device, nodes)?;
         }
         devices::make_links(rootfs.root())?;

@@ -7,9 +7,11 @@
 //! to execute the program.
 //!
 //! One step can't always be the joiner's. A seccomp profile without `no_new_privs` is loaded while the process still
-//! has the capability for it, and may forbid the fork; the second child then becomes the process, at once. For that
-//! moment a container with CAP_SYS_PTRACE and no user namespace of its own could get hold of it, as with runc; what it
-//! wins is the guest.
+//! has the capability for it, and may forbid the fork; the second child then becomes the process, at once.
+//!
+//! Not dumpable is no protection from CAP_SYS_PTRACE in the guest's user namespace: a container that has it, and shares its pid
+//! namespace with the second child, can get hold of that, of the agent's memory in it and, where it becomes the process itself, of its
+//! capabilities, as with runc. What it wins is the guest.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -92,8 +94,7 @@ fn protect(job: &Job<'_>) -> Result<()> {
     launch::reset_signals()?;
     // Until the exec nobody in the container may look into this copy of the agent; the fork inherits it.
     nix::sys::prctl::set_dumpable(false).what(|| "cannot protect the process")?;
-    launch::set_oom_score(job.process.oom_score_adj)?;
-    process::set_affinity(job.process)
+    launch::set_oom_score(job.process.oom_score_adj)
 }
 
 fn join(job: &Job<'_>, init: OwnedFd) -> Result<Joined> {

@@ -90,6 +90,13 @@ pub fn arrange_descriptors<const N: usize>(
     }))
 }
 
+/// Closes every descriptor but one and the standard ones: a connection of the agent that a child held open would never end.
+pub fn close_all_but(keep: &OwnedFd) -> Result<()> {
+    // SAFETY: the owners of these descriptors are never dropped in this process.
+    unsafe { sys::close_from(FIRST, &[keep.as_raw_fd()]) }
+        .what(|| "cannot close the agent's descriptors")
+}
+
 /// Undoes what the agent did to its signals.
 pub fn reset_signals() -> Result<()> {
     let what = || "cannot reset the signals";
@@ -115,10 +122,21 @@ pub fn end_on_request() -> Result<()> {
     Ok(())
 }
 
-/// Joins the container's session keyring; its first process makes it.
-pub fn join_keyring(id: &str) -> Result<()> {
-    match sys::new_session_keyring(&format!("_ses.{id}")) {
-        Ok(()) | Err(Errno::ENOSYS) => Ok(()),
+/// Makes the container's session keyring, which keeps the agent's from it, and lets the processes that join the container find it. Its
+/// owner is the container's root, who they are at that moment too.
+pub fn make_keyring(id: &str) -> Result<()> {
+    match join_keyring(id)? {
+        Some(serial) => sys::let_owner_find_keyring(serial)
+            .what(|| "cannot set the permissions of a session keyring"),
+        None => Ok(()),
+    }
+}
+
+/// Joins the container's session keyring; its serial number, if the kernel has keyrings.
+pub fn join_keyring(id: &str) -> Result<Option<i32>> {
+    match sys::join_session_keyring(&format!("_ses.{id}")) {
+        Ok(serial) => Ok(Some(serial)),
+        Err(Errno::ENOSYS) => Ok(None),
         Err(errno) => Err(Error::system("cannot join a session keyring", errno)),
     }
 }

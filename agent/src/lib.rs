@@ -15,6 +15,7 @@ pub mod entropy;
 pub mod error;
 pub mod exec;
 pub mod fault;
+pub mod forget;
 pub mod handshake;
 pub mod hooks;
 pub mod hotplug;

@@ -1,6 +1,7 @@
 //! Becoming the container's process: user, capabilities, limits, working directory, program.
 //!
-//! The order, and the texts of the errors, are runc's (libcontainer's `finalizeNamespace`): clients match on them.
+//! The texts of the errors are runc's (libcontainer's `finalizeNamespace`): clients match on them. So is the order, but for a seccomp
+//! filter without `no_new_privs`, which comes as late as it can.
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
@@ -10,10 +11,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use caps::{CapSet, CapsHashSet};
+use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
-use nix::sched::sched_setaffinity;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{
@@ -45,9 +45,6 @@ pub fn become_process(
     if let Some((class, level)) = process.io_priority {
         crate::sys::set_io_priority(class, level).what(|| "process.ioPriority")?;
     }
-    if let Some(scheduler) = &process.scheduler {
-        crate::sys::set_scheduler(scheduler).what(|| "process.scheduler")?;
-    }
     let home = process
         .env
         .iter()
@@ -60,11 +57,8 @@ pub fn become_process(
 
     if process.no_new_privileges {
         nix::sys::prctl::set_no_new_privs().what(|| "process.noNewPrivileges")?;
-    } else if let Some(filter) = seccomp {
-        // Takes a capability that is gone in a moment. With no_new_privs it takes none, and waits for the exec, so
-        // that a profile needs to allow as little as possible.
-        filter.load()?;
     }
+    umask(Mode::from_bits_truncate(process.umask));
     // Once as root, which may reach what the user may not, and once more as the user, who may own what root may not
     // enter (a volume over NFS, say).
     let entered = match chdir(&process.cwd) {
@@ -92,32 +86,22 @@ pub fn become_process(
         ));
     }
     nix::sys::prctl::set_keepcaps(false).what(|| "cannot drop capabilities")?;
-    apply_capabilities(&process.capabilities)?;
-    umask(Mode::from_bits_truncate(process.umask));
 
-    Ok(Program {
+    // With no_new_privs a filter takes no capability, and waits for the exec. Without, it takes one that is gone in a moment, and all
+    // that can be done before is: a profile needs to allow as little as possible.
+    let filter = seccomp.filter(|_| !process.no_new_privileges);
+    let mut effective = process.capabilities.effective.clone();
+    effective.extend(filter.map(|_| Capability::CAP_SYS_ADMIN));
+    set_capabilities("effective", CapSet::Effective, &effective)?;
+    let program = Program {
         path: find(process)?,
         env: environment(process, home),
-    })
-}
-
-/// Sets the CPUs of a process that joins a container, which is in the container's cgroup already: from where the
-/// initial ones may be out of reach.
-pub fn set_affinity(process: &Process) -> Result<()> {
-    let Some(affinity) = &process.affinity else {
-        return Ok(());
     };
-    let this = nix::unistd::Pid::from_raw(0);
-    if let Some(cpus) = &affinity.initial {
-        match sched_setaffinity(this, cpus) {
-            Ok(()) | Err(Errno::EINVAL) => {}
-            Err(errno) => return Err(Error::system("process.execCPUAffinity.initial", errno)),
-        }
+    if let Some(filter) = filter {
+        filter.load()?;
     }
-    match &affinity.last {
-        Some(cpus) => sched_setaffinity(this, cpus).what(|| "process.execCPUAffinity.final"),
-        None => Ok(()),
-    }
+    apply_capabilities(&process.capabilities)?;
+    Ok(program)
 }
 
 /// Sets the limits of this process.
@@ -197,13 +181,13 @@ impl Program {
     }
 }
 
-fn environment(process: &Process, home: Option<String>) -> Vec<CString> {
+fn environment(process: &Process, home: Option<Vec<u8>>) -> Vec<CString> {
     let pairs = process
         .env
         .iter()
         .filter(|(name, _)| home.is_none() || name != "HOME")
-        .map(|(name, value)| format!("{name}={value}"));
-    let home = home.as_ref().map(|home| format!("HOME={home}"));
+        .map(|(name, value)| format!("{name}={value}").into_bytes());
+    let home = home.as_ref().map(|home| [b"HOME=", &**home].concat());
     // Null bytes were refused with the spec; a home directory can't hold one that came through.
     pairs
         .chain(home)
@@ -264,21 +248,25 @@ fn apply_capabilities(sets: &Capabilities) -> Result<()> {
         ("permitted", CapSet::Permitted, &sets.permitted),
         ("ambient", CapSet::Ambient, &sets.ambient),
     ] {
-        caps::set(None, kind, set).map_err(|error| {
-            Error::setup(
-                Kind::InvalidArgument,
-                format!("process.capabilities.{name}: cannot be set: {error}"),
-            )
-        })?;
+        set_capabilities(name, kind, set)?;
     }
     Ok(())
 }
 
+fn set_capabilities(name: &str, kind: CapSet, set: &CapsHashSet) -> Result<()> {
+    caps::set(None, kind, set).map_err(|error| {
+        Error::setup(
+            Kind::InvalidArgument,
+            format!("process.capabilities.{name}: cannot be set: {error}"),
+        )
+    })
+}
+
 /// The home directory of a user in the container's /etc/passwd, or `/`. The file is the image's: only a regular
-/// file of a sane size is read.
-fn home_of(uid: u32) -> String {
+/// file of a sane size is read, and names may be in any encoding.
+fn home_of(uid: u32) -> Vec<u8> {
     const MAX_PASSWD: u64 = 1 << 20;
-    let root = || "/".to_owned();
+    let root = || b"/".to_vec();
     let opened = File::options()
         .read(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
@@ -292,19 +280,19 @@ fn home_of(uid: u32) -> String {
     {
         return root();
     }
-    let mut passwd = String::new();
-    if file.take(MAX_PASSWD).read_to_string(&mut passwd).is_err() {
+    let mut passwd = Vec::new();
+    if file.take(MAX_PASSWD).read_to_end(&mut passwd).is_err() {
         return root();
     }
     home_in(&passwd, uid).unwrap_or_else(root)
 }
 
-fn home_in(passwd: &str, uid: u32) -> Option<String> {
-    passwd.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let line_uid = fields.nth(2)?.parse::<u32>().ok()?;
+fn home_in(passwd: &[u8], uid: u32) -> Option<Vec<u8>> {
+    passwd.split(|&byte| byte == b'\n').find_map(|line| {
+        let mut fields = line.split(|&byte| byte == b':');
+        let line_uid = std::str::from_utf8(fields.nth(2)?).ok()?.parse::<u32>();
         let home = fields.nth(2)?;
-        (line_uid == uid && !home.is_empty()).then(|| home.to_owned())
+        (line_uid == Ok(uid) && !home.is_empty()).then(|| home.to_vec())
     })
 }
 
@@ -359,12 +347,7 @@ fn executable(path: &CStr) -> Result<(), Lookup> {
     if stat.st_mode & libc::S_IFMT == libc::S_IFDIR || stat.st_mode & 0o111 == 0 {
         return Err(Lookup::Denied);
     }
-    match faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS) {
-        // The container's filter may be in force by now and know no faccessat2, which a profile of before 2020 does not:
-        // then the exec itself tells.
-        Ok(()) | Err(Errno::EPERM | Errno::ENOSYS) => Ok(()),
-        Err(_) => Err(Lookup::Denied),
-    }
+    faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS).map_err(|_| Lookup::Denied)
 }
 
 /// Opens the container's own null device for the streams that nobody asked for, so that what /proc/self/fd shows
@@ -459,9 +442,9 @@ mod tests {
 
     #[test]
     fn the_home_directory_is_that_of_the_uid() {
-        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nme:x:1000:1000::/home/me:/bin/sh\nno:x:7:7:::\n";
-        assert_eq!(home_in(passwd, 1000).as_deref(), Some("/home/me"));
-        assert_eq!(home_in(passwd, 0).as_deref(), Some("/root"));
+        let passwd = b"root:x:0:0:root:/root:/bin/sh\nbroken\nme:x:1000:1000::/home/me:/bin/sh\nno:x:7:7:::\n";
+        assert_eq!(home_in(passwd, 1000).as_deref(), Some(&b"/home/me"[..]));
+        assert_eq!(home_in(passwd, 0).as_deref(), Some(&b"/root"[..]));
         assert_eq!(home_in(passwd, 7), None);
         assert_eq!(home_in(passwd, 5), None);
     }

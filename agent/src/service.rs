@@ -9,12 +9,13 @@ use bulkhead_protocol::agent::{
     BindDeviceRequest, BindDeviceResponse, ContainerStatsRequest, ContainerStatsResponse,
     CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest,
     DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse, ExecProcessRequest,
-    ExecProcessResponse, HelloRequest, HelloResponse, ListProcessesRequest, ListProcessesResponse,
-    PauseContainerRequest, PauseContainerResponse, ResizeTerminalRequest, ResizeTerminalResponse,
-    ResumeContainerRequest, ResumeContainerResponse, ShutdownRequest, ShutdownResponse,
-    SignalProcessRequest, SignalProcessResponse, StartContainerRequest, StartContainerResponse,
-    TimelineEntry, UpdateContainerRequest, UpdateContainerResponse, WaitOomRequest,
-    WaitOomResponse, WaitProcessRequest, WaitProcessResponse,
+    ExecProcessResponse, ForgetFilesRequest, ForgetFilesResponse, HelloRequest, HelloResponse,
+    ListProcessesRequest, ListProcessesResponse, PauseContainerRequest, PauseContainerResponse,
+    ResizeTerminalRequest, ResizeTerminalResponse, ResumeContainerRequest, ResumeContainerResponse,
+    ShutdownRequest, ShutdownResponse, SignalProcessRequest, SignalProcessResponse,
+    StartContainerRequest, StartContainerResponse, TimelineEntry, UpdateContainerRequest,
+    UpdateContainerResponse, WaitOomRequest, WaitOomResponse, WaitProcessRequest,
+    WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::Agent;
 use nix::sys::time::TimeSpec;
@@ -234,8 +235,13 @@ impl Agent for Service {
             all,
             ..
         } = request;
-        self.greeted()?
-            .signal(&container_id, &exec_id, signal, all)?;
+        let containers = Arc::clone(self.greeted()?);
+        whole(async move {
+            containers
+                .signal(&container_id, &exec_id, signal, all)
+                .await
+        })
+        .await?;
         Ok(SignalProcessResponse::default())
     }
 
@@ -263,6 +269,16 @@ impl Agent for Service {
         let containers = Arc::clone(self.greeted()?);
         whole(async move { containers.delete(&request.container_id).await }).await?;
         Ok(DeleteContainerResponse::default())
+    }
+
+    async fn forget_files(
+        &self,
+        _: &TtrpcContext,
+        _: ForgetFilesRequest,
+    ) -> ttrpc::Result<ForgetFilesResponse> {
+        let containers = Arc::clone(self.greeted()?);
+        whole(async move { containers.forget_unused_files().await }).await?;
+        Ok(ForgetFilesResponse::default())
     }
 
     async fn bind_device(

@@ -2,7 +2,8 @@
 //!
 //! A connection takes the place that its [`StreamHeader`] names. Each direction has one bounded buffer, so a slow
 //! reader slows the writer; end of file passes on as a shutdown of one half. An output counts as drained when the
-//! process has ended, or its end of the pipe is closed everywhere, and the last byte was handed to the connection.
+//! process has ended, or its end of the pipe is closed everywhere, and the last byte was handed to the connection. Of a
+//! terminal, which may be closed and opened again, the process's end alone counts.
 
 mod pumps;
 
@@ -221,12 +222,14 @@ impl Streams {
 
     /// Makes the place of a terminal.
     pub fn add_terminal(&self, master: OwnedFd) -> Result<()> {
-        let master = End::new(master, Interest::READABLE | Interest::WRITABLE)
-            .what(|| "cannot use the container's terminal")?;
+        let what = || "cannot use the container's terminal";
+        let slave = crate::sys::open_pty_peer(master.as_fd()).what(what)?;
+        let master = End::new(master, Interest::READABLE | Interest::WRITABLE).what(what)?;
         let master = Arc::new(master);
         *self.terminal.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&master);
+        let ended = self.ended.subscribe();
         self.add_output(StreamKind::TERMINAL.into(), |connection, guard| {
-            pumps::terminal(connection, master, guard)
+            pumps::terminal(connection, master, slave, guard, ended)
         });
         Ok(())
     }

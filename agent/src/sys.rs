@@ -104,11 +104,31 @@ fn c_string(bytes: &[u8]) -> Result<CString> {
 /// Opens `path` as if `root` were the root directory: neither `..` nor a symbolic link leaves it, and magic links
 /// of procfs are not followed.
 pub fn open_in_root(root: BorrowedFd<'_>, path: &[u8], flags: OFlag) -> Result<OwnedFd> {
+    open_resolving(
+        root,
+        path,
+        flags,
+        libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS,
+    )
+}
+
+/// Opens `path` below a directory as a mere place (O_PATH): no symbolic link on the way is followed, and nothing leads out.
+pub fn open_below(directory: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd> {
+    let resolve = libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS | libc::RESOLVE_NO_MAGICLINKS;
+    open_resolving(directory, path, OFlag::O_PATH, resolve)
+}
+
+fn open_resolving(
+    root: BorrowedFd<'_>,
+    path: &[u8],
+    flags: OFlag,
+    resolve: u64,
+) -> Result<OwnedFd> {
     let path = c_string(path)?;
     let how = OpenHow {
         flags: (flags | OFlag::O_CLOEXEC).bits() as u64,
         mode: 0,
-        resolve: libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS,
+        resolve,
     };
     loop {
         // SAFETY: `path` and `how` live across the call, and the size is that of `how`.
@@ -557,15 +577,25 @@ pub fn set_limit_of(
     .map(drop)
 }
 
-/// Joins a new session keyring, so that a container neither sees nor keeps the agent's.
-pub fn new_session_keyring(name: &str) -> Result<()> {
+/// Joins the session keyring of this name, or a new one if this process can find none; its serial number.
+pub fn join_session_keyring(name: &str) -> Result<i32> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
     let name = c_string(name.as_bytes())?;
     // SAFETY: the name lives across the call.
-    Errno::result(unsafe {
+    let serial = Errno::result(unsafe {
         libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr())
-    })
-    .map(drop)
+    })?;
+    i32::try_from(serial).map_err(|_| Errno::EOVERFLOW)
+}
+
+/// Lets the user that a session keyring belongs to find it by its name.
+pub fn let_owner_find_keyring(serial: i32) -> Result<()> {
+    const KEYCTL_SETPERM: libc::c_int = 5;
+    // KEY_POS_ALL, KEY_USR_VIEW, KEY_USR_READ and KEY_USR_LINK, which it is born with, and KEY_USR_SEARCH (linux/key.h).
+    const PERMISSIONS: libc::c_ulong = 0x3f1b_0000;
+    // SAFETY: touches no memory.
+    Errno::result(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, serial, PERMISSIONS) })
+        .map(drop)
 }
 
 /// Sets the I/O priority of this process; `ioprio_set(2)`.
@@ -590,8 +620,8 @@ struct SchedAttr {
     period: u64,
 }
 
-/// Sets the scheduling of this process.
-pub fn set_scheduler(scheduler: &crate::spec::Scheduler) -> Result<()> {
+/// Sets the scheduling of a process.
+pub fn set_scheduler(pid: Pid, scheduler: &crate::spec::Scheduler) -> Result<()> {
     let attributes = SchedAttr {
         // 48 bytes.
         size: size_of::<SchedAttr>() as u32,
@@ -604,8 +634,15 @@ pub fn set_scheduler(scheduler: &crate::spec::Scheduler) -> Result<()> {
         period: scheduler.period,
     };
     // SAFETY: the kernel reads `attributes`, which lives across the call and says its size.
-    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })
-        .map(drop)
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_sched_setattr,
+            pid.as_raw(),
+            &raw const attributes,
+            0,
+        )
+    })
+    .map(drop)
 }
 
 /// The slave of a pseudo-terminal's master, opened without a path.
@@ -613,6 +650,14 @@ pub fn open_pty_peer(master: BorrowedFd<'_>) -> Result<OwnedFd> {
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
     // SAFETY: TIOCGPTPEER takes its flags by value.
     owned(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) }.into())
+}
+
+/// How many bytes a pipe, socket or terminal has to read.
+pub fn readable_bytes(file: BorrowedFd<'_>) -> Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes an int, which lives across the call.
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::FIONREAD, &raw mut count) })?;
+    usize::try_from(count).map_err(|_| Errno::EOVERFLOW)
 }
 
 /// Makes a terminal the controlling one of this session.

@@ -8,6 +8,7 @@ use nix::unistd::Pid;
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::reaper::{Exit, ExitWatch, exited};
+use crate::spec::Scheduler;
 use crate::streams::Streams;
 use crate::sys;
 
@@ -67,6 +68,17 @@ impl Task {
         match sys::signal_process(self.pidfd.as_fd(), number) {
             Err(Errno::ESRCH) => gone(),
             result => result.what(|| "cannot signal the process"),
+        }
+    }
+
+    /// Gives it its scheduling. From outside: it may have no capability for that any more, and what it forks may not inherit it.
+    pub fn schedule(&self, scheduler: Option<&Scheduler>) -> Result<()> {
+        match scheduler {
+            // Its pid is its own as long as the reaper has not seen its end.
+            Some(scheduler) if !self.has_ended() => {
+                sys::set_scheduler(self.pid, scheduler).what(|| "process.scheduler")
+            }
+            _ => Ok(()),
         }
     }
 

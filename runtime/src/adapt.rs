@@ -149,14 +149,17 @@ pub fn adapt(bundle: &Bundle, part: Part) -> Result<Adapted, SpecError> {
     })
 }
 
-/// The guest's part of a container's resources: not which processors of the host it runs on (the guest has just as many), and
-/// not what it may ask of the host's block devices.
+/// The guest's part of a container's resources: not which processors and memory nodes of the host it runs on (the guest has just as
+/// many processors), and not what it may ask of the host's block devices.
 pub fn guest_resources(mut resources: LinuxResources) -> LinuxResources {
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_cpus(None);
         cpu.set_mems(None);
     }
     resources.set_block_io(None);
+    if let Some(unified) = resources.unified_mut() {
+        unified.retain(|file, _| !file.starts_with("cpuset.") && !file.starts_with("io."));
+    }
     resources
 }
 
@@ -410,5 +413,24 @@ mod tests {
             let message = adapted(mount).unwrap_err();
             assert!(message.contains(expected), "{message}");
         }
+    }
+
+    #[test]
+    fn what_names_processors_and_devices_of_the_host_stays_there() {
+        let mut config = good();
+        config["linux"]["resources"] = json!({
+            "cpu": {"cpus": "6-7", "mems": "1", "quota": 5},
+            "blockIO": {"weight": 500},
+            "unified": {"cpuset.cpus": "6-7", "cpuset.mems": "1", "io.max": "8:0 rbps=1", "io.weight": "5",
+                "pids.max": "7", "memory.high": "8"}
+        });
+        let dir = bundle(&config.to_string());
+        let adapted = adapt(&Bundle::load(dir.path()).unwrap(), Part(0)).unwrap();
+        let spec = serde_json::to_value(&adapted.spec).unwrap();
+        let resources = &spec["linux"]["resources"];
+        assert_eq!(resources["cpu"], json!({"quota": 5}));
+        assert!(resources.get("blockIO").is_none());
+        let unified = json!({"pids.max": "7", "memory.high": "8"});
+        assert_eq!(resources["unified"], unified);
     }
 }

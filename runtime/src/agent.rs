@@ -11,10 +11,10 @@ use std::time::{Duration, SystemTime};
 
 use bulkhead_protocol::agent::{
     self, ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest,
-    DeleteContainerRequest, DeleteProcessRequest, ExecProcessRequest, HelloRequest, HelloResponse,
-    NamespaceOf, PauseContainerRequest, ResizeTerminalRequest, ResumeContainerRequest,
-    ShutdownRequest, SignalProcessRequest, StartContainerRequest, Stdio, UpdateContainerRequest,
-    WaitOomRequest, WaitProcessRequest, WaitProcessResponse,
+    DeleteContainerRequest, DeleteProcessRequest, ExecProcessRequest, ForgetFilesRequest,
+    HelloRequest, HelloResponse, NamespaceOf, PauseContainerRequest, ResizeTerminalRequest,
+    ResumeContainerRequest, ShutdownRequest, SignalProcessRequest, StartContainerRequest, Stdio,
+    UpdateContainerRequest, WaitOomRequest, WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::AgentClient;
 use bulkhead_protocol::{PROTOCOL_VERSION, SEED_LENGTH};
@@ -392,6 +392,14 @@ impl Agent {
             ..Default::default()
         };
         self.limited(self.client.delete_container(Context::default(), &request))
+            .await?;
+        Ok(())
+    }
+
+    /// Has the guest's kernel forget the files that nothing in the guest uses.
+    pub async fn forget_files(&self) -> Result<(), AgentError> {
+        let request = ForgetFilesRequest::default();
+        self.limited(self.client.forget_files(Context::default(), &request))
             .await?;
         Ok(())
     }

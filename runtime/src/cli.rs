@@ -18,7 +18,9 @@ mod proxy;
 mod signals;
 mod terminal;
 mod update;
+mod words;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -32,13 +34,18 @@ use log::{Format, Log};
 /// runc's exit code for whatever goes wrong before there is a container's.
 const FAILURE: i32 = 1;
 
+/// What `--version` says behind our name. Engines read the lines apart: docker looks for "version", podman shows all.
+const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: 1.2.1");
+
 /// Runs OCI containers, each in its own small KVM guest.
 #[derive(Debug, Parser)]
 #[command(
     name = "bulkhead",
-    version,
+    version = VERSION,
     disable_version_flag = true,
-    disable_help_subcommand = true
+    disable_help_subcommand = true,
+    // The last one counts.
+    args_override_self = true
 )]
 struct Arguments {
     /// Print version
@@ -56,10 +63,10 @@ struct Globals {
     /// Directory of the containers' state [default: /run/bulkhead]
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
-    /// File to which errors are written too
+    /// File to which warnings are written, and errors too
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
-    /// Format of that file
+    /// Format of that file, or, without one, of what goes to standard error
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Format::Text)]
     log_format: Format,
     /// Log everything, and show the guest's console
@@ -158,6 +165,10 @@ struct Invocation {
 }
 
 impl Globals {
+    fn open_log(&self) -> anyhow::Result<Log> {
+        Log::open(self.log.as_deref(), self.log_format)
+    }
+
     fn resolve(&self) -> anyhow::Result<Invocation> {
         let config_file = self.config.as_deref().map(absolute).transpose()?;
         let config = Config::load(config_file.as_deref())?;
@@ -179,30 +190,20 @@ fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
 
 /// Runs the program and returns its exit code.
 pub fn main() -> i32 {
-    let arguments = match parse() {
+    let line = words::spelled(std::env::args_os(), &misuse::built());
+    let arguments = match parse(&line) {
         Ok(arguments) => arguments,
         // Help and version come this way too.
-        Err(error) => return misuse::tell(&error),
+        Err(error) => return misuse::tell(&error, &line),
     };
     let name = arguments.command.name();
-    // Warnings; errors are what commands return.
-    tracing_subscriber::fmt()
-        .with_max_level(tracing::Level::WARN)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .without_time()
-        .with_target(false)
-        .init();
-    let log = match Log::open(
-        arguments.globals.log.as_deref(),
-        arguments.globals.log_format,
-    ) {
-        Ok(log) => log,
+    match arguments.globals.open_log() {
+        Ok(log) => log.start(),
         Err(error) => {
             eprintln!("error: bulkhead {name} failed: {error:#}");
             return FAILURE;
         }
-    };
+    }
     let result = arguments
         .globals
         .resolve()
@@ -223,7 +224,7 @@ pub fn main() -> i32 {
             Command::Spec(args) => describe::spec(args),
             Command::Features => describe::features(),
             Command::Check => Ok(check::check(&context.config)),
-            Command::Help { command, .. } => Ok(misuse::help(command.as_deref())),
+            Command::Help { command, .. } => Ok(misuse::help(command.as_deref(), &line)),
         });
     result.unwrap_or_else(|error| {
         if let Some(Unread(cause)) = error.downcast_ref()
@@ -232,16 +233,17 @@ pub fn main() -> i32 {
             // As if by the signal: a reader such as head(1) that has seen enough is no failure to talk about.
             return 128 + libc::SIGPIPE;
         }
-        log.error(&format!("bulkhead {name} failed: {error:#}"));
+        tracing::error!("bulkhead {name} failed: {error:#}");
         exit_code(&error)
     })
 }
 
 /// Reads the command line. Switches may have a value, `--detach=false`, which runc's may too; help does not show it.
-fn parse() -> Result<Arguments, clap::Error> {
-    Arguments::try_parse().or_else(|asked| {
-        let line = with_values(Arguments::command()).try_get_matches();
-        line.and_then(|matches| Arguments::from_arg_matches(&matches))
+fn parse(line: &[OsString]) -> Result<Arguments, clap::Error> {
+    Arguments::try_parse_from(line).or_else(|asked| {
+        let matches = with_values(Arguments::command()).try_get_matches_from(line);
+        matches
+            .and_then(|matches| Arguments::from_arg_matches(&matches))
             // What is wrong with the line even so; not if it asks for help, or for the version.
             .map_err(|wrong| if asked.use_stderr() { wrong } else { asked })
     })
@@ -321,6 +323,30 @@ mod tests {
             assert_eq!(args.all, all, "{line:?}");
         }
         assert!(matches(&["kill", "--all=maybe", "c1"]).is_err());
+    }
+
+    #[test]
+    fn flags_may_stand_behind_the_id() {
+        for (before, behind) in [
+            (
+                &["create", "--bundle", "b", "--pid-file", "p", "c1"][..],
+                &["create", "c1", "--bundle", "b", "--pid-file", "p"][..],
+            ),
+            (
+                &["create", "--bundle", "b", "--no-pivot", "c1"],
+                &["create", "--no-pivot", "c1", "--bundle=b"],
+            ),
+            (&["kill", "--all", "c1", "9"], &["kill", "c1", "9", "--all"]),
+            (&["kill", "--all", "c1", "9"], &["kill", "c1", "-a", "9"]),
+            (&["delete", "--force", "c1"], &["delete", "c1", "--force"]),
+            (
+                &["update", "--memory", "1G", "--cpu-quota", "-1", "c1"],
+                &["update", "c1", "--memory", "1G", "--cpu-quota", "-1"],
+            ),
+        ] {
+            let parsed = |line| format!("{:?}", matches(line).unwrap().command);
+            assert_eq!(parsed(behind), parsed(before));
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
@@ -15,7 +16,9 @@ use serde::Serialize;
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
+use tokio::task::spawn_blocking;
 
+use crate::host_cgroup;
 use crate::oom;
 use crate::sandbox::Status;
 
@@ -47,34 +50,42 @@ pub struct HookState {
     pub annotations: Option<std::collections::HashMap<String, String>>,
 }
 
-/// The namespaces of the host that the server leaves for its sandbox's. All hooks but createContainer's run in them
-/// (runtime-spec, config.md, "Summary": "runtime namespace"): what makes a network there must find the host's.
+/// What of the host the server leaves for what is its sandbox's: namespaces and a cgroup. All hooks but createContainer's run there
+/// (runtime-spec, config.md, "Summary": "runtime namespace"): what makes a network must find the host's, and what stays behind is
+/// none of the container's processes.
 #[derive(Debug)]
-pub struct RuntimeNamespaces {
+pub struct RuntimePlace {
     mount: File,
     network: File,
+    /// Where to enter a cgroup: that of the caller or, should that be no more, the root. None where there is no cgroup v2.
+    cgroups: Arc<[File]>,
 }
 
-impl RuntimeNamespaces {
-    /// Those that this thread is in now.
+impl RuntimePlace {
+    /// That in which this thread is now.
     pub fn current() -> io::Result<Self> {
         Ok(Self {
             mount: File::open("/proc/thread-self/ns/mnt")?,
             network: File::open("/proc/thread-self/ns/net")?,
+            cgroups: host_cgroup::ways_back().into(),
         })
     }
 
-    /// Lets the child enter them. The mount namespace brings its own root, so the directory is looked up anew.
+    /// Lets the child enter it. The mount namespace brings its own root, so the directory is looked up anew.
     fn enter(&self, command: &mut Command, directory: &Path) -> io::Result<()> {
         let mount = self.mount.try_clone()?;
         let network = self.network.try_clone()?;
+        let cgroups = self.cgroups.clone();
         let directory = CString::new(directory.as_os_str().as_encoded_bytes())?;
-        // SAFETY: between fork and exec, three system calls on what was made before.
+        // SAFETY: between fork and exec, a few system calls on what was made before.
         unsafe {
             command.pre_exec(move || {
                 setns(network.as_fd(), CloneFlags::CLONE_NEWNET)?;
                 setns(mount.as_fd(), CloneFlags::CLONE_NEWNS)?;
                 nix::unistd::chdir(directory.as_c_str())?;
+                // 0 is whoever writes it. A hook that can go to neither runs all the same.
+                let enter = |file: &File| nix::unistd::write(file, b"0").is_ok();
+                cgroups.iter().any(enter);
                 Ok(())
             });
         }
@@ -91,17 +102,17 @@ struct State<'a> {
     pid: Option<u32>,
 }
 
-/// Runs hooks one after the other, in those namespaces or in this thread's; the first that fails is the end.
+/// Runs hooks one after the other, in that place or in this thread's; the first that fails is the end.
 pub async fn run(
     kind: &'static str,
     hooks: Option<&Vec<Hook>>,
     state: &HookState,
     status: Status,
     pid: Option<u32>,
-    namespaces: Option<&RuntimeNamespaces>,
+    place: Option<&RuntimePlace>,
 ) -> Result<(), HookError> {
     for (n, hook) in hooks.into_iter().flatten().enumerate() {
-        run_one(hook, state, status, pid, namespaces)
+        run_one(hook, state, status, pid, place)
             .await
             .map_err(|problem| HookError {
                 kind,
@@ -120,10 +131,10 @@ pub async fn run_all(
     state: &HookState,
     status: Status,
     pid: Option<u32>,
-    namespaces: Option<&RuntimeNamespaces>,
+    place: Option<&RuntimePlace>,
 ) {
     for (n, hook) in hooks.into_iter().flatten().enumerate() {
-        if let Err(problem) = run_one(hook, state, status, pid, namespaces).await {
+        if let Err(problem) = run_one(hook, state, status, pid, place).await {
             tracing::warn!("hooks.{kind}[{n}] ({}): {problem}", hook.path().display());
         }
     }
@@ -134,7 +145,7 @@ async fn run_one(
     state: &HookState,
     status: Status,
     pid: Option<u32>,
-    namespaces: Option<&RuntimeNamespaces>,
+    place: Option<&RuntimePlace>,
 ) -> Result<(), String> {
     let state_json = serde_json::to_vec(&State {
         state,
@@ -145,7 +156,7 @@ async fn run_one(
     let timeout = hook
         .timeout()
         .and_then(|seconds| u64::try_from(seconds).ok());
-    let output = output(hook, &state.bundle, &state_json, timeout, namespaces).await;
+    let output = output(hook, &state.bundle, &state_json, timeout, place).await;
     let (status, said) = output.map_err(|error| error.to_string())?;
     if status.success() {
         return Ok(());
@@ -160,7 +171,7 @@ async fn output(
     bundle: &Path,
     state: &[u8],
     timeout: Option<u64>,
-    namespaces: Option<&RuntimeNamespaces>,
+    place: Option<&RuntimePlace>,
 ) -> io::Result<(ExitStatus, Vec<u8>)> {
     let mut command = Command::new(hook.path());
     let args = hook.args().as_deref().unwrap_or_default();
@@ -175,16 +186,21 @@ async fn output(
     }
     // While the server's procfs is there.
     oom::unprotect(command.as_std_mut())?;
-    if let Some(namespaces) = namespaces {
-        namespaces.enter(&mut command, bundle)?;
-    }
-    let mut child = command
+    command
         .current_dir(bundle)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()?;
+        .kill_on_drop(true);
+    let mut child = match place {
+        Some(place) => {
+            place.enter(&mut command, bundle)?;
+            // It is waited for until it executes its program, and a move to another cgroup takes a grace period of the kernel.
+            spawn_blocking(move || command.spawn()).await??
+        }
+        // As this thread's child, whose namespaces it is to be in.
+        None => command.spawn()?,
+    };
     let stdin = child.stdin.take();
     let stderr = child.stderr.take();
     let run = async {
@@ -217,6 +233,7 @@ async fn output(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host_cgroup::tests::with_cgroups;
     use serde_json::{Value, json};
 
     fn state(bundle: &Path) -> HookState {
@@ -237,7 +254,7 @@ mod tests {
     }
 
     fn run_in(
-        namespaces: Option<&RuntimeNamespaces>,
+        place: Option<&RuntimePlace>,
         hooks: &Vec<Hook>,
         dir: &Path,
     ) -> Result<(), HookError> {
@@ -251,16 +268,13 @@ mod tests {
                 &state(dir),
                 Status::Creating,
                 Some(7),
-                namespaces,
+                place,
             ))
     }
 
     #[test]
     fn a_hook_of_the_runtime_sees_the_hosts_namespaces_and_no_other_does() {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: namespaces need root");
-            return;
-        }
+        assert!(nix::unistd::geteuid().is_root(), "the test needs root");
         let dir = tempfile::tempdir().unwrap();
         let hooks = hooks(json!([{
             "path": "/bin/sh",
@@ -275,7 +289,7 @@ mod tests {
         let seen = || std::fs::read_to_string(dir.path().join("seen")).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let host = RuntimeNamespaces::current().unwrap();
+                let host = RuntimePlace::current().unwrap();
                 let hosts = of_this_thread();
                 crate::share::private_mount_namespace().unwrap();
                 crate::standin::enter_network(None).unwrap();
@@ -289,6 +303,36 @@ mod tests {
                 run_in(None, &hooks, dir.path()).unwrap();
                 assert_eq!(seen(), expected(&own));
             });
+        });
+    }
+
+    #[test]
+    fn a_hook_of_the_runtime_is_in_the_cgroup_that_the_server_has_left() {
+        with_cgroups(|| {
+            let cgroups = Path::new("/sys/fs/cgroup");
+            let name = format!("bulkhead-hooks-{}", std::process::id());
+            std::fs::create_dir(cgroups.join(&name)).unwrap();
+            let open = |cgroup: PathBuf| {
+                let procs = cgroup.join("cgroup.procs");
+                File::options().write(true).open(procs).unwrap()
+            };
+            let gone = cgroups.join(format!("{name}-gone"));
+            std::fs::create_dir(&gone).unwrap();
+            let mut place = RuntimePlace::current().unwrap();
+            assert_eq!(place.cgroups.len(), 2);
+            place.cgroups = [open(gone.clone()), open(cgroups.join(&name))].into();
+            std::fs::remove_dir(&gone).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let hooks = hooks(json!([
+                {"path": "/bin/sh", "args": ["sh", "-c", "grep ^0: /proc/self/cgroup > seen"]}
+            ]));
+            let ran = run_in(Some(&place), &hooks, dir.path());
+            std::fs::remove_dir(cgroups.join(&name)).unwrap();
+            ran.unwrap();
+            let seen = std::fs::read_to_string(dir.path().join("seen")).unwrap();
+            assert_eq!(seen, format!("0::/{name}\n"));
+            place.cgroups = [].into();
+            run_in(Some(&place), &hooks, dir.path()).unwrap();
         });
     }
 

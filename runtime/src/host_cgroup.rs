@@ -1,35 +1,32 @@
 //! The host's cgroup of a sandbox: at the spec's `cgroupsPath`, holding its server, its VMM and the processes that stand for
 //! the container's, so that readers of host cgroups see true numbers and the host's limits bound the whole VM.
 //!
-//! Only cgroup v2; a host without it gets none. The guest enforces each container's limits inside.
+//! Only cgroup v2; a host without it gets none. The guest enforces each container's limits inside. Whoever makes the cgroup, the
+//! limits are written to its files. What is done here may take its time: moves a grace period of the kernel, removal the end of
+//! processes, systemd's answers as long as D-Bus.
 
-use std::ffi::OsString;
-use std::fs;
+mod systemd;
+mod tree;
+
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use bulkhead_protocol::io_weight;
-use libcgroups::common::{
-    AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager,
-};
-use libcgroups_nix::unistd::Pid;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use bulkhead_protocol::limits::{self, FieldError, Setting};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
-use oci_spec::runtime::{LinuxMemory, LinuxResources, LinuxResourcesBuilder, Spec};
+use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::id::ContainerId;
+use crate::sizing::{FILE_BYTES, most_files};
+use systemd::{SystemdError, Unit};
 
 /// Where cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Memory of server, VMM and proxies beside the guest's, in bytes: what the host's limit is above it.
+/// Memory of server, VMM and proxies beside the guest's and its files', in bytes: what the host's limit is above them.
 const OVERHEAD: u64 = 64 << 20;
-
-/// How long the processes of a cgroup may take to be gone once they are killed, in milliseconds.
-const KILL_TIMEOUT_MS: u16 = 10_000;
 
 /// What went wrong with the host's cgroup.
 #[derive(Debug, Error)]
@@ -37,9 +34,15 @@ pub enum HostCgroupError {
     /// The path is no path of a cgroup.
     #[error("config.json: `linux.cgroupsPath` {0:?} {1}")]
     Path(PathBuf, &'static str),
+    /// A limit makes no sense.
+    #[error(transparent)]
+    Limit(#[from] FieldError),
     /// Somebody else is in it.
     #[error("the cgroup {} is not empty: remove its processes or name another `linux.cgroupsPath`", .0.display())]
     Occupied(PathBuf),
+    /// systemd has it for somebody else.
+    #[error("systemd runs a unit {0} already: stop it or name another `linux.cgroupsPath`")]
+    Taken(String),
     /// An operation failed.
     #[error("cannot {what} the host's cgroup {}: {message}", path.display())]
     Failed {
@@ -55,11 +58,12 @@ pub enum HostCgroupError {
 /// Which cgroup it is: enough to find it again from the state directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostCgroup {
-    /// As the driver wants it: a path below the mount, or systemd's `slice:prefix:name`.
+    /// Below the mount.
     path: PathBuf,
-    /// Whether systemd makes it.
-    systemd: bool,
-    /// The container's name, by which systemd names a unit whose path says none.
+    /// The scope, if systemd makes it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unit: Option<Unit>,
+    /// The container's name, for who looks at the scope.
     name: String,
 }
 
@@ -70,25 +74,27 @@ impl HostCgroup {
         id: &ContainerId,
         systemd: bool,
     ) -> Result<Option<Self>, HostCgroupError> {
+        let linux = spec.linux().as_ref();
+        if let Some(resources) = linux.and_then(|linux| linux.resources().as_ref()) {
+            check(resources)?;
+        }
         if !statfs(ROOT).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC) {
             return Ok(None);
         }
-        let given = spec
-            .linux()
-            .as_ref()
+        let given = linux
             .and_then(|linux| linux.cgroups_path().clone())
             .filter(|path| !path.as_os_str().is_empty());
-        let path = match given {
-            Some(path) if systemd => {
-                if path.to_string_lossy().split(':').count() != 3 {
-                    return Err(HostCgroupError::Path(
-                        path,
-                        "must be \"slice:prefix:name\" with --systemd-cgroup",
-                    ));
-                }
-                path
-            }
-            Some(path) => {
+        let unit = systemd
+            .then(|| {
+                let given = given.clone().unwrap_or(format!(":bulkhead:{id}").into());
+                // What is no text has no colons either.
+                let text = given.to_str().unwrap_or_default();
+                Unit::parse(text).map_err(|problem| HostCgroupError::Path(given.clone(), problem))
+            })
+            .transpose()?;
+        let path = match (&unit, given) {
+            (Some(unit), _) => unit.path(),
+            (None, Some(path)) => {
                 check_path(&path)?;
                 if path.is_absolute() {
                     path
@@ -96,98 +102,82 @@ impl HostCgroup {
                     beside_own().join(path)
                 }
             }
-            None if systemd => format!(":bulkhead:{id}").into(),
-            None => beside_own().join(id),
+            (None, None) => beside_own().join(id),
         };
         Ok(Some(Self {
             path,
-            systemd,
+            unit,
             name: id.as_str().to_owned(),
         }))
     }
 
-    /// Refuses a cgroup in which somebody is. To be asked before it goes on record as ours, since what is on record is emptied
-    /// by whoever cleans up.
-    pub fn require_empty(&self) -> Result<(), HostCgroupError> {
-        if let Some(directory) = self.directory()
-            && populated(&directory).is_ok_and(|populated| populated)
-        {
+    /// Refuses a cgroup in which somebody is, and one that can't be made here. To be asked before it goes on record as ours, since
+    /// what is on record is emptied by whoever cleans up.
+    pub fn require_free(&self) -> Result<(), HostCgroupError> {
+        let directory = self.directory();
+        if tree::is_populated(&directory).unwrap_or_default() {
             return Err(HostCgroupError::Occupied(directory));
         }
-        Ok(())
+        match &self.unit {
+            Some(unit) => self.asked("make", unit.require_free()),
+            None => Ok(()),
+        }
     }
 
-    /// Refuses what its driver can't make, before anything is made.
-    pub fn require_driver(&self) -> Result<(), HostCgroupError> {
-        self.manager().map(drop)
+    /// Makes it, with a process in it. [`HostCgroupError::Taken`] says that it is another's; whatever else fails, part of it may be made.
+    pub fn make(&self, pid: u32) -> Result<(), HostCgroupError> {
+        if let Some(unit) = &self.unit {
+            let description = format!("Bulkhead container {}", self.name);
+            return self.asked("make", unit.start(&description, pid));
+        }
+        tree::make(Path::new(ROOT), &self.path).map_err(|e| self.failed("make", &e))?;
+        self.add(pid)
     }
 
-    /// Puts a process into it.
+    /// Puts a further process into it.
     pub fn add(&self, pid: u32) -> Result<(), HostCgroupError> {
-        let pid = i32::try_from(pid).map_err(|e| self.failed("enter", &e))?;
-        let manager = self.manager()?;
-        manager
-            .add_task(Pid::from_raw(pid))
-            .map_err(|e| self.failed("enter", &e))
+        tree::enter(&self.directory(), pid).map_err(|e| self.failed("enter", &e))
     }
 
     /// Applies what of a container's resources is the host's to enforce: processors, I/O, and the memory of a guest of that
     /// size.
     pub fn apply(&self, resources: &LinuxResources, guest_mib: u64) -> Result<(), HostCgroupError> {
-        let mut resources = of_host(resources, guest_mib).map_err(|e| self.failed("limit", &e))?;
-        if self.systemd {
-            // libcgroups takes a weight for shares and a quota for one of a second there. The guest holds them.
-            resources.set_unified(None);
+        let directory = self.directory();
+        for setting in of_host(resources, guest_mib)? {
+            setting
+                .write(&directory)
+                .map_err(|e| self.failed("limit", &format!("{e}: {}", e.source)))?;
         }
-        let weight = self
-            .directory()
-            .and_then(|directory| Some((directory, take_io_weight(&mut resources)?)));
-        let options = ControllerOpt {
-            resources: &resources,
-            disable_oom_killer: false,
-            oom_score_adj: None,
-            freezer_state: None,
-        };
-        self.manager()?
-            .apply(&options)
-            .map_err(|e| self.failed("limit", &e))?;
-        weight.map_or(Ok(()), |(directory, weight)| {
-            set_io_weight(&directory, weight).map_err(|e| self.failed("limit", &e))
-        })
+        match &self.unit {
+            Some(unit) => self.asked("limit", unit.keep(&directory)),
+            None => Ok(()),
+        }
     }
 
     /// Kills what is in it, and removes it with whatever cgroups somebody has made in it, as runc does. The caller must not be in it.
     pub fn remove(&self) -> Result<(), HostCgroupError> {
-        if self.systemd {
-            // Stopping the unit ends what is in it.
-            return self
-                .manager()?
-                .remove()
-                .map_err(|e| self.failed("remove", &e));
+        let directory = self.directory();
+        tree::end_processes(&directory).map_err(|e| self.failed("empty", &e))?;
+        if let Some(unit) = &self.unit {
+            self.asked("remove", unit.stop())?;
         }
-        let Some(directory) = self.directory().filter(|directory| directory.exists()) else {
-            return Ok(());
-        };
-        end_processes(&directory).map_err(|e| self.failed("empty", &e))?;
-        remove_tree(&directory).map_err(|e| self.failed("remove", &e))
+        tree::remove(&directory).map_err(|e| self.failed("remove", &e))
     }
 
-    /// Its directory. systemd alone knows where its units are.
-    pub fn directory(&self) -> Option<PathBuf> {
-        if self.systemd {
-            return None;
-        }
-        let below = self.path.strip_prefix("/").unwrap_or(&self.path);
-        Some(Path::new(ROOT).join(below))
+    /// Its directory.
+    fn directory(&self) -> PathBuf {
+        Path::new(ROOT).join(self.path.strip_prefix("/").unwrap_or(&self.path))
     }
 
-    fn manager(&self) -> Result<AnyCgroupManager, HostCgroupError> {
-        create_cgroup_manager(CgroupConfig {
-            cgroup_path: self.path.clone(),
-            systemd_cgroup: self.systemd,
-            container_name: self.name.clone(),
+    fn asked(
+        &self,
+        what: &'static str,
+        answer: Result<(), SystemdError>,
+    ) -> Result<(), HostCgroupError> {
+        answer.map_err(|error| match (error, &self.unit) {
+            (SystemdError::Exists, Some(unit)) => HostCgroupError::Taken(unit.name().to_owned()),
+            (error, _) => self.failed(what, &error),
         })
-        .map_err(|e| self.failed("find", &e))
     }
 
     fn failed(&self, what: &'static str, error: &dyn std::fmt::Display) -> HostCgroupError {
@@ -199,9 +189,14 @@ impl HostCgroup {
     }
 }
 
+/// Refuses limits that make no sense on any host.
+pub fn check(resources: &LinuxResources) -> Result<(), HostCgroupError> {
+    of_host(resources, 0)?;
+    Ok(())
+}
+
 /// Refuses a path that is not below the mount, or is the mount itself.
 fn check_path(path: &Path) -> Result<(), HostCgroupError> {
-    use std::path::Component;
     let wrong = |problem| Err(HostCgroupError::Path(path.to_path_buf(), problem));
     if path.components().any(|part| part == Component::ParentDir) {
         return wrong("must not contain \"..\"");
@@ -217,9 +212,7 @@ fn check_path(path: &Path) -> Result<(), HostCgroupError> {
 
 /// Moves a process out of whatever cgroup it is in, to `directory`, or to the root if that is no more.
 pub fn move_to(directory: &Path, pid: u32) -> io::Result<()> {
-    let pid = pid.to_string();
-    fs::write(directory.join("cgroup.procs"), &pid)
-        .or_else(|_| fs::write(Path::new(ROOT).join("cgroup.procs"), &pid))
+    tree::enter(directory, pid).or_else(|_| tree::enter(Path::new(ROOT), pid))
 }
 
 /// This process's own cgroup.
@@ -227,6 +220,16 @@ pub fn own() -> PathBuf {
     let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let own = text.lines().find_map(|line| line.strip_prefix("0::/"));
     Path::new(ROOT).join(own.unwrap_or_default())
+}
+
+/// Where a process writes that it enters this process's cgroup, as it is now, or the root; nothing where there is no cgroup v2.
+pub fn ways_back() -> Vec<File> {
+    let open = |directory: PathBuf| {
+        let procs = directory.join("cgroup.procs");
+        File::options().write(true).open(procs).ok()
+    };
+    let all = [own(), ROOT.into()];
+    all.into_iter().filter_map(open).collect()
 }
 
 /// Where runc puts a container without a path of its own: beside the caller's cgroup, since processes and children don't go
@@ -237,98 +240,34 @@ fn beside_own() -> PathBuf {
     Path::new("/").join(below.parent().unwrap_or(Path::new("")))
 }
 
-/// The host's part of a container's resources.
-fn of_host(resources: &LinuxResources, guest_mib: u64) -> Result<LinuxResources, String> {
-    let limit = (guest_mib << 20).saturating_add(OVERHEAD);
-    let mut memory = LinuxMemory::default();
-    memory.set_limit(i64::try_from(limit).ok());
-    let mut host = LinuxResourcesBuilder::default()
-        .memory(memory)
-        .build()
-        .map_err(|e| e.to_string())?;
-    host.set_devices(None);
-    let mut cpu = resources.cpu().clone();
-    if let Some(cpu) = &mut cpu {
-        // cgroup v2 has none, and runc passes them over there.
-        cpu.set_realtime_runtime(None).set_realtime_period(None);
+/// The host's part of a container's resources, for a guest of that size.
+fn of_host(resources: &LinuxResources, guest_mib: u64) -> Result<Vec<Setting>, FieldError> {
+    let files = u64::from(most_files(guest_mib)) * FILE_BYTES;
+    let memory = (guest_mib << 20).saturating_add(OVERHEAD + files);
+    let mut settings = vec![Setting::text(
+        "memory.limit",
+        "memory.max",
+        memory.to_string(),
+    )];
+    if let Some(cpu) = resources.cpu() {
+        settings.extend(limits::cpu(cpu)?);
     }
-    host.set_cpu(cpu);
-    host.set_block_io(resources.block_io().clone());
-    let mut unified = resources.unified().clone().unwrap_or_default();
-    unified.retain(|file, _| {
+    if let Some(io) = resources.block_io() {
+        settings.extend(limits::io(io)?);
+    }
+    // Last, so that these win.
+    for (file, value) in resources.unified().iter().flatten() {
         let controllers = ["cpu.", "cpuset.", "io."];
+        let of_host = controllers
+            .iter()
+            .any(|controller| file.starts_with(controller));
         // What leads out of the cgroup the guest refuses.
-        !file.contains('/')
-            && controllers
-                .iter()
-                .any(|controller| file.starts_with(controller))
-    });
-    host.set_unified(Some(unified).filter(|unified| !unified.is_empty()));
-    Ok(host)
-}
-
-/// Takes the weight of block I/O out, which libcgroups calculates with too few bits.
-fn take_io_weight(resources: &mut LinuxResources) -> Option<u16> {
-    let block_io = resources.block_io_mut().as_mut()?;
-    let weight = block_io.weight().filter(|weight| *weight > 0);
-    block_io.set_weight(None);
-    weight
-}
-
-/// Sets the weight of block I/O, 10 to 1000: for BFQ, which has that range, or else in that of cgroup v2.
-fn set_io_weight(directory: &Path, weight: u16) -> io::Result<()> {
-    let bfq = directory.join("io.bfq.weight");
-    if bfq.exists() {
-        return fs::write(bfq, weight.to_string());
-    }
-    fs::write(directory.join("io.weight"), io_weight(weight).to_string())
-}
-
-fn populated(directory: &Path) -> io::Result<bool> {
-    let events = fs::read_to_string(directory.join("cgroup.events"))?;
-    Ok(events.lines().any(|line| line == "populated 1"))
-}
-
-/// Kills every process of a cgroup and waits until the last one is gone. The kernel marks `cgroup.events` with POLLPRI when
-/// it changes (Documentation/admin-guide/cgroup-v2.rst).
-fn end_processes(directory: &Path) -> io::Result<()> {
-    let events = fs::File::open(directory.join("cgroup.events"))?;
-    let read = || fs::read_to_string(directory.join("cgroup.events"));
-    // The first read arms the notification of the open file.
-    io::Read::read_to_string(&mut &events, &mut String::new())?;
-    if read()?.contains("populated 1") {
-        fs::write(directory.join("cgroup.kill"), "1")?;
-    }
-    while read()?.contains("populated 1") {
-        let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-        if poll(&mut fds, PollTimeout::from(KILL_TIMEOUT_MS))? == 0 {
-            let mut left = OsString::from("processes of it do not end: ");
-            left.push(fs::read_to_string(directory.join("cgroup.procs"))?.replace('\n', " "));
-            return Err(io::Error::other(left.to_string_lossy().into_owned()));
-        }
-        io::Seek::rewind(&mut &events)?;
-        io::Read::read_to_string(&mut &events, &mut String::new())?;
-    }
-    Ok(())
-}
-
-/// Removes a cgroup, those in it first. They have files that can't be removed and need not be.
-fn remove_tree(directory: &Path) -> io::Result<()> {
-    let gone = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => Ok(()),
-        _ => Err(error),
-    };
-    let entries = match fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(error) => return gone(error),
-    };
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_tree(&entry.path())?;
+        if of_host && !file.contains('/') {
+            let field = format!("unified[{file:?}]");
+            settings.push(Setting::text(&field, file, value));
         }
     }
-    fs::remove_dir(directory).or_else(gone)
+    Ok(settings)
 }
 
 #[cfg(test)]
@@ -353,53 +292,56 @@ pub(crate) mod tests {
         }
     }
 
-    #[test]
-    fn the_weight_of_block_io_is_bfqs_own_or_has_the_range_of_cgroup_v2() {
-        let mut resources: LinuxResources =
-            serde_json::from_str(r#"{"blockIO":{"weight":100}}"#).unwrap();
-        assert_eq!(take_io_weight(&mut resources), Some(100));
-        assert_eq!(take_io_weight(&mut resources), None);
-        let directory = tempfile::tempdir().unwrap();
-        let read = |name: &str| fs::read_to_string(directory.path().join(name)).unwrap();
-        set_io_weight(directory.path(), 17).unwrap();
-        assert_eq!(read("io.weight"), "71");
-        fs::write(directory.path().join("io.bfq.weight"), "").unwrap();
-        set_io_weight(directory.path(), 100).unwrap();
-        assert_eq!(read("io.bfq.weight"), "100");
+    fn settings(resources: &str) -> Vec<(String, limits::Value)> {
+        let resources = serde_json::from_str(resources).unwrap();
+        let settings = of_host(&resources, 128).unwrap().into_iter();
+        settings
+            .map(|setting| (setting.file, setting.value))
+            .collect()
     }
 
+    fn texts(files: &[(&str, &str)]) -> Vec<(String, limits::Value)> {
+        let text =
+            |&(file, text): &(&str, &str)| (file.to_owned(), limits::Value::Text(text.to_owned()));
+        files.iter().map(text).collect()
+    }
+
+    // A guest of 128 MiB, 64 MiB for the host's programs, and as many for the smallest number of files.
     #[test]
     fn the_host_bounds_memory_by_the_guests_size_and_leaves_the_containers_limits_to_the_guest() {
-        let resources: LinuxResources = serde_json::from_str(
-            r#"{"memory":{"limit":1048576,"swap":2097152},"pids":{"limit":3},"cpu":{"quota":5000,"period":10000},
-               "unified":{"memory.high":"1","cpu.max":"500000 1000000","io.x/../../y":"1"},"devices":[{"allow":false,"access":"rwm"}]}"#,
-        )
-        .unwrap();
-        let host = of_host(&resources, 128).unwrap();
-        let memory = host.memory().as_ref().unwrap();
-        assert_eq!(memory.limit(), Some((128 + 64) << 20));
-        assert_eq!(memory.swap(), None);
-        assert_eq!(host.cpu(), resources.cpu());
-        let files: Vec<_> = host.unified().iter().flatten().collect();
+        let resources = r#"{"memory":{"limit":1048576,"swap":2097152},"pids":{"limit":3},"cpu":{"quota":5000,"period":10000},
+               "unified":{"memory.high":"1","cpu.max":"500000 1000000","io.x/../../y":"1"},"devices":[{"allow":false,"access":"rwm"}]}"#;
         assert_eq!(
-            files,
-            [(&"cpu.max".to_owned(), &"500000 1000000".to_owned())]
+            settings(resources),
+            texts(&[
+                ("memory.max", "268435456"),
+                ("cpu.max", "5000 10000"),
+                ("cpu.max", "500000 1000000")
+            ])
         );
-        assert!(host.pids().is_none() && host.devices().is_none());
     }
 
     #[test]
-    fn a_realtime_quota_is_passed_over() {
-        let resources: LinuxResources = serde_json::from_str(
-            r#"{"cpu":{"realtimeRuntime":5000,"realtimePeriod":10000,"shares":512}}"#,
-        )
-        .unwrap();
-        let cpu = of_host(&resources, 128).unwrap().cpu().clone().unwrap();
+    fn what_version_1_had_and_what_is_0_or_empty_is_passed_over() {
+        for resources in [
+            r#"{"cpu":{"realtimeRuntime":5000,"realtimePeriod":10000}}"#,
+            r#"{"cpu":{"shares":0,"quota":0,"period":0,"realtimeRuntime":0,"realtimePeriod":0,"cpus":"","mems":""},
+                "memory":{"limit":0,"reservation":0,"swap":0},"blockIO":{"weight":0}}"#,
+            r#"{"blockIO":{"leafWeight":500,"weightDevice":[{"major":8,"minor":0,"leafWeight":500}]}}"#,
+        ] {
+            assert_eq!(settings(resources), texts(&[("memory.max", "268435456")]));
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_before_anything_is_made() {
+        let spec = r#"{"ociVersion":"1.0.2","linux":{"resources":{"cpu":{"cpus":"3-1"}}}}"#;
+        let spec = serde_json::from_str(spec).unwrap();
+        let refused = HostCgroup::of(&spec, &ContainerId::new("c1").unwrap(), false);
         assert_eq!(
-            (cpu.realtime_runtime(), cpu.realtime_period()),
-            (None, None)
+            refused.unwrap_err().to_string(),
+            "linux.resources.cpu.cpus: is not a list like 0-3,7"
         );
-        assert_eq!(cpu.shares(), Some(512));
     }
 
     /// A mount namespace with a hierarchy of cgroup v2 where it belongs, which hosts of version 1 have elsewhere.
@@ -411,16 +353,19 @@ pub(crate) mod tests {
         });
     }
 
+    /// That of a bundle with the path `path`.
+    pub(crate) fn at(path: &str, systemd: bool) -> HostCgroup {
+        let spec = serde_json::json!({"ociVersion": "1.0.2", "linux": {"cgroupsPath": path}});
+        let spec = serde_json::from_value(spec).unwrap();
+        let of = HostCgroup::of(&spec, &ContainerId::new("c1").unwrap(), systemd);
+        of.unwrap().unwrap()
+    }
+
     #[test]
     fn a_cgroup_is_removed_with_those_that_somebody_has_made_in_it() {
         with_cgroups(|| {
-            let name = format!("bulkhead-test-{}", std::process::id());
-            let cgroup = HostCgroup {
-                path: Path::new("/").join(&name),
-                systemd: false,
-                name,
-            };
-            let directory = cgroup.directory().unwrap();
+            let cgroup = at(&format!("/bulkhead-test-{}", std::process::id()), false);
+            let directory = cgroup.directory();
             fs::create_dir_all(directory.join("a/b")).unwrap();
             fs::create_dir(directory.join("c")).unwrap();
             let mut process = std::process::Command::new("sleep")
@@ -428,6 +373,7 @@ pub(crate) mod tests {
                 .spawn()
                 .unwrap();
             fs::write(directory.join("a/b/cgroup.procs"), process.id().to_string()).unwrap();
+            let occupied = cgroup.require_free();
             let removed = cgroup.remove();
             process.kill().unwrap();
             process.wait().unwrap();
@@ -436,8 +382,23 @@ pub(crate) mod tests {
                 let _ = fs::remove_dir(directory.join(path));
             }
             removed.unwrap();
+            assert!(matches!(occupied, Err(HostCgroupError::Occupied(_))));
             assert!(!left);
             cgroup.remove().unwrap();
+            cgroup.require_free().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_scope_is_on_record_by_its_name() {
+        with_cgroups(|| {
+            let cgroup = at("a-b.slice:e2e:x", true);
+            assert_eq!(
+                cgroup.directory(),
+                Path::new("/sys/fs/cgroup/a.slice/a-b.slice/e2e-x.scope")
+            );
+            let record = serde_json::to_string(&cgroup).unwrap();
+            assert_eq!(serde_json::from_str::<HostCgroup>(&record).unwrap(), cgroup);
         });
     }
 }

@@ -10,6 +10,7 @@ mod container;
 mod end;
 mod error;
 mod exec;
+mod files;
 mod limits;
 mod pause;
 mod process;
@@ -29,7 +30,7 @@ use crate::adapt::{Adapted, adapt};
 use crate::agent::AgentError;
 use crate::annotations::Overrides;
 use crate::config::Config;
-use crate::hooks::{self, HookState, RuntimeNamespaces};
+use crate::hooks::{self, HookState, RuntimePlace};
 use crate::host_cgroup::HostCgroup;
 use crate::id::ContainerId;
 use crate::mounts_below::Inherited;
@@ -71,7 +72,7 @@ pub struct Params {
     /// The configuration in force.
     pub config: Config,
     /// Where the process was before it had namespaces of its own.
-    pub host: RuntimeNamespaces,
+    pub host: RuntimePlace,
 }
 
 /// A container to create.
@@ -236,6 +237,7 @@ impl Sandbox {
         if let Some(agent) = machine.agent_if_ready() {
             // Mostly there is none.
             let _ = agent.delete(container.id.as_str()).await;
+            machine.forget_files().await;
         }
         let removed = machine
             .share()
@@ -295,7 +297,7 @@ impl Sandbox {
                     return Err(SandboxError::Failed(CLOSING.into()));
                 }
                 if let Some(cgroup) = &cgroup {
-                    cgroup.require_empty()?;
+                    self.cgroup.require_free(cgroup.clone()).await?;
                 }
                 // On record before it is made: whoever cleans up after this process has to find it.
                 self.params.state.save(&record)?;
@@ -398,7 +400,7 @@ impl Sandbox {
         #[allow(deprecated)] // by the spec; Docker's networks still come this way
         let prestart = hooks.prestart().as_ref();
         let host = Some(&self.params.host);
-        for (kind, list, namespaces) in [
+        for (kind, list, place) in [
             ("prestart", prestart, host),
             ("createRuntime", hooks.create_runtime().as_ref(), host),
             ("createContainer", hooks.create_container().as_ref(), None),
@@ -409,7 +411,7 @@ impl Sandbox {
                 &container.hook_state,
                 Status::Creating,
                 Some(pid),
-                namespaces,
+                place,
             )
             .await?;
         }
@@ -591,6 +593,8 @@ impl Sandbox {
             let machine = self.running_machine()?;
             let agent = machine.agent().await?;
             machine.explain(agent.delete(id).await).await?;
+            // The host's file systems that it was on may be wanted for something else.
+            machine.forget_files().await;
             machine
                 .share()
                 .remove_container(container.part, &container.binds)?;

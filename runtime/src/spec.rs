@@ -11,7 +11,7 @@ use bulkhead_protocol::scheduler_flag;
 use oci_spec::runtime::{
     Capability, Hooks, Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec,
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use crate::annotations::Overrides;
@@ -149,12 +149,15 @@ fn parse(text: &[u8]) -> Result<Spec, String> {
     let mut value: Value = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     drop_unknown_capabilities(value.pointer_mut("/process/capabilities"));
     rename_scheduler_flags(value.pointer_mut("/process/scheduler/flags"));
-    fill_in_user(value.pointer_mut("/process"));
+    if let Some(Value::Object(process)) = value.pointer_mut("/process") {
+        fill_in_user(process);
+    }
     drop_empty_seccomp(value.pointer_mut("/linux"));
     serde_path_to_error::deserialize(value).map_err(|error| {
         let field = error.path().to_string();
-        // serde quotes the offending value, and arguments and environment are nobody's business.
-        if field.starts_with("process.args") || field.starts_with("process.env") {
+        // serde quotes the offending value, and arguments and environment, of hooks too, are nobody's business.
+        let mut names = field.split(['.', '[']);
+        if names.any(|name| name == "args" || name == "env") {
             return format!("`{field}` must hold strings");
         }
         match field.as_str() {
@@ -195,10 +198,7 @@ pub fn drop_unknown_capabilities(sets: Option<&mut Value>) {
 }
 
 /// A process whose user, or its id or group, is not given is root's, as under runc.
-fn fill_in_user(process: Option<&mut Value>) {
-    let Some(process) = process.and_then(Value::as_object_mut) else {
-        return;
-    };
+pub fn fill_in_user(process: &mut Map<String, Value>) {
     let user = process.entry("user").or_insert(Value::Null);
     if user.is_null() {
         *user = json!({});
@@ -260,7 +260,11 @@ fn validate(spec: &Spec) -> Result<(), SpecError> {
             "is missing: it has to list the container's namespaces",
         ));
     };
-    validate_namespaces(linux, spec.hostname().is_some())?;
+    let has_hostname = spec
+        .hostname()
+        .as_ref()
+        .is_some_and(|name| !name.is_empty());
+    validate_namespaces(linux, has_hostname)?;
     validate_linux(linux)?;
     Ok(())
 }
@@ -688,6 +692,18 @@ pub(crate) mod tests {
         let process = spec.process().as_ref().unwrap();
         let flags = process.scheduler().as_ref().unwrap().flags();
         assert_eq!(flags.as_ref().unwrap().len(), 7);
+    }
+
+    #[test]
+    fn a_hostname_that_names_nothing_needs_no_namespace() {
+        let mut config = good();
+        let namespaces = config["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|namespace| namespace["type"] != "uts");
+        for (hostname, taken) in [("", true), ("h", false)] {
+            config["hostname"] = json!(hostname);
+            let loaded = Bundle::load(bundle(&config.to_string()).path());
+            assert_eq!(loaded.is_ok(), taken, "{hostname:?}");
+        }
     }
 
     #[test]

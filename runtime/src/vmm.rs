@@ -79,6 +79,7 @@ pub struct Vmm {
     calls: mpsc::UnboundedSender<Call>,
     ended: watch::Receiver<Option<Ended>>,
     template: watch::Receiver<Option<Result<(), String>>>,
+    many_files: watch::Receiver<u64>,
 }
 
 /// A request on its way.
@@ -112,12 +113,14 @@ impl Vmm {
         let (calls, receiver) = mpsc::unbounded_channel();
         let (sender, ended) = watch::channel(None);
         let (template_sender, template) = watch::channel(None);
+        let (many_files_sender, many_files) = watch::channel(0);
         let driver = Driver {
             socket: socket.map_err(|e| fail(e.into()))?,
             pidfd: pidfd.map_err(|e| fail(e.into()))?,
             process,
             waiting: VecDeque::new(),
             template: template_sender,
+            many_files: many_files_sender,
             last_word: None,
         };
         tokio::spawn(async move {
@@ -129,6 +132,7 @@ impl Vmm {
             calls,
             ended,
             template,
+            many_files,
         })
     }
 
@@ -184,6 +188,11 @@ impl Vmm {
         }
     }
 
+    /// How often the VMM has said that the guest has many files of the share cached. Nobody changes it any more once the VMM has ended.
+    pub fn many_files(&self) -> watch::Receiver<u64> {
+        self.many_files.clone()
+    }
+
     /// Kills the process, whatever it does.
     pub fn kill(&self) {
         // A task that is gone has seen the end already.
@@ -212,6 +221,8 @@ struct Driver {
     waiting: VecDeque<oneshot::Sender<Response>>,
     /// Who waits for the template.
     template: watch::Sender<Option<Result<(), String>>>,
+    /// Who has the guest forget files.
+    many_files: watch::Sender<u64>,
     /// What the VMM, or its socket, said of its end.
     last_word: Option<(String, Vec<TimelineEntry>)>,
 }
@@ -231,6 +242,9 @@ impl Driver {
                     }
                     Ok(Message::Event(Event::Template { error })) => {
                         self.template.send_replace(Some(error.map_or(Ok(()), Err)));
+                    }
+                    Ok(Message::Event(Event::ManyFiles)) => {
+                        self.many_files.send_modify(|times| *times += 1);
                     }
                     Ok(Message::Event(Event::Ended { reason, timeline, .. })) => {
                         self.last_word = Some((reason, timeline));

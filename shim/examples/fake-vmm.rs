@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -16,13 +16,14 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
 use async_trait::async_trait;
+use bulkhead_e2e::command::hand_over;
 use bulkhead_protocol::agent::{
     ContainerStatsRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
     DeleteContainerRequest, DeleteContainerResponse, DeleteProcessRequest, DeleteProcessResponse,
-    ExecProcessRequest, ExecProcessResponse, Flow, HelloRequest, HelloResponse, ShutdownRequest,
-    ShutdownResponse, SignalProcessRequest, SignalProcessResponse, StartContainerRequest,
-    StartContainerResponse, StreamHeader, StreamKind, WaitOomRequest, WaitOomResponse,
-    WaitProcessRequest, WaitProcessResponse,
+    ExecProcessRequest, ExecProcessResponse, Flow, ForgetFilesRequest, ForgetFilesResponse,
+    HelloRequest, HelloResponse, ShutdownRequest, ShutdownResponse, SignalProcessRequest,
+    SignalProcessResponse, StartContainerRequest, StartContainerResponse, StreamHeader, StreamKind,
+    WaitOomRequest, WaitOomResponse, WaitProcessRequest, WaitProcessResponse,
 };
 use bulkhead_protocol::agent_ttrpc::{Agent, create_agent};
 use bulkhead_protocol::{CONTROL_PORT, PROTOCOL_VERSION};
@@ -70,7 +71,7 @@ fn main() {
             if mode != "deaf" {
                 serve_vsock(&config.vsock_path, &streams);
             }
-            let control = control.clone();
+            let (mode, control) = (mode.clone(), control.clone());
             thread::spawn(move || serve_agent(&mode, control, streams));
         }
     }
@@ -80,7 +81,13 @@ fn main() {
                 end(&control, exit_code::POWER_OFF, "shut down by request")
             }
             // Its processes run on: who is asked nothing meanwhile can't tell.
-            Ok((Request::Pause | Request::Resume, _)) => {
+            Ok((request @ (Request::Pause | Request::Resume), _)) => {
+                if matches!(request, Request::Resume) {
+                    log("resumed");
+                } else if mode == "many files" {
+                    // On the last requests before it stands still.
+                    tell_many_files(&control);
+                }
                 let _ = send_message(&*control, &Message::Response(Response::Ok));
             }
             Ok(_) => {}
@@ -97,6 +104,10 @@ fn end(control: &OwnedFd, exit_code: i32, reason: &str) -> ! {
     };
     let _ = send_message(control, &Message::Event(event));
     std::process::exit(exit_code);
+}
+
+fn tell_many_files(control: &OwnedFd) {
+    let _ = send_message(control, &Message::Event(Event::ManyFiles));
 }
 
 /// Takes the streams' connections.
@@ -125,6 +136,11 @@ fn serve_vsock(path: &Path, streams: &Streams) {
     });
 }
 
+/// Calls the host on the agent's port.
+async fn dial() -> std::io::Result<tokio::net::UnixStream> {
+    tokio::net::UnixStream::connect(format!("vsock_{CONTROL_PORT}")).await
+}
+
 /// Dials the host and serves the agent's API on the connection.
 fn serve_agent(mode: &str, control: Arc<OwnedFd>, streams: Streams) {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -132,18 +148,14 @@ fn serve_agent(mode: &str, control: Arc<OwnedFd>, streams: Streams) {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let path = format!("vsock_{CONTROL_PORT}");
-        let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
-        // Nobody else gets through to the host.
-        if tokio::net::UnixStream::connect(&path).await.is_ok() && mode == "dial twice" {
-            eprintln!("a second call was taken");
-        }
+        let stream = dial().await.unwrap();
         let agent = FakeAgent {
             mode: mode.to_owned(),
             control,
             streams,
             processes: Processes::default(),
             asked: Notify::new(),
+            forgetting: Notify::new(),
             ooms: watch::Sender::new(0),
         };
         let connection = futures_stream(stream);
@@ -180,6 +192,8 @@ struct FakeAgent {
     processes: Processes,
     /// Whether it has been asked if it is still there.
     asked: Notify,
+    /// Lets it forget files, one time: SIGUSR2 in the mode "many files", in which SIGUSR1 has it cache many.
+    forgetting: Notify,
     /// Kills for want of memory: SIGUSR1 in the mode "ooms".
     ooms: watch::Sender<u64>,
 }
@@ -252,15 +266,12 @@ fn execute(exec_id: &str, processes: &Processes, streams: &Streams) -> ttrpc::Re
             None => null().unwrap().into(),
         }
     };
-    // Two steps, so that none takes the place of another that is still to be moved.
-    let mut descriptors = Vec::new();
-    for (number, _) in (3..).zip(&process.descriptors) {
-        let end = end(StreamKind::DESCRIPTOR, number);
-        let aside = nix::fcntl::fcntl(&end, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(100));
-        // SAFETY: the call has just made this descriptor.
-        descriptors.push(unsafe { OwnedFd::from_raw_fd(aside.unwrap()) });
-    }
+    let descriptors: Vec<OwnedFd> = (3..)
+        .zip(&process.descriptors)
+        .map(|(number, _)| end(StreamKind::DESCRIPTOR, number))
+        .collect();
     let mut command = Command::new(&process.args[0]);
+    hand_over(&mut command, descriptors);
     command
         .args(&process.args[1..])
         .envs(process.env.clone())
@@ -268,12 +279,9 @@ fn execute(exec_id: &str, processes: &Processes, streams: &Streams) -> ttrpc::Re
         .stdout(end(StreamKind::STDOUT, 0))
         .stderr(end(StreamKind::STDERR, 0));
     // The processes of a guest end with it.
-    // SAFETY: system calls between fork and exec, on descriptors that the closure owns and on numbers.
+    // SAFETY: a system call on a number between fork and exec.
     unsafe {
-        command.pre_exec(move || {
-            for (number, fd) in (3..).zip(&descriptors) {
-                nix::errno::Errno::result(nix::libc::dup2(fd.as_raw_fd(), number))?;
-            }
+        command.pre_exec(|| {
             Ok(nix::sys::prctl::set_pdeathsig(
                 nix::sys::signal::Signal::SIGKILL,
             )?)
@@ -317,6 +325,11 @@ fn status(code: Code, message: String) -> ttrpc::Error {
 impl Agent for FakeAgent {
     async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
         assert_eq!(request.protocol_version, PROTOCOL_VERSION);
+        // The host has taken the agent's call by now, and nobody else gets through to it.
+        if self.mode == "dial twice" && dial().await.is_ok() {
+            let message = "a second call was taken".into();
+            return Err(status(Code::INTERNAL, message));
+        }
         let skew = u32::from(self.mode == "version");
         Ok(HelloResponse {
             protocol_version: PROTOCOL_VERSION + skew,
@@ -466,6 +479,16 @@ impl Agent for FakeAgent {
             self.ooms.send_modify(|kills| *kills += 1);
             return Ok(SignalProcessResponse::default());
         }
+        if self.mode == "many files" {
+            match i32::try_from(request.signal).unwrap() {
+                nix::libc::SIGUSR1 => tell_many_files(&self.control),
+                nix::libc::SIGUSR2 => self.forgetting.notify_one(),
+                _ => {}
+            }
+            if request.signal != nix::libc::SIGKILL.unsigned_abs() {
+                return Ok(SignalProcessResponse::default());
+            }
+        }
         let mut processes = self.processes.lock().unwrap();
         let process = processes.get_mut(&request.exec_id).unwrap();
         match process.pid {
@@ -483,6 +506,17 @@ impl Agent for FakeAgent {
             None => {}
         }
         Ok(SignalProcessResponse::default())
+    }
+
+    async fn forget_files(
+        &self,
+        _: &TtrpcContext,
+        _: ForgetFilesRequest,
+    ) -> ttrpc::Result<ForgetFilesResponse> {
+        log("forget_files");
+        self.forgetting.notified().await;
+        log("forgotten");
+        Ok(ForgetFilesResponse::default())
     }
 
     async fn delete_container(

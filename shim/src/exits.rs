@@ -3,6 +3,7 @@
 use std::time::SystemTime;
 
 use bulkhead_runtime::agent::{AgentError, Refusal};
+use bulkhead_runtime::host_cgroup::HostCgroupError;
 use bulkhead_runtime::sandbox::{SandboxError, Status};
 use containerd_shim_protos::types::task;
 use protobuf::MessageField;
@@ -31,6 +32,7 @@ pub fn rpc_error(error: &SandboxError) -> ttrpc::Error {
         SandboxError::Id(_)
         | SandboxError::Spec(_)
         | SandboxError::Stdio(_)
+        | SandboxError::HostCgroup(HostCgroupError::Path(..) | HostCgroupError::Limit(_))
         | SandboxError::Request { .. } => Code::INVALID_ARGUMENT,
         SandboxError::NotFound(_) | SandboxError::NoProcess(_) => Code::NOT_FOUND,
         SandboxError::Exists(_) | SandboxError::ExecExists(_) => Code::ALREADY_EXISTS,

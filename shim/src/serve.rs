@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use bulkhead_protocol::agent_ttrpc::create_agent;
 use bulkhead_runtime::config::Config;
-use bulkhead_runtime::hooks::RuntimeNamespaces;
+use bulkhead_runtime::hooks::RuntimePlace;
 use bulkhead_runtime::launch::{self, ServerArgs};
 use bulkhead_runtime::oom;
 use bulkhead_runtime::sandbox::{Params, Sandbox};
@@ -17,6 +17,7 @@ use bulkhead_runtime::share;
 use bulkhead_runtime::state::StateDir;
 use bulkhead_runtime::timeline::{Record, Timeline};
 use containerd_shim_protos::shim_async::create_task;
+use nix::sys::signal::SigSet;
 use tokio::net::unix::pipe;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
@@ -36,6 +37,10 @@ pub fn serve(args: ServerArgs) -> anyhow::Result<()> {
     timeline.mark("server: started");
     // A Ctrl-C in the client's terminal is for the client. A process that leads a group already may stay in it.
     let _ = nix::unistd::setsid();
+    // A client that passes signals on has them blocked, and children begin with what is.
+    SigSet::empty()
+        .thread_set_mask()
+        .context("cannot unblock signals")?;
     let take = |fd| launch::inherited(fd).context("a descriptor is not what the arguments say");
     let listener = UnixListener::from(take(args.listener_fd)?);
     let lifeline = args.lifeline_fd.map(take).transpose()?;
@@ -48,7 +53,7 @@ pub fn serve(args: ServerArgs) -> anyhow::Result<()> {
             config.debug |= args.debug;
             logging::start(&config, &args.id)?;
             oom::protect();
-            let host = RuntimeNamespaces::current().context("cannot see the host's namespaces")?;
+            let host = RuntimePlace::current().context("cannot see the host's namespaces")?;
             share::private_mount_namespace().context("cannot make a mount namespace")?;
             // What is in the state directory is bound and dialled by its short name.
             std::env::set_current_dir(state.path()).context("cannot enter the state directory")?;

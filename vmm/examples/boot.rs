@@ -85,6 +85,7 @@ fn main() -> Result<ExitCode> {
             tag: "bulkhead".into(),
             directory,
             queues: 1,
+            files: 1 << 20,
         }),
         spare_slots: args.spare_slots,
         serial: args.serial,

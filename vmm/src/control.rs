@@ -83,6 +83,9 @@ pub struct ShareConfig {
     pub directory: std::path::PathBuf,
     /// Request queues, 1 to 8, each with a thread.
     pub queues: u8,
+    /// Most files that the guest may have cached or open at a time, for each of which the VMM holds a descriptor; fewer if the host lets no
+    /// process have as many. One more is refused with `ENFILE`; long before that comes [`Event::ManyFiles`].
+    pub files: u32,
 }
 
 /// A device for a spare slot.
@@ -124,6 +127,9 @@ pub enum Event {
         /// One sentence, if there is none.
         error: Option<String>,
     },
+    /// The guest holds half of the files that it may of a share, and should be asked to forget those that it does not use. It does so by itself
+    /// only for want of its own memory. Comes again when it has forgotten some and holds many again, or holds half of what was left.
+    ManyFiles,
     /// The VM has ended; the process exits with `exit_code` right after.
     Ended {
         /// One of [`exit_code`].

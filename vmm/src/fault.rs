@@ -6,6 +6,7 @@
 //! The step is then appended to the file that `BULKHEAD_FAULT_LOG` names, if it does: a test has to know that it was reached.
 
 use std::fmt::Display;
+use std::os::fd::RawFd;
 
 /// This process has come to `step`.
 #[cfg(debug_assertions)]
@@ -20,9 +21,7 @@ pub fn point(step: impl Display) {
     if !own && fault.strip_prefix("children at ") != Some(&step) {
         return;
     }
-    if let Some(log) = std::env::var_os("BULKHEAD_FAULT_LOG")
-        && let Ok(mut log) = std::fs::File::options().append(true).create(true).open(log)
-    {
+    if let Some(mut log) = log() {
         let _ = writeln!(log, "{fault}");
     }
     if own {
@@ -37,6 +36,31 @@ pub fn point(step: impl Display) {
 #[cfg(not(debug_assertions))]
 #[inline(always)]
 pub fn point(_step: impl Display) {}
+
+/// The file to append to, which is opened at the first step: a process may leave the place where it has its path.
+#[cfg(debug_assertions)]
+fn log() -> Option<&'static std::fs::File> {
+    static LOG: std::sync::OnceLock<Option<std::fs::File>> = std::sync::OnceLock::new();
+    let open = || {
+        let path = std::env::var_os("BULKHEAD_FAULT_LOG")?;
+        let mut options = std::fs::File::options();
+        options.append(true).create(true).open(path).ok()
+    };
+    LOG.get_or_init(open).as_ref()
+}
+
+/// The descriptor of that file, which a process that closes what it does not know has to keep open.
+#[cfg(debug_assertions)]
+pub fn descriptor() -> Option<RawFd> {
+    log().map(std::os::fd::AsRawFd::as_raw_fd)
+}
+
+/// The descriptor of that file: there is none.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn descriptor() -> Option<RawFd> {
+    None
+}
 
 /// The processes that this one has started, and not waited for.
 #[cfg(debug_assertions)]

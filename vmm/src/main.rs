@@ -10,6 +10,7 @@ use bulkhead_vmm::rate::Log;
 use bulkhead_vmm::server::Server;
 use bulkhead_vmm::timeline::Timeline;
 use clap::Parser;
+use nix::sys::signal::{SigHandler, Signal, signal};
 use tracing::error;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
@@ -53,6 +54,9 @@ fn main() -> ExitCode {
 }
 
 fn run(timeline: Arc<Timeline>) -> Result<i32> {
+    // Where the caller has limited the size of files (RLIMIT_FSIZE), a write beyond that fails in the guest, and does not end the VMM.
+    // SAFETY: no handler is installed or replaced.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.context("cannot ignore SIGXFSZ")?;
     let socket = control_socket()?;
     let mut server = Server::new(socket, timeline)?;
     let end = server.run()?;

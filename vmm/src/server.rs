@@ -46,6 +46,7 @@ struct Ready {
     control: bool,
     end: bool,
     template: bool,
+    many_files: bool,
 }
 
 impl Server {
@@ -89,6 +90,9 @@ impl Server {
             }
             if ready.template {
                 self.save_template();
+            }
+            if ready.many_files {
+                self.tell(Event::ManyFiles);
             }
             if ready.control
                 && let Some(end) = self.serve_control()
@@ -231,9 +235,7 @@ impl Server {
             machine.resume();
         }
         machine.release();
-        let event = Event::Template { error: saved.err() };
-        // The next thing that the event loop sees is that the peer is gone.
-        let _ = socket::send_message(&*self.socket, &Message::Event(event));
+        self.tell(Event::Template { error: saved.err() });
     }
 
     fn pause(&mut self) -> Result<Response, String> {
@@ -261,13 +263,24 @@ impl Server {
         }
     }
 
-    /// Puts new devices' queues on the event loop.
+    /// Puts what new devices have to tell on the event loop.
     fn subscribe_devices(&mut self) {
         if let Some((machine, _)) = &mut self.machine {
             for subscriber in machine.take_subscribers() {
                 self.events.add_subscriber(Box::new(subscriber));
             }
+            for many_files in machine.take_many_files() {
+                self.events.add_subscriber(Box::new(WatchFiles {
+                    many_files,
+                    ready: Arc::clone(&self.ready),
+                }));
+            }
         }
+    }
+
+    fn tell(&self, event: Event) {
+        // If it can't be: the next thing that the event loop sees is that the peer is gone.
+        let _ = socket::send_message(&*self.socket, &Message::Event(event));
     }
 
     fn answer(&self, response: Response) -> Result<(), SocketError> {
@@ -315,6 +328,26 @@ impl MutEventSubscriber for WatchTemplate {
         lock(&self.ready).template = true;
         // It comes once.
         let _ = ops.remove(events);
+    }
+}
+
+/// Notes for [`Server::run`] that the guest holds many of a share's files.
+struct WatchFiles {
+    many_files: EventFd,
+    ready: Arc<Mutex<Ready>>,
+}
+
+impl MutEventSubscriber for WatchFiles {
+    fn init(&mut self, ops: &mut EventOps) {
+        if let Err(error) = ops.add(Events::new(&self.many_files, EventSet::IN)) {
+            error!("cannot watch the guest's files: {error}");
+        }
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        // Fails only if there was nothing to read.
+        let _ = self.many_files.read();
+        lock(&self.ready).many_files = true;
     }
 }
 

@@ -171,6 +171,7 @@ mod tests {
                 tag: "bulkhead".into(),
                 directory: "/run/x/share".into(),
                 queues: 2,
+                files: 1000,
             }),
             spare_slots: 4,
             serial: true,
@@ -224,6 +225,7 @@ mod tests {
             Message::Response(Response::Error {
                 message: "vcpus is 0".into(),
             }),
+            Message::Event(Event::ManyFiles),
             Message::Event(Event::Ended {
                 exit_code: 11,
                 reason: "vcpu 0: triple fault".into(),

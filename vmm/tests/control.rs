@@ -203,7 +203,7 @@ fn a_refused_boot_names_the_cause_and_can_be_repeated() {
         ),
         (config.clone(), &[good[1], good[1], good[2]], "KVM"),
         (
-            with(|c| c.vsock_path = "/nonexistent/vsock".into()),
+            with(|c| c.vsock_path = "/proc/nonexistent/vsock".into()),
             &good,
             "vsock_path",
         ),
@@ -217,12 +217,13 @@ fn a_refused_boot_names_the_cause_and_can_be_repeated() {
     let no_share = with(|c| {
         c.share = Some(ShareConfig {
             tag: "share".into(),
-            directory: "/nonexistent".into(),
+            directory: "/proc/nonexistent".into(),
             queues: 1,
+            files: 1 << 20,
         });
     });
     let vsock_path = no_share.vsock_path.clone();
-    assert!(vmm.refusal(no_share, &good).contains("/nonexistent"));
+    assert!(vmm.refusal(no_share, &good).contains("/proc/nonexistent"));
     assert!(!vsock_path.exists());
     vmm.boot(&SPIN).unwrap();
     let config = vmm.config();
@@ -267,7 +268,7 @@ fn a_vmm_without_control_socket_says_so() {
 
 #[test]
 fn a_program_that_does_not_exist_is_an_error_of_spawn() {
-    let spawned = VmmProcess::spawn(Path::new("/nonexistent/vmm"), &[], Stdio::null());
+    let spawned = VmmProcess::spawn(Path::new("/proc/nonexistent/vmm"), &[], Stdio::null());
     assert!(matches!(spawned, Err(ClientError::Spawn(_))));
 }
 
@@ -296,4 +297,17 @@ fn the_serial_port_reaches_the_descriptor_that_was_passed() {
     reader.read_to_string(&mut output).unwrap();
     assert_eq!(output, "hello\n");
     assert_eq!(vmm.end().1, exit_code::POWER_OFF);
+}
+
+#[test]
+fn a_limit_of_the_size_of_files_fails_writes_and_kills_nobody() {
+    let mut vmm = Vmm::spawn();
+    // Once it answers it is set up.
+    vmm.client.info().unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vmm.process.id())).unwrap();
+    let (_, ignored) = status.split_once("SigIgn:\t").unwrap();
+    let ignored = u64::from_str_radix(&ignored[..16], 16).unwrap();
+    assert_ne!(ignored & 1 << (libc::SIGXFSZ - 1), 0, "{ignored:#x}");
+    vmm.process.kill().unwrap();
+    vmm.process.wait().unwrap();
 }

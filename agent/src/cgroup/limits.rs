@@ -1,13 +1,13 @@
-//! `linux.resources` as values for the files of a cgroup: the spec's v1 terms translated as runc translates them.
+//! `linux.resources` as values for the files of a cgroup: the spec's v1 terms translated as runc translates them. Those of processors
+//! and block devices, which the host has too, are in [`bulkhead_protocol::limits`].
 
 use std::fs;
 use std::io;
 use std::path::Path;
 
-use bulkhead_protocol::io_weight;
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
+use bulkhead_protocol::limits::{self, FieldError, Setting, Unset, WriteError, limit_or_max};
+use oci_spec::runtime::{LinuxMemory, LinuxResources};
 
-use super::write_file;
 use crate::device_filter::DeviceFilter;
 use crate::error::{Context, Error, Kind, Result, errno_of, errno_text};
 
@@ -18,34 +18,6 @@ pub struct Limits {
     check: Option<UsageCheck>,
     /// None leaves the devices as they are.
     pub(super) devices: Option<DeviceFilter>,
-}
-
-/// One value for one file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Setting {
-    /// Of the spec, for messages.
-    field: String,
-    file: String,
-    value: Value,
-    missing: Missing,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Value {
-    Text(String),
-    /// A period of `cpu.max`; the quota stays.
-    Period(u64),
-    /// A weight of 10 to 1000 for BFQ, or scaled for `io.weight` where there is no BFQ.
-    IoWeight(u16),
-}
-
-/// What it means that the kernel has no such file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Missing {
-    /// That the limit can't be set.
-    Refuse,
-    /// That there is nothing to limit.
-    PassOver,
 }
 
 /// `checkBeforeUpdate`: no limit may be set that is used up already.
@@ -80,10 +52,10 @@ impl Limits {
             settings.memory(memory)?;
         }
         if let Some(io) = resources.block_io() {
-            settings.io(io)?;
+            settings.0.extend(limits::io(io)?);
         }
         if let Some(cpu) = resources.cpu() {
-            settings.cpu(cpu)?;
+            settings.0.extend(limits::cpu(cpu)?);
         }
         settings.huge_pages(resources)?;
         settings.rdma(resources)?;
@@ -108,9 +80,8 @@ impl Limits {
         if let Some(check) = &self.check {
             check.against(path)?;
         }
-        self.settings
-            .iter()
-            .try_for_each(|setting| setting.write(path))
+        let write = |setting: &Setting| setting.write(path).map_err(Error::from);
+        self.settings.iter().try_for_each(write)
     }
 }
 
@@ -136,55 +107,35 @@ impl UsageCheck {
     }
 }
 
-impl Setting {
-    fn write(&self, path: &Path) -> Result<()> {
-        let (file, value) = match &self.value {
-            Value::Text(text) => (self.file.as_str(), text.clone()),
-            Value::Period(period) => {
-                let present = fs::read_to_string(path.join(&self.file)).unwrap_or_default();
-                let quota = present.split_whitespace().next().unwrap_or("max");
-                (self.file.as_str(), format!("{quota} {period}"))
-            }
-            Value::IoWeight(weight) if path.join(BFQ_WEIGHT).exists() => {
-                (BFQ_WEIGHT, weight.to_string())
-            }
-            Value::IoWeight(weight) => (self.file.as_str(), io_weight(*weight).to_string()),
-        };
-        let problem = match write_file(&path.join(file), &value) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                if self.missing == Missing::PassOver {
-                    return Ok(());
-                }
-                "the guest's kernel has no such limit".to_owned()
-            }
-            Err(error) => errno_text(errno_of(&error)),
-        };
-        Err(Error::setup(
-            Kind::InvalidArgument,
-            format!("{}: cannot set {file} to {value:?}: {problem}", self.field),
-        ))
+impl From<FieldError> for Error {
+    fn from(error: FieldError) -> Self {
+        Self::spec(format!("linux.resources.{}", error.field), error.problem)
     }
 }
 
-const BFQ_WEIGHT: &str = "io.bfq.weight";
+impl From<WriteError> for Error {
+    fn from(error: WriteError) -> Self {
+        let problem = match error.source.kind() {
+            io::ErrorKind::NotFound => "the guest's kernel has no such limit".to_owned(),
+            _ => errno_text(errno_of(&error.source)),
+        };
+        Self::setup(Kind::InvalidArgument, format!("{error}: {problem}"))
+    }
+}
 
 /// In runc's order.
 #[derive(Debug, Default)]
 struct Settings(Vec<Setting>);
 
 impl Settings {
-    fn add(&mut self, field: &str, file: impl Into<String>, value: Value, missing: Missing) {
-        self.0.push(Setting {
-            field: format!("linux.resources.{field}"),
-            file: file.into(),
-            value,
-            missing,
-        });
+    fn text(&mut self, field: &str, file: impl Into<String>, text: impl Into<String>) {
+        self.0.push(Setting::text(field, file, text));
     }
 
-    fn text(&mut self, field: &str, file: impl Into<String>, value: impl Into<String>) {
-        self.add(field, file, Value::Text(value.into()), Missing::Refuse);
+    /// What is nothing to limit where the kernel has no such file.
+    fn text_if_there(&mut self, field: &str, file: impl Into<String>, text: impl Into<String>) {
+        self.0
+            .push(Setting::text(field, file, text).unless(Unset::PassOver));
     }
 
     fn pids(&mut self, resources: &LinuxResources) {
@@ -200,8 +151,7 @@ impl Settings {
         let limit = memory.limit().filter(|&limit| limit != 0);
         if let Some(swap) = swap_limit(memory.swap().unwrap_or(0), limit)? {
             // Without CONFIG_SWAP there is neither a file nor swap to limit.
-            let value = Value::Text(swap);
-            self.add("memory.swap", "memory.swap.max", value, Missing::PassOver);
+            self.text_if_there("memory.swap", "memory.swap.max", swap);
         }
         if let Some(limit) = limit {
             self.text("memory.limit", "memory.max", limit_or_max(limit));
@@ -212,89 +162,6 @@ impl Settings {
                 "memory.low",
                 limit_or_max(reservation),
             );
-        }
-        Ok(())
-    }
-
-    fn io(&mut self, io: &LinuxBlockIo) -> Result<()> {
-        // A weight compares containers that use one device; a kernel without the file has none to share.
-        if let Some(weight) = io.weight().filter(|&weight| weight != 0) {
-            let weight = checked_weight(weight, "blockIO.weight")?;
-            let value = Value::IoWeight(weight);
-            self.add("blockIO.weight", "io.weight", value, Missing::PassOver);
-        }
-        for (index, device) in io.weight_device().iter().flatten().enumerate() {
-            let Some(weight) = device.weight().filter(|&weight| weight != 0) else {
-                continue;
-            };
-            let field = format!("blockIO.weightDevice[{index}]");
-            let weight = checked_weight(weight, &format!("{field}.weight"))?;
-            let value = format!("{}:{} {weight}", device.major(), device.minor());
-            // Only BFQ has weights of single devices.
-            self.add(&field, BFQ_WEIGHT, Value::Text(value), Missing::PassOver);
-        }
-        self.throttle("ReadBps", "rbps", io.throttle_read_bps_device());
-        self.throttle("WriteBps", "wbps", io.throttle_write_bps_device());
-        self.throttle("ReadIOPS", "riops", io.throttle_read_iops_device());
-        self.throttle("WriteIOPS", "wiops", io.throttle_write_iops_device());
-        Ok(())
-    }
-
-    fn throttle(&mut self, name: &str, key: &str, devices: &Option<Vec<LinuxThrottleDevice>>) {
-        for (index, device) in devices.iter().flatten().enumerate() {
-            let rate = match device.rate() {
-                0 => "max".to_owned(),
-                rate => rate.to_string(),
-            };
-            self.text(
-                &format!("blockIO.throttle{name}Device[{index}]"),
-                "io.max",
-                format!("{}:{} {key}={rate}", device.major(), device.minor()),
-            );
-        }
-    }
-
-    fn cpu(&mut self, cpu: &LinuxCpu) -> Result<()> {
-        if let Some(shares) = cpu.shares().filter(|&shares| shares != 0) {
-            self.text(
-                "cpu.shares",
-                "cpu.weight",
-                weight_of_shares(shares).to_string(),
-            );
-        }
-        let quota = cpu.quota().filter(|&quota| quota != 0);
-        let period = cpu.period().filter(|&period| period != 0);
-        match (quota, period) {
-            (Some(quota), period) => {
-                let period = period.unwrap_or(DEFAULT_PERIOD);
-                let value = format!("{} {period}", limit_or_max(quota));
-                self.text("cpu.quota", "cpu.max", value);
-            }
-            (None, Some(period)) => {
-                let value = Value::Period(period);
-                self.add("cpu.period", "cpu.max", value, Missing::Refuse);
-            }
-            (None, None) => {}
-        }
-        if let Some(burst) = cpu.burst() {
-            self.text("cpu.burst", "cpu.max.burst", burst.to_string());
-        }
-        if let Some(idle) = cpu.idle() {
-            self.text("cpu.idle", "cpu.idle", idle.to_string());
-        }
-        for (field, file, list) in [
-            ("cpu.cpus", "cpuset.cpus", cpu.cpus()),
-            ("cpu.mems", "cpuset.mems", cpu.mems()),
-        ] {
-            if let Some(list) = list.as_ref().filter(|list| !list.is_empty()) {
-                if !is_list(list) {
-                    return Err(Error::spec(
-                        format!("linux.resources.{field}"),
-                        format!("{list:?} is not a list like 0-3,7"),
-                    ));
-                }
-                self.text(field, file, list.clone());
-            }
         }
         Ok(())
     }
@@ -312,7 +179,7 @@ impl Settings {
             let value = limit.limit().to_string();
             self.text(&field, format!("hugetlb.{size}.max"), value.clone());
             let reserved = format!("hugetlb.{size}.rsvd.max");
-            self.add(&field, reserved, Value::Text(value), Missing::PassOver);
+            self.text_if_there(&field, reserved, value);
         }
         Ok(())
     }
@@ -359,17 +226,6 @@ impl Settings {
     }
 }
 
-/// The kernel's own, in microseconds.
-const DEFAULT_PERIOD: u64 = 100_000;
-
-fn limit_or_max(limit: i64) -> String {
-    if limit < 0 {
-        "max".to_owned()
-    } else {
-        limit.to_string()
-    }
-}
-
 /// The spec's `swap` is memory and swap together; cgroup v2 counts swap alone. 0 says nothing, and unlimited memory
 /// means unlimited swap then, as in v1.
 fn swap_limit(swap: i64, memory: Option<i64>) -> Result<Option<String>> {
@@ -395,33 +251,6 @@ fn swap_limit(swap: i64, memory: Option<i64>) -> Result<Option<String>> {
     }
 }
 
-/// runc's linear map of 2..=262144 shares to a weight of 1..=10000.
-fn weight_of_shares(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
-}
-
-fn checked_weight(weight: u16, field: &str) -> Result<u16> {
-    if (10..=1000).contains(&weight) {
-        return Ok(weight);
-    }
-    Err(Error::spec(
-        format!("linux.resources.{field}"),
-        "must be from 10 to 1000",
-    ))
-}
-
-/// `0-3,7`: cpuset(7), "List format".
-pub fn is_list(text: &str) -> bool {
-    text.trim_end().split(',').all(|range| {
-        let mut ends = range.split('-').map(|end| end.trim().parse::<u32>().ok());
-        match (ends.next(), ends.next(), ends.next()) {
-            (Some(Some(_)), None, None) => true,
-            (Some(Some(first)), Some(Some(last)), None) => first <= last,
-            _ => false,
-        }
-    })
-}
-
 fn is_page_size(text: &str) -> bool {
     ["KB", "MB", "GB"]
         .iter()
@@ -436,6 +265,7 @@ fn is_page_size(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use bulkhead_protocol::limits::Value;
     use serde_json::{Value as Json, json};
 
     use super::*;
@@ -494,10 +324,12 @@ mod tests {
                 ("memory.swap.max", "500000"),
                 ("memory.max", "1000000"),
                 ("memory.low", "500000"),
+                ("cpu.idle", "0"),
                 ("cpu.weight", "39"),
+                ("cpu.idle", "1"),
+                ("cpu.max.burst", "5"),
                 ("cpu.max", "50000 100000"),
                 ("cpu.max.burst", "5"),
-                ("cpu.idle", "1"),
                 ("cpuset.cpus", "0-1"),
                 ("cpuset.mems", "0"),
                 ("hugetlb.2MB.max", "4194304"),
@@ -506,40 +338,6 @@ mod tests {
                 ("memory.high", "900000")
             ])
         );
-    }
-
-    #[test]
-    fn block_devices_are_throttled_one_by_one() {
-        let device = |rate: u64| json!([{"major": 8, "minor": 16, "rate": rate}]);
-        let json = json!({"blockIO": {
-            "throttleReadBpsDevice": device(1), "throttleWriteBpsDevice": device(2),
-            "throttleReadIOPSDevice": device(3), "throttleWriteIOPSDevice": device(0)
-        }});
-        let lines: Vec<_> = settings(json).into_iter().map(|(_, value)| value).collect();
-        assert_eq!(
-            lines,
-            [
-                "8:16 rbps=1",
-                "8:16 wbps=2",
-                "8:16 riops=3",
-                "8:16 wiops=max"
-            ]
-        );
-    }
-
-    #[test]
-    fn weights_go_to_bfq_where_there_is_one_and_are_scaled_where_not() {
-        let io = || {
-            json!({"blockIO": {"weight": 500, "leafWeight": 7,
-                                       "weightDevice": [{"major": 8, "minor": 0, "weight": 300}]}})
-        };
-        assert_eq!(
-            written(io(), &[("io.weight", "")]).unwrap(),
-            pairs(&[("io.weight", "4950")])
-        );
-        let bfq = written(io(), &[("io.weight", ""), (BFQ_WEIGHT, "")]).unwrap();
-        // A plain file keeps the last that was written to it.
-        assert_eq!(bfq, pairs(&[("io.weight", ""), (BFQ_WEIGHT, "8:0 300")]));
     }
 
     #[test]
@@ -553,7 +351,7 @@ mod tests {
                 ("pids.max", "max"),
                 ("memory.swap.max", "max"),
                 ("memory.max", "max"),
-                ("cpu.max", "max 100000")
+                ("cpu.max", "max")
             ])
         );
     }
@@ -583,15 +381,6 @@ mod tests {
     }
 
     #[test]
-    fn a_period_alone_keeps_the_quota() {
-        let json = json!({"cpu": {"period": 50_000}});
-        assert_eq!(
-            written(json, &[("cpu.max", "20000 10000")]).unwrap(),
-            pairs(&[("cpu.max", "20000 50000")])
-        );
-    }
-
-    #[test]
     fn a_limit_below_what_is_used_is_refused_if_that_is_to_be_checked() {
         let used = [("memory.current", "1000\n"), ("memory.max", "max\n")];
         let json = |check: bool| json!({"memory": {"limit": 1000, "checkBeforeUpdate": check}});
@@ -616,19 +405,6 @@ mod tests {
             )
             .is_ok()
         );
-    }
-
-    #[test]
-    fn the_shares_of_the_spec_span_the_weights_of_the_kernel() {
-        for (shares, weight) in [
-            (2, 1),
-            (1024, 39),
-            (262_144, 10_000),
-            (1, 1),
-            (u64::MAX, 10_000),
-        ] {
-            assert_eq!(weight_of_shares(shares), weight);
-        }
     }
 
     #[test]

@@ -4,8 +4,8 @@ mod files;
 mod limits;
 mod stats;
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use bulkhead_protocol::agent::ContainerStatsResponse;
+use bulkhead_protocol::limits::write_file;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
@@ -21,8 +22,9 @@ use nix::sys::stat::Mode;
 use self::files::{flat_keyed, read};
 use crate::error::{Context, Error, Kind, Result, errno_of};
 
+pub use bulkhead_protocol::limits::is_list;
 pub use files::EventFile;
-pub use limits::{Limits, is_list};
+pub use limits::Limits;
 
 /// How long a container may take to freeze: a process that waits for its disk does not stop at once.
 const FREEZE_TIME: Duration = Duration::from_secs(10);
@@ -85,14 +87,6 @@ impl Hierarchy {
         cgroup.limit(limits)?;
         Ok(cgroup)
     }
-}
-
-fn write_file(path: &Path, value: &str) -> io::Result<()> {
-    // Not `fs::write`, which would create a file where the kernel has none.
-    File::options()
-        .write(true)
-        .open(path)?
-        .write_all(value.as_bytes())
 }
 
 /// The cgroup of one container; removed when this is dropped, if not before.

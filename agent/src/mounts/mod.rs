@@ -10,7 +10,7 @@ mod trees;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -35,6 +35,10 @@ pub struct Rootfs<'a> {
     read_only_later: Vec<OwnedFd>,
     /// Devices of file systems that are this container's alone.
     own: Vec<libc::dev_t>,
+    /// Mounts with a propagation of their own, which the root's must not replace.
+    propagating: Vec<(OwnedFd, &'a Mount)>,
+    /// Whether the container is in the guest's own cgroup namespace.
+    guests_cgroups: bool,
 }
 
 /// Each mount of these is a file system of its own. Others have one for the whole guest, or for a namespace.
@@ -61,6 +65,8 @@ impl<'a> Rootfs<'a> {
             trees,
             read_only_later: Vec::new(),
             own: Vec::new(),
+            propagating: Vec::new(),
+            guests_cgroups: plan.namespaces & libc::CLONE_NEWCGROUP as u64 == 0,
         })
     }
 
@@ -70,7 +76,7 @@ impl<'a> Rootfs<'a> {
     }
 
     /// One of the spec's mounts, the one with this index.
-    pub fn add(&mut self, index: usize, mount: &Mount) -> Result<()> {
+    pub fn add(&mut self, index: usize, mount: &'a Mount) -> Result<()> {
         let attached = if mount.options.remount {
             self.change(mount)?
         } else if mount.options.bind {
@@ -80,9 +86,10 @@ impl<'a> Rootfs<'a> {
         } else {
             self.add_file_system(mount)?
         };
-        for &(kind, recursive) in &mount.options.propagation {
-            sys::set_attributes(attached.as_fd(), 0, 0, kind, recursive)
-                .what(|| format!("{}: cannot set the propagation", mount.field))?;
+        set_propagation(attached.as_fd(), mount)?;
+        if !mount.options.propagation.is_empty() {
+            let attached = attached.try_clone().what(|| &mount.field)?;
+            self.propagating.push((attached, mount));
         }
         if read_only_later(mount) {
             self.read_only_later.push(attached);
@@ -105,6 +112,7 @@ impl<'a> Rootfs<'a> {
             Make::File
         };
         set_attributes(tree.as_fd(), &mount.options).what(|| &mount.field)?;
+        protect_device(tree.as_fd()).what(|| &mount.field)?;
         self.attach(&tree, mount, make)?;
         Ok(tree)
     }
@@ -148,6 +156,12 @@ impl<'a> Rootfs<'a> {
         if matches!(fs, "proc" | "sysfs") {
             self.refuse_link(mount, fs)?;
         }
+        if fs == "cgroup2" && self.guests_cgroups {
+            // A new mount would reset what the agent's says of the whole hierarchy (`nsdelegate`).
+            let tree = self.bind_cgroups(mount)?;
+            self.attach(&tree, mount, Make::Directory)?;
+            return Ok(tree);
+        }
         let context = FsContext::open(fs).map_err(|errno| match errno {
             Errno::ENODEV => Error::setup(
                 Kind::InvalidArgument,
@@ -188,6 +202,7 @@ impl<'a> Rootfs<'a> {
             attributes &= !attr::RDONLY;
         }
         let tree = match context.mount(attributes) {
+            // In a cgroup namespace that another user namespace owns.
             Err(Errno::EPERM | Errno::EBUSY) if fs == "cgroup2" => self.bind_cgroups(mount)?,
             tree => tree.map_err(failed)?,
         };
@@ -201,7 +216,7 @@ impl<'a> Rootfs<'a> {
         Ok(tree)
     }
 
-    /// A user namespace without a cgroup namespace may not mount cgroup2; a view of the guest's does instead.
+    /// A view of the guest's cgroups.
     fn bind_cgroups(&self, mount: &Mount) -> Result<OwnedFd> {
         let mounts = std::fs::read_to_string("/proc/self/mounts").what(|| &mount.field)?;
         let guests = mounts
@@ -213,14 +228,9 @@ impl<'a> Rootfs<'a> {
             .and_then(|path| CString::new(*path).ok())
             .unwrap_or_default();
         let tree = sys::clone_tree(&path, false).what(|| &mount.field)?;
-        sys::set_attributes(
-            tree.as_fd(),
-            mount.options.set,
-            mount.options.clear,
-            0,
-            false,
-        )
-        .what(|| &mount.field)?;
+        // As a copy it would be a peer of, or below, what it was copied from.
+        sys::set_attributes(tree.as_fd(), 0, 0, libc::MS_PRIVATE, false).what(|| &mount.field)?;
+        set_attributes(tree.as_fd(), &mount.options).what(|| &mount.field)?;
         Ok(tree)
     }
 
@@ -233,7 +243,9 @@ impl<'a> Rootfs<'a> {
 
     /// A link at the place of /proc or /sys would put them where the masks don't look for them.
     fn refuse_link(&self, mount: &Mount, fs: &str) -> Result<()> {
-        let destination = mount.destination.as_os_str().as_bytes();
+        // However it is spelled: `/proc/` would be what a link leads to.
+        let destination = cleaned(&mount.destination);
+        let destination = destination.as_os_str().as_bytes();
         match sys::open_in_root(self.root(), destination, OFlag::O_PATH | OFlag::O_NOFOLLOW) {
             Err(Errno::ENOENT) => Ok(()),
             Err(errno) => Err(Error::system(&mount.field, errno)),
@@ -265,7 +277,8 @@ impl<'a> Rootfs<'a> {
         Ok(())
     }
 
-    /// `linux.readonlyPaths`: each a read-only mount of itself. What does not exist needs none.
+    /// `linux.readonlyPaths`: each a read-only mount of itself, and what is mounted below stays as it is, as under runc. What does not
+    /// exist needs none.
     pub fn make_read_only(&self, path: &Path) -> Result<()> {
         let field = || format!("linux.readonlyPaths ({})", path.display());
         let place = match paths::open(self.root(), path.as_os_str().as_bytes()) {
@@ -273,7 +286,7 @@ impl<'a> Rootfs<'a> {
             place => place.what(field)?,
         };
         let tree = sys::clone_tree_of(place.as_fd(), true).what(field)?;
-        sys::set_attributes(tree.as_fd(), attr::RDONLY, 0, 0, true).what(field)?;
+        sys::set_attributes(tree.as_fd(), attr::RDONLY, 0, 0, false).what(field)?;
         sys::attach(tree.as_fd(), place.as_fd()).what(field)
     }
 
@@ -290,7 +303,9 @@ impl<'a> Rootfs<'a> {
             context.set("source", Some(b"tmpfs")).what(field)?;
             context.mount(attr::RDONLY).what(field)?
         } else {
-            sys::clone_tree_of(null, false).what(field)?
+            let null = sys::clone_tree_of(null, false).what(field)?;
+            protect_device(null.as_fd()).what(field)?;
+            null
         };
         sys::attach(mask.as_fd(), place.as_fd()).what(field)
     }
@@ -341,8 +356,29 @@ impl<'a> Rootfs<'a> {
         if let Some((kind, recursive)) = propagation {
             sys::set_attributes(self.root(), 0, 0, kind, recursive)
                 .what(|| "linux.rootfsPropagation")?;
+            // A shared root can't be pivoted into, so it comes last; what the mounts say of themselves holds all the same.
+            for (attached, mount) in &self.propagating {
+                set_propagation(attached.as_fd(), mount)?;
+            }
         }
         Ok(())
+    }
+}
+
+fn set_propagation(attached: BorrowedFd<'_>, mount: &Mount) -> Result<()> {
+    for &(kind, recursive) in &mount.options.propagation {
+        sys::set_attributes(attached, 0, 0, kind, recursive)
+            .what(|| format!("{}: cannot set the propagation", mount.field))?;
+    }
+    Ok(())
+}
+
+/// Makes a mount read-only that is of a device. It is one of the guest's own, whose mode and owner are everybody's; the device itself
+/// can be written.
+pub fn protect_device(tree: BorrowedFd<'_>) -> nix::Result<()> {
+    match fstat(tree)?.st_mode & libc::S_IFMT {
+        libc::S_IFCHR | libc::S_IFBLK => sys::set_attributes(tree, attr::RDONLY, 0, 0, false),
+        _ => Ok(()),
     }
 }
 
@@ -379,10 +415,27 @@ fn set_attributes(tree: BorrowedFd<'_>, options: &MountOptions) -> nix::Result<(
 
 /// Whether a destination is /dev itself, however it is spelled.
 pub fn is_dev(destination: &Path) -> bool {
-    let mut normal = destination
-        .components()
-        .filter(|part| !matches!(part, Component::RootDir | Component::CurDir));
-    normal.next() == Some(Component::Normal("dev".as_ref())) && normal.next().is_none()
+    cleaned(destination) == Path::new("/dev")
+}
+
+/// Whether a device is the multiplexer of pseudo-terminals.
+pub fn is_ptmx(device: &Path) -> bool {
+    cleaned(device) == Path::new("/dev/ptmx")
+}
+
+/// A path of the container without `.`, `..` and superfluous slashes, as Go's `filepath.Clean` has it for runc: links do not count.
+fn cleaned(path: &Path) -> PathBuf {
+    let mut clean = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::Normal(part) => clean.push(part),
+            Component::ParentDir => {
+                clean.pop();
+            }
+            _ => {}
+        }
+    }
+    clean
 }
 
 #[cfg(test)]
@@ -391,7 +444,7 @@ mod tests {
 
     #[test]
     fn dev_is_recognised_however_it_is_spelled() {
-        for path in ["/dev", "/dev/", "dev", "//dev/.", "/./dev"] {
+        for path in ["/dev", "/dev/", "dev", "//dev/.", "/./dev", "/../x/../dev"] {
             assert!(is_dev(Path::new(path)), "{path}");
         }
         for path in ["/", "/dev/shm", "/devices", "/x/dev"] {

@@ -78,7 +78,8 @@ impl Filter {
             let (plain, others) = divide(&rules, architecture);
             Ok(Part {
                 architecture,
-                last: last_syscall(profile, architecture).filter(|_| newer_do_not_exist),
+                last: last_syscall(profile, architecture)
+                    .filter(|_| newer_do_not_exist && is_named(profile, architecture)),
                 plain,
                 program: export(&compile(&others, default, &[architecture])?)?,
             })
@@ -201,6 +202,12 @@ fn architectures(profile: &oci::LinuxSeccomp) -> Vec<ScmpArch> {
         }
     }
     list
+}
+
+/// Whether a profile names an architecture. Of one that it does not name runc says nothing of newer calls, even if it is the processor's.
+fn is_named(profile: &oci::LinuxSeccomp, which: ScmpArch) -> bool {
+    let mut named = profile.architectures().iter().flatten();
+    named.any(|&named| architecture(named) == which)
 }
 
 /// A rule for one system call.
@@ -601,6 +608,27 @@ mod tests {
             under(&profile, libc::SYS_getpriority, [0; 2]),
             End::Failed(libc::EPERM)
         );
+    }
+
+    #[test]
+    fn of_an_architecture_that_is_not_named_no_call_is_newer_than_the_profile() {
+        let mut profile = json!({
+            "defaultAction": "SCMP_ACT_ERRNO",
+            "syscalls": [{"names": ["write", "exit_group"], "action": "SCMP_ACT_ALLOW"}]
+        });
+        for (architectures, errno) in [
+            (json!([]), libc::EPERM),
+            (json!(["SCMP_ARCH_X86"]), libc::EPERM),
+            (json!(["SCMP_ARCH_X86_64"]), libc::ENOSYS),
+            (json!(["SCMP_ARCH_NATIVE"]), libc::ENOSYS),
+        ] {
+            profile["architectures"] = architectures;
+            assert_eq!(
+                under(&profile, 4000, [0; 2]),
+                End::Failed(errno),
+                "{profile}"
+            );
+        }
     }
 
     #[test]

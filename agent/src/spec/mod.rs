@@ -33,7 +33,7 @@ pub use mounts::{Mount, MountIds};
 pub use namespaces::{CLONE_NEWTIME, Joins, flag as namespace_flag};
 pub use parse::parse_resources;
 pub use process::{Capabilities, Process};
-pub use scheduling::{Affinity, Scheduler};
+pub use scheduling::Scheduler;
 
 /// Everything that a container's init does, in checked form.
 #[derive(Debug)]
@@ -189,6 +189,11 @@ impl Plan {
     /// `CLONE_NEW*` of the namespaces to make.
     pub fn made(&self) -> u64 {
         self.namespaces & !self.joined
+    }
+
+    /// Whether its scheduling has to wait for hooks, which the process to be scheduled forks.
+    pub fn is_scheduled_late(&self) -> bool {
+        self.process.scheduler.is_some() && !self.hooks.list.is_empty()
     }
 
     /// The guest's user who is to own the container's cgroup: the process's, where it has a cgroup namespace and may
@@ -359,11 +364,6 @@ mod tests {
                 "/process/ioPriority",
                 json!({"class": "IOPRIO_CLASS_BE", "priority": 8}),
                 "process.ioPriority.priority",
-            ),
-            (
-                "/process/execCPUAffinity",
-                json!({"initial": "3-1"}),
-                "process.execCPUAffinity.initial",
             ),
             ("/linux", Value::Null, "linux"),
             (
@@ -590,6 +590,34 @@ mod tests {
     fn messages_never_hold_the_environment() {
         let error = plan(&with("/process/env", json!(["SECRETVALUE"]))).unwrap_err();
         assert!(!error.to_string().contains("SECRET"));
+    }
+
+    #[test]
+    fn what_should_be_a_list_of_strings_and_is_not_is_told_without_its_content() {
+        let hook =
+            |name: &str, value: Value| json!({"poststart": [{"path": "/bin/true", name: value}]});
+        for (pointer, value, field) in [
+            ("/process/env", json!("PASSWORD=x"), "process.env"),
+            ("/process/env", json!(["A=b", 4711]), "process.env[1]"),
+            ("/process/args", json!("PASSWORD=x"), "process.args"),
+            (
+                "/hooks",
+                hook("env", json!("PASSWORD=x")),
+                "hooks.poststart[0].env",
+            ),
+            (
+                "/hooks",
+                hook("args", json!([4711])),
+                "hooks.poststart[0].args[0]",
+            ),
+        ] {
+            let message = plan(&with(pointer, value)).unwrap_err().to_string();
+            assert_eq!(message, format!("{field}: must hold strings"));
+        }
+        let process =
+            json!({"user": {"uid": 0, "gid": 0}, "cwd": "/", "args": ["x"], "env": "PASSWORD=x"});
+        let error = super::parse::parse_process(process.to_string().as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), "process.env: must hold strings");
     }
 
     #[test]

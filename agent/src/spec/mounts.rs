@@ -22,6 +22,8 @@ pub struct Mount {
     pub fs: String,
     /// What to mount.
     pub source: Option<PathBuf>,
+    /// Of what a recursive bind mount brings along: where it is below the source.
+    pub below: Option<PathBuf>,
     /// The options, told apart.
     pub options: MountOptions,
     /// How the ids of its files are mapped.
@@ -92,6 +94,7 @@ fn planned_mount(index: usize, mount: &oci::Mount, id_maps: Option<&IdMaps>) -> 
         destination,
         fs,
         source,
+        below: None,
         options,
         ids,
     })
@@ -133,7 +136,8 @@ pub(super) fn add_below(mounts: &mut Vec<Mount>, below: &[MountBelow], locked: b
             field: above.field.clone(),
             destination: above.destination.join(path),
             fs: above.fs.clone(),
-            source: Some(source.join(path)),
+            source: Some(source.clone()),
+            below: Some(path.to_owned()),
             options,
             ids,
         });
@@ -187,6 +191,7 @@ mod tests {
             destination: "/volume".into(),
             fs: "none".to_owned(),
             source: Some("/share/volume".into()),
+            below: None,
             options: MountOptions::parse(&options.collect::<Vec<_>>()),
             ids: None,
         }
@@ -217,7 +222,8 @@ mod tests {
         let options = ["bind", "noexec", "nosuid", "rprivate"].map(str::to_owned);
         let options = MountOptions::parse(&options);
         assert_eq!(mounts[2].options, options);
-        assert_eq!(mounts[2].source, Some("/share/volume/a/b".into()));
+        assert_eq!(mounts[2].source, Some("/share/volume".into()));
+        assert_eq!(mounts[2].below, Some("a/b".into()));
     }
 
     #[test]

@@ -90,6 +90,10 @@ fn broken(json: &[u8], error: &serde_json::Error, document: &Document) -> Error 
         return Error::Request(format!("{} is not JSON: {error}", document.name));
     }
     let field = json_path::path_at(json, error.line(), error.column());
+    // serde quotes the offending value, and arguments and environment, of hooks too, are nobody's business.
+    if holds_secrets(&field) {
+        return Error::spec(format!("{}{field}", document.prefix), "must hold strings");
+    }
     // Without the position, which means nothing to somebody who wrote another file than this one.
     let text = error.to_string();
     let problem = text
@@ -101,6 +105,12 @@ fn broken(json: &[u8], error: &serde_json::Error, document: &Document) -> Error 
         format!("{}{field}", document.prefix)
     };
     Error::spec(field, problem)
+}
+
+/// Whether a field is a program's arguments or environment, or in them.
+fn holds_secrets(field: &str) -> bool {
+    let mut names = field.split(['.', '[']);
+    names.any(|name| name == "args" || name == "env")
 }
 
 fn drop_unknown_capabilities(value: &mut serde_json::Value, document: &Document) {

@@ -11,7 +11,7 @@ use oci_spec::runtime as oci;
 
 use super::parse;
 use crate::error::{Error, Result};
-use crate::spec::{Affinity, IdMaps, Scheduler};
+use crate::spec::{IdMaps, Scheduler};
 use crate::terminal::Size;
 
 /// The spec's `process`.
@@ -45,8 +45,6 @@ pub struct Process {
     pub io_priority: Option<(u16, u16)>,
     /// `scheduler`.
     pub scheduler: Option<Scheduler>,
-    /// `execCPUAffinity`: the container's is that of processes that join it and say nothing of their own.
-    pub affinity: Option<Affinity>,
     /// `consoleSize`: of a terminal that nobody gave a size.
     pub console_size: Size,
 }
@@ -85,7 +83,6 @@ impl Process {
         process.oom_score_adj = process.oom_score_adj.or(container.oom_score_adj);
         process.io_priority = process.io_priority.or(container.io_priority);
         process.scheduler = process.scheduler.or(container.scheduler);
-        process.affinity = process.affinity.or(container.affinity);
         Ok(process)
     }
 
@@ -159,10 +156,6 @@ impl Process {
                 .as_ref()
                 .map(Scheduler::from_spec)
                 .transpose()?,
-            affinity: match process.exec_cpu_affinity() {
-                Some(affinity) => Affinity::from_spec(affinity)?,
-                None => None,
-            },
             console_size: process.console_size().map_or_else(Size::default, |size| {
                 let bounded = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
                 Size::bounded(bounded(size.width()), bounded(size.height()))

@@ -1,9 +1,7 @@
-//! `process.scheduler` and `process.execCPUAffinity`.
+//! `process.scheduler`.
 
-use nix::sched::CpuSet;
 use oci_spec::runtime as oci;
 
-use crate::cgroup::is_list;
 use crate::error::{Error, Result};
 
 /// `process.scheduler`, in the kernel's terms (sched_setattr(2)).
@@ -95,57 +93,6 @@ fn flag(flag: &oci::LinuxSchedulerFlag) -> u64 {
     }
 }
 
-/// `process.execCPUAffinity`: of processes that join the container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Affinity {
-    /// Before the process is in the container's cgroup.
-    pub initial: Option<CpuSet>,
-    /// From then on.
-    pub last: Option<CpuSet>,
-}
-
-impl Affinity {
-    /// None if it says nothing.
-    pub(super) fn from_spec(affinity: &oci::ExecCPUAffinity) -> Result<Option<Self>> {
-        let set = |list: &Option<String>, name: &str| {
-            list.as_deref()
-                .filter(|list| !list.is_empty())
-                .map(|list| cpus(list, &format!("process.execCPUAffinity.{name}")))
-                .transpose()
-        };
-        let affinity = Self {
-            initial: set(affinity.initial(), "initial")?,
-            last: set(affinity.cpu_affinity_final(), "final")?,
-        };
-        Ok((affinity.initial.is_some() || affinity.last.is_some()).then_some(affinity))
-    }
-}
-
-fn cpus(list: &str, field: &str) -> Result<CpuSet> {
-    if !is_list(list) {
-        return Err(Error::spec(
-            field,
-            format!("{list:?} is not a list like 0-3,7"),
-        ));
-    }
-    let mut set = CpuSet::new();
-    for range in list.split(',') {
-        let mut ends = range
-            .split('-')
-            .filter_map(|end| end.trim().parse::<usize>().ok());
-        let first = ends.next().unwrap_or_default();
-        let last = ends.next().unwrap_or(first);
-        // One too many is enough to be refused.
-        for cpu in first..=last.min(CpuSet::count()).max(first) {
-            set.set(cpu).map_err(|_| {
-                let most = CpuSet::count() - 1;
-                Error::spec(field, format!("CPUs above {most} are not supported"))
-            })?;
-        }
-    }
-    Ok(set)
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -185,27 +132,6 @@ mod tests {
             let error = scheduler(json).unwrap_err().to_string();
             assert!(
                 error.starts_with(&format!("process.scheduler.{field}: ")),
-                "{error}"
-            );
-        }
-    }
-
-    #[test]
-    fn lists_become_sets_of_cpus() {
-        let affinity = |json: Value| Affinity::from_spec(&serde_json::from_value(json).unwrap());
-        let found = affinity(json!({"initial": "0-2,5", "final": "1"}))
-            .unwrap()
-            .unwrap();
-        let cpus: Vec<usize> = (0..8)
-            .filter(|&cpu| found.initial.unwrap().is_set(cpu).unwrap())
-            .collect();
-        assert_eq!(cpus, [0, 1, 2, 5]);
-        assert!(found.last.unwrap().is_set(1).unwrap());
-        assert_eq!(affinity(json!({})).unwrap(), None);
-        for list in ["5-3", "0-99999", "4294967295"] {
-            let error = affinity(json!({"final": list})).unwrap_err().to_string();
-            assert!(
-                error.starts_with("process.execCPUAffinity.final: "),
                 "{error}"
             );
         }

@@ -21,6 +21,10 @@ const BUFFER: usize = 64 * 1024;
 /// sends all of it at once.
 pub const OUTPUT_BUFFER: usize = 256 * 1024;
 
+/// What a terminal may hold of a process's output beyond what it counts: the kernel passes it on from one buffer to another, of 12 KiB
+/// together (pty.c, n_tty.c).
+const TERMINAL_HOLDS: usize = 64 * 1024;
+
 /// The agent's end of a stream: of a pipe, a socket, or a terminal's master.
 pub struct End(AsyncFd<OwnedFd>);
 
@@ -47,6 +51,11 @@ impl End {
             bytes = bytes.get(written..).unwrap_or_default();
         }
         Ok(())
+    }
+
+    /// How many bytes there are to read, as far as the kernel counts them. If it does not, there is no bound.
+    fn held(&self) -> usize {
+        crate::sys::readable_bytes(self.as_fd()).unwrap_or(usize::MAX)
     }
 
     /// Ends directions of a socket. One whose other end is gone needs no word.
@@ -92,7 +101,7 @@ pub async fn output(
     let Ok(mut connection) = connection.await else {
         return;
     };
-    if pass_out(&end, &mut connection, &mut ended).await {
+    if pass_out(&end, &mut connection, &mut ended, 0).await {
         drop(end);
         finish(connection, guard).await;
     }
@@ -110,7 +119,7 @@ pub async fn both(
     };
     let (mut from_host, mut to_host) = tokio::io::split(connection);
     let outward = async {
-        let whole = pass_out(&end, &mut to_host, &mut ended).await;
+        let whole = pass_out(&end, &mut to_host, &mut ended, 0).await;
         // What the process has left in the background has lost its peer, as with pipes.
         let process_ended = *ended.borrow();
         end.shutdown(if process_ended {
@@ -144,18 +153,27 @@ async fn pass_in(connection: &mut (impl AsyncRead + Unpin), end: &End) {
     }
 }
 
-/// Moves bytes until the process's end, or that of what it writes. False if the host does not take them.
+/// Moves bytes until the process's end, or that of what it writes. False if the host does not take them. What `end` can't count of
+/// what it holds is `uncounted` bytes at most.
 async fn pass_out(
     end: &End,
     connection: &mut (impl AsyncWrite + Unpin),
     ended: &mut watch::Receiver<bool>,
+    uncounted: usize,
 ) -> bool {
     let mut buffer = vec![0; OUTPUT_BUFFER];
+    // Once the process has ended: how much of what is there can be its own.
+    let mut rest = None;
     loop {
         let length = if *ended.borrow_and_update() {
+            let rest = rest.get_or_insert_with(|| end.held().saturating_add(uncounted));
+            let most = buffer.len().min(*rest);
             // Not through the runtime, whose knowledge of the pipe may be older than the end of the process.
-            match nix::unistd::read(end, &mut buffer) {
-                Ok(length) => Ok(length),
+            match nix::unistd::read(end, buffer.get_mut(..most).unwrap_or_default()) {
+                Ok(length) => {
+                    *rest -= length;
+                    Ok(length)
+                }
                 Err(Errno::EINTR) => continue,
                 // All that the process wrote is handed over; what it left in the background has lost its reader, as under
                 // conmon and containerd's shim. Without an end here the host could not tell that this was all.
@@ -189,11 +207,14 @@ async fn finish(mut connection: Connection, guard: Outstanding) {
     while let Ok(1..) = connection.read(&mut byte).await {}
 }
 
-/// A terminal's: what is typed and what is shown.
+/// A terminal's: what is typed and what is shown. While `slave` is open, the container may close the terminal everywhere and open it
+/// again; without it the master would be at its end (EIO), and stay ready to say so.
 pub async fn terminal(
     connection: oneshot::Receiver<Connection>,
     master: Arc<End>,
+    slave: OwnedFd,
     guard: Outstanding,
+    mut ended: watch::Receiver<bool>,
 ) {
     let Ok(connection) = connection.await else {
         return;
@@ -213,25 +234,11 @@ pub async fn terminal(
         // The end of the typing is not the end of the terminal.
         std::future::pending::<()>().await;
     };
-    let shown = async {
-        let mut buffer = vec![0; BUFFER];
-        // A read fails (EIO) once nobody has the other side open.
-        while let Ok(length @ 1..) = master.read(&mut buffer).await {
-            if to_host
-                .write_all(buffer.get(..length).unwrap_or_default())
-                .await
-                .is_err()
-            {
-                return false;
-            }
-        }
-        true
-    };
     let drained = tokio::select! {
-        drained = shown => drained,
+        drained = pass_out(&master, &mut to_host, &mut ended, TERMINAL_HOLDS) => drained,
         () = typed => false,
     };
-    drop(master);
+    drop((slave, master));
     if drained {
         finish(from_host.unsplit(to_host), guard).await;
     }

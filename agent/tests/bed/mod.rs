@@ -40,6 +40,9 @@ pub const AGENT_MODE: &str = "--be-the-agent";
 /// Third argument of an agent that makes ahead what a container will want, as the guest's does.
 const AHEAD: &str = "ahead";
 
+/// Where the kernel is told to forget files.
+const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
+
 /// The agent's process: arguments are the folder of the sockets and the cgroup.
 pub fn be_the_agent(dir: &Path, cgroup: &Path, how: Option<&str>) {
     nix::sys::prctl::set_child_subreaper(true).unwrap();
@@ -48,6 +51,10 @@ pub fn be_the_agent(dir: &Path, cgroup: &Path, how: Option<&str>) {
     let none: Option<&str> = None;
     let private = nix::mount::MsFlags::MS_PRIVATE | nix::mount::MsFlags::MS_REC;
     nix::mount::mount(none, "/", none, private, none).unwrap();
+    if let Some(file) = how.filter(|how| how.starts_with('/')) {
+        let bind = nix::mount::MsFlags::MS_BIND;
+        nix::mount::mount(Some(file), DROP_CACHES, none, bind, none).unwrap();
+    }
     bulkhead_agent::log::start(tracing::level_filters::LevelFilter::WARN);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -102,6 +109,11 @@ impl Bed {
     /// Starts an agent that has made ahead what the first container will want, and greets it.
     pub async fn ahead() -> Self {
         Self::greeted(Some(AHEAD)).await
+    }
+
+    /// Starts an agent that finds `file` where the kernel is told to forget files, which forgets none of the machine's, and greets it.
+    pub async fn forgetting_by(file: &Path) -> Self {
+        Self::greeted(file.to_str()).await
     }
 
     async fn greeted(how: Option<&str>) -> Self {

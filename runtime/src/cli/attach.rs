@@ -19,7 +19,6 @@ use super::client::{Server, ServerError};
 use super::descriptors::{Descriptor, Descriptors};
 use super::known::Known;
 use super::signals::{Signal, Signals};
-use super::terminal;
 
 /// Stack of a thread that only moves bytes.
 const PUMP_STACK: usize = 128 * 1024;
@@ -256,10 +255,7 @@ pub async fn follow(
                 let passing = async {
                     match signal {
                         Signal::Number(number) => server.kill(number, false).await,
-                        Signal::Resized => match terminal::size(io::stdin().as_fd()) {
-                            Some(size) => server.resize(size).await,
-                            None => Ok(()),
-                        },
+                        Signal::Resized(size) => server.resize(size).await,
                     }
                 };
                 let passed = match known {

@@ -35,7 +35,7 @@ pub enum ServerError {
         message: String,
     },
     /// The server is gone.
-    #[error("the sandbox server ended unexpectedly; its last words, if any, are above")]
+    #[error("the sandbox server ended unexpectedly")]
     Gone,
 }
 

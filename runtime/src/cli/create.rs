@@ -129,6 +129,12 @@ impl Prepared {
         let descriptors = Descriptors::for_init(args.preserve_fds)?;
         let id = ContainerId::new(args.id.as_str())?;
         let bundle = Bundle::load(&absolute(&args.bundle)?)?;
+        if std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty()) {
+            tracing::warn!(
+                "NOTIFY_SOCKET is ignored: a container in a VM cannot reach a socket of the host, so nobody there is told when it \
+                 is ready; unset the variable"
+            );
+        }
         Ok(Self {
             id,
             view: View::of(&bundle),
@@ -242,31 +248,22 @@ fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::
             made
         })?;
         fault::point("client: container made");
-        proxy
-            .go()
-            .context("the process that stands for the container's has gone")
+        proxy.go()
     });
     match made {
         Ok(()) => {
             fault::point("client: stand-in stands");
-            keep(lifeline)?;
+            keep(lifeline, &known.id)?;
             Ok(0)
         }
         Err(error) => {
             drop(lifeline);
-            let last_words = std::fs::read_to_string(known.state.server_log()).unwrap_or_default();
+            let last_words = last_words(&known);
             // A server that ended in order has left nothing.
             let left = see_off(&known, child, &end, error.is::<Silent>())
                 .and_then(|_| clean_up(&known.state))
                 .err();
-            let error = told(error);
-            // A server that answers has said in its answer what there is to say; its log may hold warnings besides.
-            let gone = matches!(error.downcast_ref(), Some(ServerError::Gone));
-            let said = last_words.lines().next_back().filter(|_| gone);
-            let error = match said {
-                Some(said) => error.context(said.to_owned()),
-                None => error,
-            };
+            let error = told(error, &last_words);
             Err(match left {
                 Some(left) => {
                     anyhow!("{error:#} (and what is left of it could not be removed: {left:#})")
@@ -290,11 +287,27 @@ fn see_off(
     child.wait().context("cannot wait for the sandbox server")
 }
 
-/// An error as this command tells it, which takes its sandbox along.
-fn told(error: anyhow::Error) -> anyhow::Error {
+/// The last words of a server, which are in its log or, if it shares our standard error, there.
+fn last_words(known: &Known) -> String {
+    match std::fs::read_to_string(known.state.server_log()) {
+        Ok(log) => match log.lines().next_back() {
+            Some(line) => format!("its last words: {line}"),
+            None => "it said nothing".to_owned(),
+        },
+        Err(_) => "its last words, if any, are above".to_owned(),
+    }
+}
+
+/// An error as this command tells it, which takes its sandbox along; of a server that has ended `last_words` tell more.
+fn told(error: anyhow::Error, last_words: &str) -> anyhow::Error {
     if error.is::<Silent>() {
         return anyhow!(
             "the sandbox server did not answer and was killed, and its container with it: try again with --debug to see what it does"
+        );
+    }
+    if matches!(error.downcast_ref(), Some(ServerError::Gone)) {
+        return anyhow!(
+            "{error}, and its container with it; {last_words}; try again with --debug to see what it does"
         );
     }
     error
@@ -354,11 +367,12 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     let result = foreground.run(async |signals| session.run(connection, signals).await);
     timeline.mark("client: container deleted");
     if args.keep && matches!(result, Ok(Outcome::Exited(_))) {
-        keep(lifeline)?;
+        keep(lifeline, &known.id)?;
         return exit_code(result?);
     }
     drop(lifeline);
     let silent = matches!(&result, Err(error) if error.is::<Silent>());
+    let last_words = last_words(&known);
     let ended = see_off(&known, child, &end, silent)?;
     // The server leaves nothing, unless something made an end of it.
     let cleaned = clean_up(&known.state);
@@ -367,7 +381,7 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
         write_timeline(path, &timeline, server)?;
     }
     // What went wrong first is what there is to know.
-    let code = exit_code(result.map_err(told)?)?;
+    let code = exit_code(result.map_err(|error| told(error, &last_words))?)?;
     cleaned?;
     if !ended.success() {
         return Err(anyhow!(
@@ -378,11 +392,14 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
 }
 
 /// Lets the sandbox outlive the command.
-fn keep(lifeline: Option<OwnedFd>) -> anyhow::Result<()> {
+fn keep(lifeline: Option<OwnedFd>, id: &ContainerId) -> anyhow::Result<()> {
     if let Some(mut lifeline) = lifeline.map(File::from) {
-        lifeline
-            .write_all(&[1])
-            .context("the sandbox server has gone")?;
+        lifeline.write_all(&[1]).with_context(|| {
+            format!(
+                "the sandbox server ended just after container {id} was ready: `bulkhead delete --force {id}` removes what is \
+                 left of it"
+            )
+        })?;
     }
     Ok(())
 }
@@ -392,7 +409,12 @@ fn exit_code(outcome: Outcome) -> anyhow::Result<i32> {
         Outcome::Exited(code) => code,
         Outcome::Signalled(signal) => 128 + signal,
     };
-    i32::try_from(code).context("the container's exit code is none")
+    i32::try_from(code).with_context(|| {
+        format!(
+            "the container is said to have exited with {code}, which is no exit code: install the sandbox server and this \
+             command from the same release"
+        )
+    })
 }
 
 /// A container in the foreground, from its server's start to its end.
@@ -521,7 +543,9 @@ fn create_anew(path: &Path) -> io::Result<File> {
 }
 
 fn path_text(path: &Path) -> anyhow::Result<&str> {
-    path.to_str().context("the bundle's path is not UTF-8")
+    path.to_str().with_context(|| {
+        format!("the bundle's path {path:?} is not UTF-8: give its directories other names")
+    })
 }
 
 fn write_timeline(path: &Path, ours: &Timeline, mut server: File) -> anyhow::Result<()> {

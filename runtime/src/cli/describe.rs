@@ -21,7 +21,9 @@ pub struct SpecArgs {
 
 const CAPABILITIES: [&str; 3] = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"];
 
-/// Runs `bulkhead spec`: writes a config.json to begin with, the same as runc's.
+/// Runs `bulkhead spec`: writes a config.json to begin with, the same as runc's but for the name of the host. With `--rootless` it is less like
+/// runc's, which then has the host's network, the host's /sys and no limits: here a container has a network and a /sys of its own, and cgroups
+/// that are its guest's.
 pub fn spec(args: &SpecArgs) -> anyhow::Result<i32> {
     let path = args.bundle.join("config.json");
     let mut file = File::create_new(&path).with_context(|| {
@@ -123,12 +125,13 @@ fn the_features() -> anyhow::Result<Value> {
         "ociVersionMax": "1.2.1",
         "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
         "mountOptions": [
-            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "lazytime", "loud", "mand", "noatime",
-            "nodev", "nodiratime", "noexec", "nolazytime", "nomand", "norelatime", "nostrictatime", "nosuid", "nosymfollow",
-            "private", "ratime", "rbind", "rdev", "rdiratime", "relatime", "rexec", "rnoatime", "rnodev", "rnodiratime",
-            "rnoexec", "rnorelatime", "rnostrictatime", "rnosuid", "rnosymfollow", "ro", "rprivate", "rrelatime", "rro",
-            "rrw", "rshared", "rslave", "rstrictatime", "rsuid", "rsymfollow", "runbindable", "rw", "shared", "silent",
-            "slave", "strictatime", "suid", "symfollow", "sync", "unbindable",
+            "acl", "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "idmap", "iversion", "lazytime",
+            "loud", "mand", "noacl", "noatime", "nodev", "nodiratime", "noexec", "noiversion", "nolazytime", "nomand",
+            "norelatime", "nostrictatime", "nosuid", "nosymfollow", "private", "ratime", "rbind", "rdev", "rdiratime",
+            "relatime", "remount", "rexec", "ridmap", "rnoatime", "rnodev", "rnodiratime", "rnoexec", "rnorelatime",
+            "rnostrictatime", "rnosuid", "rnosymfollow", "ro", "rprivate", "rrelatime", "rro", "rrw", "rshared", "rslave",
+            "rstrictatime", "rsuid", "rsymfollow", "runbindable", "rw", "shared", "silent", "slave", "strictatime", "suid",
+            "symfollow", "sync", "tmpcopyup", "unbindable",
         ],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
@@ -148,6 +151,8 @@ fn the_features() -> anyhow::Result<Value> {
             },
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
+            // The options are known, and refused: virtio-fs has no such mounts before Linux 6.12.
+            "mountExtensions": {"idmap": {"enabled": false}},
         },
         "annotations": {
             "io.bulkhead.version": env!("CARGO_PKG_VERSION"),
@@ -215,5 +220,7 @@ mod tests {
         }
         let features: Features = serde_json::from_value(the_features().unwrap()).unwrap();
         assert_eq!(features.oci_version_min(), "1.0.0");
+        let newest = format!("\nspec: {}", features.oci_version_max());
+        assert!(crate::cli::VERSION.ends_with(&newest), "{newest}");
     }
 }

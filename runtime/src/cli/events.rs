@@ -26,7 +26,7 @@ pub struct EventsArgs {
 /// Runs `bulkhead events`.
 pub fn events(invocation: &Invocation, args: &EventsArgs) -> anyhow::Result<i32> {
     if args.interval.is_zero() {
-        bail!("--interval must be more than zero");
+        bail!("--interval is no time at all: give one of more than zero, such as 5s");
     }
     let known = Known::find(invocation, &args.id)?;
     let watched = known.unless_stopped(async |server| {
@@ -42,7 +42,10 @@ pub fn events(invocation: &Invocation, args: &EventsArgs) -> anyhow::Result<i32>
         }
     })?;
     if watched.is_none() {
-        bail!("container with id {} is not running", known.id);
+        bail!(
+            "container with id {} is not running, and a stopped one has neither statistics nor events: run a new one",
+            known.id
+        );
     }
     Ok(0)
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, bail};
 use bulkhead_runtime::sandbox::{ExecOptions, OPTIONS};
-use bulkhead_runtime::spec::drop_unknown_capabilities;
+use bulkhead_runtime::spec::{drop_unknown_capabilities, fill_in_user};
 use bulkhead_runtime::stdio::TerminalSize;
 use bulkhead_vmm::fault;
 use clap::Args;
@@ -124,8 +124,11 @@ fn process(known: &Known, args: &ExecArgs) -> anyhow::Result<Map<String, Value>>
         let path = absolute(path)?;
         let text =
             std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let process: Map<String, Value> = serde_json::from_slice(&text)
-            .with_context(|| format!("{} is not a process of the runtime spec", path.display()))?;
+        let what = || format!("{} is not a process of the runtime spec", path.display());
+        // Not as a map at once: serde would quote what it finds in place of one.
+        let Value::Object(process) = serde_json::from_slice(&text).with_context(what)? else {
+            bail!("{}: it holds no object", what());
+        };
         return check(process);
     }
     let path = known.record()?.bundle.join("config.json");
@@ -133,7 +136,10 @@ fn process(known: &Known, args: &ExecArgs) -> anyhow::Result<Map<String, Value>>
     let mut spec: Value = serde_json::from_slice(&text)
         .with_context(|| format!("{} is not a valid runtime spec", path.display()))?;
     let Some(Value::Object(mut process)) = spec.get_mut("process").map(Value::take) else {
-        bail!("{} has no process", path.display());
+        bail!(
+            "{} has no `process` from which this one could take its user and environment: name a file with --process",
+            path.display()
+        );
     };
     change(&mut process, args)?;
     check(process)
@@ -157,16 +163,19 @@ fn change(process: &mut Map<String, Value>, args: &ExecArgs) -> anyhow::Result<(
     }
     extend(process, "env", &args.env);
     if !args.cap.is_empty() {
-        let sets = process.entry("capabilities").or_insert_with(|| json!({}));
+        let sets = process.entry("capabilities").or_insert(Value::Null);
+        if sets.is_null() {
+            *sets = json!({});
+        }
         if let Value::Object(sets) = sets {
             for set in ["bounding", "effective", "permitted"] {
                 extend(sets, set, &args.cap);
             }
         }
     }
-    let user = process.entry("user").or_insert_with(|| json!({}));
-    let Value::Object(user) = user else {
-        bail!("process.user is not an object");
+    fill_in_user(process);
+    let Some(Value::Object(user)) = process.get_mut("user") else {
+        bail!("process.user is no object such as {{\"uid\": 0, \"gid\": 0}}: correct config.json");
     };
     if let Some(given) = &args.user {
         let (uid, gid) = given
@@ -185,12 +194,15 @@ fn change(process: &mut Map<String, Value>, args: &ExecArgs) -> anyhow::Result<(
     Ok(())
 }
 
-/// Adds to a list, which need not be there.
+/// Adds to a list, which need not be there. What is no list is refused by who reads it.
 fn extend<T: Clone + Into<Value>>(object: &mut Map<String, Value>, name: &str, more: &[T]) {
     if more.is_empty() {
         return;
     }
-    let list = object.entry(name).or_insert_with(|| json!([]));
+    let list = object.entry(name).or_insert(Value::Null);
+    if list.is_null() {
+        *list = json!([]);
+    }
     if let Value::Array(list) = list {
         list.extend(more.iter().cloned().map(Into::into));
     }
@@ -209,6 +221,7 @@ fn check(mut process: Map<String, Value>) -> anyhow::Result<Map<String, Value>> 
         bail!("process.cwd is {cwd:?}: give an absolute path");
     }
     drop_unknown_capabilities(process.get_mut("capabilities"));
+    fill_in_user(&mut process);
     Ok(process)
 }
 
@@ -298,7 +311,8 @@ fn foreground(
         // The server forgets it with its container anyway.
         let _ = known.patiently(server.delete()).await;
         Ok(code)
-    })?;
+    });
+    let code = code.map_err(|error| known.told(error))?;
     Ok(i32::try_from(code).unwrap_or(NotExecuted::EXIT_CODE))
 }
 
@@ -359,10 +373,9 @@ fn detached(
             write_pid_file(path, pid)?;
         }
         Ok(())
-    })?;
-    proxy
-        .go()
-        .context("the process that stands for the container's has gone")?;
+    })
+    .map_err(|error| known.told(error))?;
+    proxy.go()?;
     Ok(0)
 }
 
@@ -378,17 +391,26 @@ mod tests {
     }
 
     fn changed(line: &[&str]) -> Result<Value, String> {
-        let line = std::iter::once(&"exec").chain(line);
-        let args = Line::parse_from(line).exec;
         let process = json!({
             "args": ["old"], "cwd": "/", "env": ["A=b"], "user": {"uid": 1, "gid": 2},
             "capabilities": {"bounding": ["CAP_KILL"]}, "consoleSize": {"width": 1, "height": 2},
         });
-        let Value::Object(mut process) = process else {
-            panic!("no object")
-        };
+        changed_from(process, line)
+    }
+
+    fn changed_from(process: Value, line: &[&str]) -> Result<Value, String> {
+        let line = std::iter::once(&"exec").chain(line);
+        let args = Line::parse_from(line).exec;
+        let mut process = object(process);
         change(&mut process, &args).map_err(|e| e.to_string())?;
         Ok(Value::Object(process))
+    }
+
+    fn object(value: Value) -> Map<String, Value> {
+        let Value::Object(object) = value else {
+            panic!("no object")
+        };
+        object
     }
 
     #[test]
@@ -423,6 +445,37 @@ mod tests {
             changed(&["c1", "ls"]).unwrap()["user"],
             json!({"uid": 1, "gid": 2})
         );
+    }
+
+    #[test]
+    fn what_is_null_is_as_good_as_left_out() {
+        let process = json!({"cwd": "/", "env": null, "user": null, "capabilities": null});
+        let line = [
+            "-e", "A=b", "-g", "9", "--cap", "CAP_KILL", "--user", "7", "c1", "ls",
+        ];
+        assert_eq!(
+            changed_from(process, &line).unwrap(),
+            json!({
+                "args": ["ls"], "cwd": "/", "env": ["A=b"], "terminal": false,
+                "user": {"uid": 7, "gid": 0, "additionalGids": [9]},
+                "capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"]},
+            })
+        );
+    }
+
+    #[test]
+    fn a_process_without_a_user_is_roots() {
+        let root = json!({"uid": 0, "gid": 0});
+        for (user, expected) in [
+            (None, &root),
+            (Some(json!(null)), &root),
+            (Some(json!({})), &root),
+            (Some(json!({"gid": 5})), &json!({"uid": 0, "gid": 5})),
+        ] {
+            let mut process = object(json!({"args": ["ls"], "cwd": "/"}));
+            process.extend(user.map(|user| ("user".to_owned(), user)));
+            assert_eq!(&check(process).unwrap()["user"], expected);
+        }
     }
 
     #[test]

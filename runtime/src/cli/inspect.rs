@@ -1,6 +1,6 @@
 //! `bulkhead state`, `list` and `ps`, with runc's output.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -54,8 +54,9 @@ struct State {
     bundle: PathBuf,
     rootfs: PathBuf,
     created: String,
-    #[serde(skip_serializing_if = "HashMap::is_empty")]
-    annotations: HashMap<String, String>,
+    /// In the order of their names.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: BTreeMap<String, String>,
     owner: String,
 }
 
@@ -69,7 +70,7 @@ impl State {
             bundle: record.bundle,
             rootfs: record.rootfs,
             created: humantime::format_rfc3339_nanos(record.created).to_string(),
-            annotations: record.annotations,
+            annotations: record.annotations.into_iter().collect(),
             owner,
         }
     }
@@ -236,6 +237,30 @@ pub fn ps(invocation: &Invocation, args: &PsArgs) -> anyhow::Result<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::SystemTime;
+
+    use bulkhead_runtime::sandbox::Status;
+    use serde_json::json;
+
+    #[test]
+    fn annotations_are_in_the_order_of_their_names() {
+        let names = ["c", "a.b", "d", "a", "e", "b"];
+        let annotations: Vec<_> = names.iter().map(|name| (*name, "x")).collect();
+        let record = json!({
+            "oci_version": "1.0.2", "id": "c1", "bundle": "/b", "rootfs": "/b/rootfs",
+            "created": SystemTime::UNIX_EPOCH, "pid": 7, "status": "running",
+            "annotations": BTreeMap::from_iter(annotations),
+        });
+        let process = ProcessState {
+            status: Status::Running,
+            pid: 7,
+        };
+        let record = serde_json::from_value(record).unwrap();
+        let state = State::new(record, process, String::new());
+        let shown = serde_json::to_string(&state).unwrap();
+        let expected = r#""annotations":{"a":"x","a.b":"x","b":"x","c":"x","d":"x","e":"x"}"#;
+        assert!(shown.contains(expected), "{shown}");
+    }
 
     #[test]
     fn tables_are_aligned_as_runcs() {

@@ -68,8 +68,11 @@ impl Known {
             if self.state.path().symlink_metadata().is_err() {
                 return Unknown(self.id.as_str().to_owned()).into();
             }
-            anyhow::Error::from(error)
-                .context("the container is being made, or what was on record of it is lost")
+            let id = &self.id;
+            anyhow::Error::from(error).context(format!(
+                "container {id} is being made, or what was on record of it is lost; try again once its `create` has ended, or \
+                 remove it with `bulkhead delete --force {id}`"
+            ))
         })
     }
 
@@ -243,6 +246,7 @@ impl Known {
             }
             session(&server).await.map(Some)
         })
+        .map_err(|error| self.told(error))
     }
 
     /// Calls its server; that there is none is an error in the words for a stopped container.
@@ -252,11 +256,33 @@ impl Known {
     ) -> anyhow::Result<T> {
         let connection = self
             .connect()?
-            .ok_or_else(|| anyhow!("container not running: its sandbox has ended"))?;
+            .ok_or_else(|| {
+                let id = &self.id;
+                anyhow!(
+                    "container not running: its sandbox has ended; `bulkhead delete {id}` removes what is left of it"
+                )
+            })?;
         block_on(async {
             let server = Server::new(connection, self.id.as_str(), "")?;
             Ok(self.patiently(call(server)).await??)
         })
+        .map_err(|error| self.told(error))
+    }
+
+    /// An error with what there is to know of a server that has ended over a call, and what is to be done.
+    pub fn told(&self, error: anyhow::Error) -> anyhow::Error {
+        if !matches!(error.downcast_ref(), Some(ServerError::Gone)) {
+            return error;
+        }
+        let (id, log) = (&self.id, self.state.server_log());
+        let place = if log.exists() {
+            format!("in {}", log.display())
+        } else {
+            "on the standard error of its `bulkhead run`".to_owned()
+        };
+        anyhow!(
+            "{error}: its last words, if any, are {place}; `bulkhead delete --force {id}` removes what is left of the container"
+        )
     }
 }
 
@@ -334,10 +360,7 @@ mod tests {
 
     #[test]
     fn who_cleans_up_after_an_ended_server_spares_the_next_one_and_its_cgroup() {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: mounting needs root");
-            return;
-        }
+        assert!(nix::unistd::geteuid().is_root(), "the test needs root");
         std::thread::spawn(|| {
             private_mount_namespace().unwrap();
             clean_up_between_two_of_one_id();

@@ -6,14 +6,13 @@ use std::ffi::OsString;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
-use super::log::Log;
 use super::{Arguments, FAILURE, Globals, with_values};
 
 /// runc's exit code for a command that it does not know.
 const UNKNOWN_COMMAND: i32 = 3;
 
-/// Says why there is nothing to run and returns the exit code.
-pub fn tell(error: &clap::Error) -> i32 {
+/// Says why there is nothing to run on that line and returns the exit code.
+pub fn tell(error: &clap::Error, line: &[OsString]) -> i32 {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             let _ = error.print();
@@ -26,24 +25,28 @@ pub fn tell(error: &clap::Error) -> i32 {
         }
         _ => {}
     }
-    let beginning = Beginning::read();
-    note(error, beginning.as_ref());
-    if error.kind() == ErrorKind::InvalidSubcommand {
-        let _ = error.print();
-        return UNKNOWN_COMMAND;
-    }
-    if is_unknown_choice(error) {
-        let _ = error.print();
+    let beginning = Beginning::read(line);
+    let text = error.to_string();
+    let (shown, code) = if error.kind() == ErrorKind::InvalidSubcommand {
+        (text.trim_end().to_owned(), UNKNOWN_COMMAND)
+    } else if is_unknown_choice(error) {
+        (text.trim_end().to_owned(), FAILURE)
     } else {
         // Usage is runc's standard output; standard error has only what is wrong.
         print_help(beginning.as_ref().and_then(Beginning::named));
-        eprintln!("{}", without_usage(&error.to_string()));
+        (without_usage(&text), FAILURE)
+    };
+    // In the log, if the line names one, it is one sentence: clients show what they find there.
+    let log = beginning.and_then(|beginning| beginning.globals.open_log().ok());
+    match log {
+        Some(log) => log.error(&sentence(&text), &shown),
+        None => eprintln!("{shown}"),
     }
-    FAILURE
+    code
 }
 
 /// Runs `bulkhead help`: prints the help of a command, or of all, and returns the exit code.
-pub fn help(topic: Option<&str>) -> i32 {
+pub fn help(topic: Option<&str>, line: &[OsString]) -> i32 {
     let mut all = built();
     let (command, unknown) = match topic {
         None => (Some(&mut all), ""),
@@ -56,7 +59,7 @@ pub fn help(topic: Option<&str>) -> i32 {
         }
         None => {
             let message = format!("unrecognized subcommand '{unknown}'");
-            tell(&all.error(ErrorKind::InvalidSubcommand, message))
+            tell(&all.error(ErrorKind::InvalidSubcommand, message), line)
         }
     }
 }
@@ -75,7 +78,7 @@ fn print_help(name: Option<&str>) {
 }
 
 /// Every command, with its name as it is called.
-fn built() -> clap::Command {
+pub fn built() -> clap::Command {
     let mut all = Arguments::command();
     all.build();
     all
@@ -90,7 +93,7 @@ fn is_unknown_choice(error: &clap::Error) -> bool {
 
 /// The flags before the command, whatever follows.
 #[derive(Debug, Parser)]
-#[command(disable_help_flag = true)]
+#[command(disable_help_flag = true, args_override_self = true)]
 struct Beginning {
     #[command(flatten)]
     globals: Globals,
@@ -99,25 +102,17 @@ struct Beginning {
 }
 
 impl Beginning {
-    /// That of our command line, if it is right so far.
-    fn read() -> Option<Self> {
-        let matches = with_values(Self::command()).try_get_matches().ok()?;
+    /// That of a command line, if it is right so far.
+    fn read(line: &[OsString]) -> Option<Self> {
+        let matches = with_values(Self::command())
+            .try_get_matches_from(line)
+            .ok()?;
         Self::from_arg_matches(&matches).ok()
     }
 
     /// What stands where a command is named.
     fn named(&self) -> Option<&str> {
         self.rest.first()?.to_str()
-    }
-}
-
-/// Writes a wrong command line to the log file, as runc does, if it names one: clients show what they find there.
-fn note(error: &clap::Error, beginning: Option<&Beginning>) {
-    let Some(Beginning { globals, .. }) = beginning else {
-        return;
-    };
-    if let Ok(log) = Log::open(globals.log.as_deref(), globals.log_format) {
-        log.note(&sentence(&error.to_string()));
     }
 }
 

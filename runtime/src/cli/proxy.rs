@@ -105,8 +105,13 @@ impl Proxy {
     }
 
     /// Lets it stand for its container: it exists.
-    pub fn go(mut self) -> io::Result<()> {
-        self.go.write_all(&[1])
+    pub fn go(mut self) -> anyhow::Result<()> {
+        self.go.write_all(&[1]).with_context(|| {
+            format!(
+                "process {}, which stands for the container's, was ended before that was ready: try again",
+                self.pid
+            )
+        })
     }
 }
 
@@ -129,7 +134,8 @@ fn main(job: Job, mut ready: PipeWriter, mut go: PipeReader) -> i32 {
     let keep = own
         .into_iter()
         .chain(terminal)
-        .chain(job.descriptors.numbers());
+        .chain(job.descriptors.numbers())
+        .chain(fault::descriptor());
     let keep = keep.collect();
     // Before anybody knows the pid: a signal that comes early is kept until there is who to pass it on to.
     let prepared = set_up(&job, keep).and_then(|()| {
@@ -137,7 +143,7 @@ fn main(job: Job, mut ready: PipeWriter, mut go: PipeReader) -> i32 {
             .enable_all()
             .build()?;
         let context = runtime.enter();
-        let signals = Signals::catch().context("cannot catch signals")?;
+        let signals = Signals::of_stand_in(job.stdio.terminal).context("cannot catch signals")?;
         drop(context);
         Ok((runtime, signals))
     });

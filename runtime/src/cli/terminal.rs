@@ -1,5 +1,6 @@
 //! Terminals of the host: raw mode, sizes, and the pair that stands between a client and a container.
 
+use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -33,25 +34,60 @@ pub fn size(fd: BorrowedFd) -> Option<TerminalSize> {
     .filter(|size| *size != TerminalSize::default())
 }
 
+/// Sets the size of a terminal.
+pub fn set_size(fd: BorrowedFd, size: TerminalSize) -> nix::Result<()> {
+    let bounded = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+    let size = libc::winsize {
+        ws_row: bounded(size.height),
+        ws_col: bounded(size.width),
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: the kernel reads `size`, which is what this request takes.
+    unsafe { set_window_size(fd.as_raw_fd(), &size) }.map(drop)
+}
+
+/// The terminal of this process. Its streams may be redirected, so all are tried, in runc's order, and then the controlling one.
+pub fn own() -> anyhow::Result<OwnedFd> {
+    let (stderr, stdout, stdin) = (io::stderr(), io::stdout(), io::stdin());
+    for stream in [stderr.as_fd(), stdout.as_fd(), stdin.as_fd()] {
+        if tcgetattr(stream).is_ok() {
+            return Ok(stream.try_clone_to_owned()?);
+        }
+    }
+    File::open("/dev/tty").map(OwnedFd::from).map_err(|_| {
+        anyhow!(
+            "there is no terminal: no standard stream is one, and this process has no controlling one; run it in a terminal, \
+             name a --console-socket for one in the background, or ask for none (`process.terminal`, --tty)"
+        )
+    })
+}
+
 /// The terminal of this process in raw mode: what is typed goes to the container as it is. Dropping it restores what was.
 #[derive(Debug)]
-pub struct Raw(Termios);
+pub struct Raw {
+    terminal: OwnedFd,
+    before: Termios,
+}
 
 impl Raw {
-    /// Switches our standard input's terminal.
-    pub fn enter() -> anyhow::Result<Self> {
-        let before = tcgetattr(io::stdin()).map_err(|_| {
-            anyhow!("standard input is no terminal: set `process.terminal` to false or name a --console-socket")
-        })?;
-        make_raw(io::stdin().as_fd(), &before).context("cannot switch the terminal to raw mode")?;
-        Ok(Self(before))
+    /// Switches a terminal.
+    pub fn enter(terminal: OwnedFd) -> anyhow::Result<Self> {
+        let before = tcgetattr(&terminal).context("cannot read the terminal's settings")?;
+        make_raw(terminal.as_fd(), &before).context("cannot switch the terminal to raw mode")?;
+        Ok(Self { terminal, before })
+    }
+
+    /// Its size.
+    pub fn size(&self) -> Option<TerminalSize> {
+        size(self.terminal.as_fd())
     }
 }
 
 impl Drop for Raw {
     fn drop(&mut self) {
         // A terminal that has been hung up has nothing to restore.
-        let _ = tcsetattr(io::stdin(), SetArg::TCSADRAIN, &self.0);
+        let _ = tcsetattr(&self.terminal, SetArg::TCSADRAIN, &self.before);
     }
 }
 
@@ -108,16 +144,7 @@ impl Pair {
         let before = tcgetattr(&slave).context("cannot read the new terminal's settings")?;
         make_raw(slave.as_fd(), &before).context("cannot switch the new terminal to raw mode")?;
         if let Some(size) = size {
-            let bounded = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
-            let size = libc::winsize {
-                ws_row: bounded(size.height),
-                ws_col: bounded(size.width),
-                ws_xpixel: 0,
-                ws_ypixel: 0,
-            };
-            // SAFETY: the kernel reads `size`, which is what this request takes.
-            unsafe { set_window_size(slave.as_raw_fd(), &size) }
-                .context("cannot set the new terminal's size")?;
+            set_size(slave.as_fd(), size).context("cannot set the new terminal's size")?;
         }
         Ok(Self {
             master,

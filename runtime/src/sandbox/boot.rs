@@ -14,12 +14,13 @@ use thiserror::Error;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 
+use super::files::Forgetting;
 use super::{Sandbox, SandboxError};
 use crate::agent::{Agent, AgentError, Clock};
 use crate::config::Config;
 use crate::preflight::{self, GuestFiles};
 use crate::share::Share;
-use crate::sizing::Size;
+use crate::sizing::{Size, most_files};
 use crate::sock;
 use crate::template::{Template, Trial};
 use crate::timeline::{self, TimelineEntry};
@@ -91,6 +92,7 @@ pub struct Machine {
     size: Size,
     ready: watch::Receiver<Ready>,
     still: watch::Sender<bool>,
+    forgetting: Arc<Forgetting>,
 }
 
 impl std::fmt::Debug for Machine {
@@ -146,8 +148,10 @@ impl Machine {
         };
         let (sender, ready) = watch::channel(None);
         let (still, clock) = watch::channel(false);
+        let forgetting = Arc::new(Forgetting::new());
         tokio::spawn({
             let (sandbox, vmm) = (sandbox.clone(), vmm.clone());
+            let forgetting = forgetting.clone();
             async move {
                 let deadline = sandbox.config().boot_timeout;
                 let clock = Clock::new(clock);
@@ -158,8 +162,12 @@ impl Machine {
                     }
                     ended = vmm.ended() => Err(ended.into()),
                 };
+                let agent = result.as_ref().ok().cloned();
                 sender.send_replace(Some(result));
-                let ended = vmm.ended().await;
+                let ended = tokio::select! {
+                    ended = vmm.ended() => ended,
+                    never = forgetting.serve(&sandbox, &vmm, agent) => match never {},
+                };
                 sandbox.vm_ended(&ended);
             }
         });
@@ -169,6 +177,7 @@ impl Machine {
             size,
             ready,
             still,
+            forgetting,
         })
     }
 
@@ -190,6 +199,11 @@ impl Machine {
     /// Notes whether the guest stands still, and with it the time that it has for answers.
     pub fn set_still(&self, still: bool) {
         self.still.send_replace(still);
+    }
+
+    /// The wishes that the guest forget files.
+    pub fn forgetting(&self) -> &Forgetting {
+        &self.forgetting
     }
 
     /// The agent, once it has called; the reason if it never will.
@@ -364,6 +378,7 @@ fn boot_config(
             tag: SHARE_TAG.to_owned(),
             directory: share.root().to_path_buf(),
             queues: size.vcpus.clamp(1, MAX_SHARE_QUEUES),
+            files: most_files(size.memory_mib),
         }),
         spare_slots: 0,
         serial,

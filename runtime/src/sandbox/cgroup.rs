@@ -29,12 +29,20 @@ impl Cgroup {
         }
     }
 
+    /// Refuses a cgroup in which somebody is, or that can't be made.
+    pub async fn require_free(&self, cgroup: HostCgroup) -> Result<(), HostCgroupError> {
+        self.work(move |_| cgroup.require_free()).await
+    }
+
     /// Moves this process into `cgroup`, which is the sandbox's from then on, also if that fails: part of it may be made by then.
-    pub async fn enter(&self, cgroup: HostCgroup) -> Result<(), SandboxError> {
+    pub async fn enter(&self, cgroup: HostCgroup) -> Result<(), HostCgroupError> {
         self.work(|current| {
-            // Whoever makes none removes none.
-            cgroup.require_driver()?;
-            Ok(current.insert(cgroup).add(std::process::id())?)
+            let made = cgroup.make(std::process::id());
+            // Another's is another's to remove.
+            if !matches!(made, Err(HostCgroupError::Taken(_))) {
+                *current = Some(cgroup);
+            }
+            made
         })
         .await
     }
@@ -105,8 +113,7 @@ impl Cgroup {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host_cgroup::tests::with_cgroups;
-    use crate::id::ContainerId;
+    use crate::host_cgroup::tests::{at, with_cgroups};
     use crate::standin::tests::Reused;
     use std::fs;
     use std::path::Path;
@@ -133,21 +140,6 @@ mod tests {
     }
 
     #[test]
-    fn a_cgroup_that_its_driver_refuses_is_nobodys_to_remove() {
-        with_cgroups(|| {
-            let spec = r#"{"ociVersion":"1.0.2","linux":{"cgroupsPath":"noslice:bulkhead:x"}}"#;
-            let spec = serde_json::from_str(spec).unwrap();
-            let host = HostCgroup::of(&spec, &ContainerId::new("c1").unwrap(), true);
-            let host = host.unwrap().unwrap();
-            let cgroup = Cgroup::new();
-            block_on(async {
-                assert!(cgroup.enter(host).await.is_err());
-                cgroup.remove().await.unwrap();
-            });
-        });
-    }
-
-    #[test]
     fn a_cgroup_that_takes_no_process_is_removed_like_any_other() {
         with_cgroups(|| {
             let parent = format!("bulkhead-threads-{}", std::process::id());
@@ -155,11 +147,7 @@ mod tests {
             // Beside one of threads there is none of processes (Documentation/admin-guide/cgroup-v2.rst, "Threads").
             fs::create_dir_all(directory.join("threads")).unwrap();
             fs::write(directory.join("threads/cgroup.type"), "threaded").unwrap();
-            let spec =
-                format!(r#"{{"ociVersion":"1.0.2","linux":{{"cgroupsPath":"/{parent}/c"}}}}"#);
-            let spec = serde_json::from_str(&spec).unwrap();
-            let host = HostCgroup::of(&spec, &ContainerId::new("c1").unwrap(), false);
-            let host = host.unwrap().unwrap();
+            let host = at(&format!("/{parent}/c"), false);
             let cgroup = Cgroup::new();
             let mut made = false;
             let mut entered = Ok(());
@@ -183,17 +171,14 @@ mod tests {
     #[test]
     fn what_has_a_stand_ins_number_after_it_does_not_end_with_the_sandbox() {
         with_cgroups(|| {
-            let spec = format!(
-                r#"{{"ociVersion":"1.0.2","linux":{{"cgroupsPath":"/bulkhead-stand-in-{}"}}}}"#,
-                std::process::id()
-            );
-            let spec = serde_json::from_str(&spec).unwrap();
-            let host = HostCgroup::of(&spec, &ContainerId::new("c1").unwrap(), false);
-            let host = host.unwrap().unwrap();
+            let name = format!("bulkhead-stand-in-{}", std::process::id());
+            let host = at(&format!("/{name}"), false);
+            let directory = Path::new("/sys/fs/cgroup").join(name);
+            fs::create_dir(&directory).unwrap();
             let reused = Reused::new();
             let cgroup = Cgroup::new();
             block_on(async {
-                *cgroup.current.lock().await = Some(host.clone());
+                *cgroup.current.lock().await = Some(host);
                 let added = cgroup.add(&reused.0).await;
                 let path = format!("/proc/{}/cgroup", reused.0.pid());
                 let where_it_is = fs::read_to_string(path).unwrap();
@@ -201,7 +186,7 @@ mod tests {
                 assert!(matches!(added, Err(SandboxError::Orphan)), "{added:?}");
                 assert!(!where_it_is.contains("bulkhead-stand-in"), "{where_it_is}");
             });
-            assert!(!host.directory().unwrap().exists());
+            assert!(!directory.exists());
         });
     }
 }

@@ -160,6 +160,7 @@ impl Sandbox {
         let exec = container
             .exec(exec_id)
             .ok_or_else(|| SandboxError::NoProcess(exec_id.to_owned()))?;
+        running(&container, exec.ignore_paused)?;
         // Of two who start it at once, one must not take it from the other.
         if exec.process.status() != Status::Created || exec.started.set(()).is_err() {
             return Err(SandboxError::Status {

@@ -8,6 +8,7 @@ use super::container::{Container, Deferred};
 use super::process::Status;
 use super::{Sandbox, SandboxError};
 use crate::agent::AgentError;
+use crate::host_cgroup;
 use crate::sizing::BASE_MEMORY_MIB;
 
 impl Sandbox {
@@ -19,6 +20,7 @@ impl Sandbox {
                 what: "resources",
                 problem: e.to_string(),
             })?;
+        host_cgroup::check(&resources)?;
         let container = self.container(id)?;
         let machine = self.live_machine(&container, "container not running")?;
         let guest_mib = self.guest_memory_mib(&resources)?;

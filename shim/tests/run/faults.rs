@@ -6,37 +6,13 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
-use bulkhead_e2e::steps::PROXY;
+use bulkhead_e2e::steps::{BACKGROUND, EXECUTING, FOREGROUND, PROXY, SERVER};
 use bulkhead_e2e::watch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::bed::{Bed, PATIENCE, finish, text};
-
-/// The steps of the server, in the order in which they come.
-const SERVER: [&str; 20] = [
-    "server: started",
-    "server: spec validated",
-    "server: share made",
-    "server: VMM started",
-    "server: mounts made",
-    "server: vCPUs run",
-    "server: agent called",
-    "server: agent greeted",
-    "server: container created",
-    "server: container started",
-    "server: process described",
-    "server: process executed",
-    "server: process exited",
-    "server: process deleted",
-    "server: signal delivered",
-    "server: container exited",
-    "server: deletion asked",
-    "server: container forgotten",
-    "server: sandbox ends",
-    "server: VM ended",
-];
 
 pub const CREATE: &[&str] = &["create", "c1"];
 const DETACH: &[&str] = &["exec", "--detach", "c1", "/bin/true"];
@@ -81,7 +57,7 @@ pub fn assert_told(output: &Output, what: &str) {
 /// Leads a container through its life with a fault in the processes of one command, or of all, and looks at what remains. Returns
 /// the commands that failed.
 fn live(fault: &str, faulty: Option<&[&str]>) -> Vec<String> {
-    let bed = Bed::new(&["/bin/sleep", "1000"]).unwrap();
+    let bed = Bed::new(&["/bin/sleep", "1000"]);
     let log = bed.path("fault");
     let ended = bed.path("ended");
     bed.spec(|spec| {
@@ -150,22 +126,13 @@ fn await_end(bed: &Bed, what: &str) {
     assert!(start.elapsed() < PROMISE, "{what}: {:?}", start.elapsed());
 }
 
-fn root() -> bool {
-    Bed::new(&[]).is_some()
-}
-
 #[test]
 fn a_life_without_faults_has_none() {
-    if root() {
-        assert_eq!(live("", None), Vec::<String>::new());
-    }
+    assert_eq!(live("", None), Vec::<String>::new());
 }
 
 #[test]
 fn a_server_that_is_killed_at_any_step_leaves_nothing_that_delete_does_not_remove() {
-    if !root() {
-        return;
-    }
     for step in SERVER {
         live(step, None);
     }
@@ -173,9 +140,6 @@ fn a_server_that_is_killed_at_any_step_leaves_nothing_that_delete_does_not_remov
 
 #[test]
 fn a_vmm_that_is_killed_at_any_step_leaves_nothing_that_delete_does_not_remove() {
-    if !root() {
-        return;
-    }
     for step in SERVER.iter().skip(3) {
         live(&format!("children at {step}"), None);
     }
@@ -183,9 +147,6 @@ fn a_vmm_that_is_killed_at_any_step_leaves_nothing_that_delete_does_not_remove()
 
 #[test]
 fn a_stand_in_that_is_killed_at_any_step_leaves_nothing_that_delete_does_not_remove() {
-    if !root() {
-        return;
-    }
     for step in PROXY {
         live(step, Some(CREATE));
         // Only its own process goes with it.
@@ -200,33 +161,15 @@ fn a_stand_in_that_is_killed_at_any_step_leaves_nothing_that_delete_does_not_rem
 
 #[test]
 fn a_client_that_is_killed_at_any_step_takes_its_sandbox_along() {
-    if !root() {
-        return;
-    }
-    for step in [
-        "client: started",
-        "client: server started",
-        "client: container created",
-        "client: container started",
-        "client: container exited",
-        "client: output written",
-        "client: container deleted",
-        "client: server ended",
-    ] {
-        let bed = Bed::new(&["/bin/true"]).unwrap();
+    for step in FOREGROUND {
+        let bed = Bed::new(&["/bin/true"]);
         let output = bed.command().env("BULKHEAD_FAULT", step).output().unwrap();
         assert_eq!(output.status.signal(), Some(9), "{step}");
         bed.await_clean();
     }
     // In the background too, until it has let the container stay.
-    for step in [
-        "client: server started",
-        "client: stand-in forked",
-        "client: container created",
-        "client: container made",
-        "client: stand-in stands",
-    ] {
-        let bed = Bed::new(&["/bin/true"]).unwrap();
+    for step in BACKGROUND {
+        let bed = Bed::new(&["/bin/true"]);
         let output = finish(bed.bulkhead().args(CREATE).env("BULKHEAD_FAULT", step));
         assert_eq!(output.status.signal(), Some(9), "{step}");
         bed.await_clean();
@@ -235,8 +178,8 @@ fn a_client_that_is_killed_at_any_step_takes_its_sandbox_along() {
 
 #[test]
 fn a_client_that_is_killed_on_its_way_into_a_container_leaves_that_alone() {
-    let Some(bed) = running("") else { return };
-    for step in ["client: process described", "client: process started"] {
+    let bed = running("");
+    for step in EXECUTING {
         for detach in [&["--detach"][..], &[]] {
             let mut exec = bed.bulkhead();
             exec.arg("exec").args(detach).args(["c1", "/bin/true"]);
@@ -249,13 +192,13 @@ fn a_client_that_is_killed_on_its_way_into_a_container_leaves_that_alone() {
 }
 
 /// A container that runs.
-pub fn running(mode: &'static str) -> Option<Bed> {
-    let bed = Bed::new(&["/bin/sleep", "1000"])?.mode(mode);
+pub fn running(mode: &'static str) -> Bed {
+    let bed = Bed::new(&["/bin/sleep", "1000"]).mode(mode);
     for words in [CREATE, &["start", "c1"]] {
         let output = bed.about(words);
         assert!(output.status.success(), "{}", text(&output.stderr));
     }
-    Some(bed)
+    bed
 }
 
 /// Stops a process, which answers nothing from then on.
@@ -275,7 +218,7 @@ fn who_waits_for_a_process_is_told_why_it_is_lost() {
         ("fake-vmm", "VMM was killed by SIGKILL"),
         (SERVER_PROGRAM, "the sandbox server ended unexpectedly"),
     ] {
-        let Some(bed) = running("") else { return };
+        let bed = running("");
         let mut client = bed.bulkhead();
         let mut client = client
             .args(["exec", "c1", "/bin/sh", "-c", "echo ready; exec sleep 1000"])
@@ -302,6 +245,43 @@ fn who_waits_for_a_process_is_told_why_it_is_lost() {
     }
 }
 
+#[test]
+fn who_asks_a_server_that_ends_over_it_is_told_where_to_look_and_what_to_do() {
+    for (step, words) in [
+        ("server: VMM started", CREATE),
+        ("server: signal delivered", &["kill", "c1", "KILL"][..]),
+        ("server: process described", &["exec", "c1", "/bin/true"]),
+        ("server: process described", DETACH),
+    ] {
+        let bed = Bed::new(&["/bin/sleep", "1000"]);
+        let faulty =
+            |words: &[&str]| finish(bed.bulkhead().args(words).env("BULKHEAD_FAULT", step));
+        let log = bed.path("state/c1/server.log");
+        let (output, expected) = if words == CREATE {
+            (faulty(CREATE), "it said nothing; try again with --debug")
+        } else {
+            for words in [CREATE, &["start", "c1"]] {
+                let output = faulty(words);
+                assert!(output.status.success(), "{}", text(&output.stderr));
+            }
+            (bed.about(words), log.to_str().unwrap())
+        };
+        assert!(!output.status.success(), "{step}");
+        assert_told(&output, step);
+        let said = text(&output.stderr);
+        assert!(
+            said.contains("the sandbox server ended unexpectedly"),
+            "{said}"
+        );
+        assert!(said.contains(expected), "{said}");
+        assert!(
+            words == CREATE || said.contains("`bulkhead delete --force c1`"),
+            "{said}"
+        );
+        delete_at_once(&bed, Duration::from_secs(5));
+    }
+}
+
 pub const SERVER_PROGRAM: &str = "containerd-shim-bulkhead-v2";
 
 /// Deletes by force, in a time in which nothing can have been waited for that does not come.
@@ -316,8 +296,8 @@ fn delete_at_once(bed: &Bed, limit: Duration) {
 
 #[test]
 fn a_server_that_answers_nothing_is_done_without() {
-    let Some(bed) = running("") else { return };
-    let other = running("").unwrap();
+    let bed = running("");
+    let other = running("");
     stop(bed.pid_of(SERVER_PROGRAM));
     assert_eq!(status(&bed), "running");
     let list = bed.about(&["list", "--quiet"]);
@@ -331,9 +311,7 @@ fn a_server_that_answers_nothing_is_done_without() {
 
 #[test]
 fn an_id_is_taken_until_its_container_is_deleted_even_if_its_server_was_killed() {
-    let Some(bed) = Bed::new(&["/bin/sleep", "1000"]) else {
-        return;
-    };
+    let bed = Bed::new(&["/bin/sleep", "1000"]);
     let ended = bed.path("ended");
     bed.spec(|spec| {
         spec["process"]["args"] = json!(["/bin/sleep", "1000"]);
@@ -364,7 +342,7 @@ fn an_id_is_taken_until_its_container_is_deleted_even_if_its_server_was_killed()
 
 #[test]
 fn a_container_whose_stand_in_has_ended_has_stopped_even_if_its_server_does_not_say_so() {
-    let Some(bed) = running("") else { return };
+    let bed = running("");
     let state = bed.about(&["state", "c1"]);
     let state: Value = serde_json::from_slice(&state.stdout).unwrap();
     stop(bed.pid_of(SERVER_PROGRAM));
@@ -376,7 +354,7 @@ fn a_container_whose_stand_in_has_ended_has_stopped_even_if_its_server_does_not_
 
 #[test]
 fn a_vmm_that_does_nothing_is_deleted_at_once() {
-    let Some(bed) = running("") else { return };
+    let bed = running("");
     stop(bed.pid_of("fake-vmm"));
     assert_eq!(status(&bed), "running");
     delete_at_once(&bed, Duration::from_secs(5));
@@ -384,9 +362,7 @@ fn a_vmm_that_does_nothing_is_deleted_at_once() {
 
 #[test]
 fn a_guest_that_does_not_let_its_container_be_killed_is_killed_with_it() {
-    let Some(bed) = running("unwilling") else {
-        return;
-    };
+    let bed = running("unwilling");
     let killed = bed.about(&["kill", "c1", "KILL"]);
     assert!(killed.status.success(), "{}", text(&killed.stderr));
     await_end(&bed, "kill");
@@ -397,9 +373,7 @@ fn a_guest_that_does_not_let_its_container_be_killed_is_killed_with_it() {
 
 #[test]
 fn a_process_whose_stand_in_was_killed_is_given_up_by_a_guest_that_answers_nothing() {
-    let Some(bed) = running("unwilling") else {
-        return;
-    };
+    let bed = running("unwilling");
     let pid_file = bed.path("pid");
     let mut exec = bed.bulkhead();
     exec.args(["exec", "--detach", "--pid-file"]).arg(&pid_file);
@@ -424,11 +398,9 @@ fn a_process_whose_stand_in_was_killed_is_given_up_by_a_guest_that_answers_nothi
 
 #[test]
 fn a_guest_that_answers_nothing_is_deleted_at_once() {
-    let Some(bed) = running("unwilling") else {
-        return;
-    };
+    let bed = running("unwilling");
     delete_at_once(&bed, Duration::from_secs(5));
-    let bed = Bed::new(&["/bin/true"]).unwrap().mode("slow create");
+    let bed = Bed::new(&["/bin/true"]).mode("slow create");
     let mut create = bed.bulkhead();
     let create = create
         .args(CREATE)
@@ -460,9 +432,7 @@ fn the_hosts_oom_killer_sees_the_vmm_as_it_would_see_the_container_and_spares_th
         _ => own.min(-998),
     };
     for (given, expected) in [(Some(321), 321), (None, own)] {
-        let Some(bed) = Bed::new(&["/bin/true"]) else {
-            return;
-        };
+        let bed = Bed::new(&["/bin/true"]);
         bed.spec(|spec| {
             spec["process"]["args"] = json!(["/bin/sleep", "1000"]);
             if let Some(given) = given {

@@ -4,6 +4,7 @@ use std::io::Read;
 use std::process::{ChildStdin, Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
 
+use bulkhead_e2e::steps::ASKING_AGAIN;
 use bulkhead_e2e::watch;
 
 use crate::Running;
@@ -26,24 +27,18 @@ fn assert_failed(output: &Output, code: i32, what: &str, expected: &str) {
 }
 
 /// A container that is being made.
-fn in_the_making(words: &[&str]) -> Option<(Bed, JoinHandle<Output>)> {
-    let bed = Bed::new(&["/bin/true"])?.mode("slow create");
+fn in_the_making(words: &[&str]) -> (Bed, JoinHandle<Output>) {
+    let bed = Bed::new(&["/bin/true"]).mode("slow create");
     let command = spawn(&bed, words);
     watch::until(&bed.path(""), &[], || bed.path("state/c1/vsock").exists());
-    Some((bed, command))
+    (bed, command)
 }
 
 #[test]
 fn a_server_that_stops_answering_while_it_makes_a_container_ends_with_what_it_made() {
     // All three at once: each takes the time in which an answer might still come.
     let commands = [CREATE, &["run", "--detach", "c1"], &["run", "c1"]];
-    let Some(made) = commands
-        .map(in_the_making)
-        .into_iter()
-        .collect::<Option<Vec<_>>>()
-    else {
-        return;
-    };
+    let made = commands.map(in_the_making);
     for (bed, _) in &made {
         stop(bed.pid_of(SERVER_PROGRAM));
     }
@@ -56,7 +51,7 @@ fn a_server_that_stops_answering_while_it_makes_a_container_ends_with_what_it_ma
 
 #[test]
 fn a_server_that_answers_nothing_executes_nothing() {
-    let Some(bed) = running("") else { return };
+    let bed = running("");
     stop(bed.pid_of(SERVER_PROGRAM));
     for words in [
         &["exec", "--detach", "c1", "/bin/true"][..],
@@ -72,7 +67,7 @@ fn a_server_that_answers_nothing_executes_nothing() {
 #[test]
 fn a_signal_that_a_server_does_not_take_ends_the_command_in_the_foreground() {
     let args = ["/bin/sh", "-c", "echo ready; exec sleep 1000"];
-    let Some(bed) = Bed::new(&args) else { return };
+    let bed = Bed::new(&args);
     let (command, _stdout) = crate::start(&bed);
     stop(bed.pid_of(SERVER_PROGRAM));
     command.signal(nix::sys::signal::Signal::SIGTERM);
@@ -107,10 +102,8 @@ fn exec(bed: &Bed, script: &str) -> Command {
 #[test]
 fn a_server_that_does_not_tell_of_an_end_is_given_up_once_the_output_has_ended() {
     let script = "echo ready; read line; exit 3";
-    let Some(bed) = Bed::new(&["/bin/sh", "-c", script]) else {
-        return;
-    };
-    let other = running("").unwrap();
+    let bed = Bed::new(&["/bin/sh", "-c", script]);
+    let other = running("");
     // Both at once: each takes the time in which an answer might still come.
     let commands = [
         (&bed, bed.command(), 1, "did not answer and was killed"),
@@ -132,16 +125,13 @@ fn a_server_that_does_not_tell_of_an_end_is_given_up_once_the_output_has_ended()
 
 #[test]
 fn a_process_that_closes_its_output_and_lives_on_is_waited_for_as_its_server_answers() {
-    let Some(bed) = running("") else { return };
+    let bed = running("");
     let script = "echo ready; exec >/dev/null 2>&1; read line; exit 3";
     let mut command = exec(&bed, script);
     // At this step its children are killed, of which it has none: so it goes on, and the log tells that it was there.
     let asked = bed.path("asked");
     command
-        .env(
-            "BULKHEAD_FAULT",
-            "children at client: server answered after the output",
-        )
+        .env("BULKHEAD_FAULT", format!("children at {ASKING_AGAIN}"))
         .env("BULKHEAD_FAULT_LOG", &asked);
     let (command, stdin) = in_the_foreground(command);
     watch::until(&bed.path(""), &[], || asked.exists());
@@ -154,9 +144,7 @@ fn a_process_that_closes_its_output_and_lives_on_is_waited_for_as_its_server_ans
 
 #[test]
 fn a_guest_that_greets_and_then_says_nothing_is_given_up() {
-    let Some(bed) = Bed::new(&["/bin/true"]) else {
-        return;
-    };
+    let bed = Bed::new(&["/bin/true"]);
     let bed = bed.mode("mute");
     assert_failed(
         &bed.about(CREATE),
@@ -169,9 +157,7 @@ fn a_guest_that_greets_and_then_says_nothing_is_given_up() {
 
 #[test]
 fn a_guest_that_is_long_about_it_and_answers_is_waited_for() {
-    let Some(bed) = Bed::new(&["/bin/true"]) else {
-        return;
-    };
+    let bed = Bed::new(&["/bin/true"]);
     let bed = bed.mode("late create");
     let output = bed.about(CREATE);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -183,9 +169,7 @@ fn a_guest_that_is_long_about_it_and_answers_is_waited_for() {
 #[test]
 fn a_container_that_is_said_to_have_stopped_can_be_deleted_at_once() {
     for round in 0..30 {
-        let Some(bed) = Bed::new(&["/bin/sh", "-c", "exit 3"]) else {
-            return;
-        };
+        let bed = Bed::new(&["/bin/sh", "-c", "exit 3"]);
         for words in [CREATE, &["start", "c1"]] {
             let output = bed.about(words);
             assert!(output.status.success(), "{}", text(&output.stderr));
@@ -194,7 +178,7 @@ fn a_container_that_is_said_to_have_stopped_can_be_deleted_at_once() {
             // It may have ended by now.
             let _ = bed.about(&["kill", "c1", "KILL"]);
         }
-        while status(&bed) != "stopped" {}
+        watch::until(&bed.path(""), &bed.pids(), || status(&bed) == "stopped");
         let deleted = bed.about(&["delete", "c1"]);
         assert!(deleted.status.success(), "{}", text(&deleted.stderr));
         bed.await_clean();
@@ -203,7 +187,7 @@ fn a_container_that_is_said_to_have_stopped_can_be_deleted_at_once() {
 
 #[test]
 fn a_stopped_container_can_be_deleted_though_its_server_answers_nothing() {
-    let Some(bed) = running("") else { return };
+    let bed = running("");
     assert!(bed.about(&["kill", "c1", "KILL"]).status.success());
     watch::until(&bed.path(""), &bed.pids(), || status(&bed) == "stopped");
     stop(bed.pid_of(SERVER_PROGRAM));

@@ -19,7 +19,7 @@ pub fn measure() -> anyhow::Result<()> {
     let summary = tempfile::NamedTempFile::new()?;
     let bundle = Bundle::busybox(&["true"]);
     let mut tracer = strace(&summary);
-    tracer.arg(bulkhead().get_program());
+    tracer.arg(bulkhead());
     let status = run_command(tracer, &bundle)
         .stdin(Stdio::null())
         .status()

@@ -5,8 +5,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::run_command;
-use bulkhead_e2e::container::{bulkhead, runc};
+use bulkhead_e2e::command::{bulkhead, run_command, runc};
 use serde_json::json;
 
 use crate::table::{Comparison, Goal, Measure};

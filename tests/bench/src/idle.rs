@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, ensure};
 use bulkhead_e2e::bundle::Bundle;
@@ -29,7 +29,7 @@ impl IdleSandbox {
             std::env::temp_dir().join(format!("bulkhead-bench-{}.toml", std::process::id()));
         fs::write(&config, format!("memory_mib = {GUEST_MIB}\n"))?;
         let bundle = Bundle::shell("echo ready; exec sleep 100000");
-        let mut command = bulkhead();
+        let mut command = Command::new(bulkhead());
         command.arg("--config").arg(&config);
         let mut sandbox = Self {
             client: start(run_command(command, &bundle).stdin(Stdio::null())),
@@ -54,11 +54,4 @@ impl Drop for IdleSandbox {
         processes::wait_for_end(&self.pids);
         let _ = fs::remove_file(&self.config);
     }
-}
-
-/// The name of a process or thread, by its folder in /proc.
-pub fn name(folder: &str) -> anyhow::Result<String> {
-    Ok(fs::read_to_string(format!("{folder}/comm"))?
-        .trim()
-        .to_owned())
 }

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::container::{Container, bulkhead, runc};
+use bulkhead_e2e::command::{bulkhead, runc};
+use bulkhead_e2e::container::Container;
 
 use crate::table::{Comparison, Goal, Measure};
 

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use bulkhead_e2e::dist;
+use bulkhead_e2e::{dist, processes};
 
-use crate::idle::{GUEST_MIB, IdleSandbox, name};
+use crate::idle::{GUEST_MIB, IdleSandbox};
 use crate::table::{median, print};
 
 /// Starts idle sandboxes and prints the proportional set size (PSS) of each process, guest memory apart.
@@ -15,7 +15,7 @@ pub fn measure(rounds: usize) -> anyhow::Result<()> {
     for _ in 0..rounds {
         let sandbox = IdleSandbox::start()?;
         for &pid in &sandbox.pids {
-            let name = name(&format!("/proc/{pid}"))?;
+            let name = processes::comm(&format!("/proc/{pid}"))?;
             let pss = Pss::of(&fs::read_to_string(format!("/proc/{pid}/smaps"))?);
             let mut add = |what, kib| sizes.entry(what).or_default().push(kib as f64);
             add(format!("{name}, without guest memory"), pss.own_kib);

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::{bulkhead, run_command, runtime};
+use bulkhead_e2e::command::{bulkhead, run_command};
 use bulkhead_e2e::{dist, initramfs};
 use serde_json::Value;
 
@@ -57,11 +57,11 @@ pub fn measure(
             Ok(())
         };
         for name in ["runc", "crun"] {
-            measure(name, &mut run_command(runtime(name), &bundle))?;
+            measure(name, &mut run_command(Command::new(name), &bundle))?;
         }
-        let mut ours = run_command(bulkhead(), &bundle);
+        let mut ours = run_command(Command::new(bulkhead()), &bundle);
         measure("bulkhead", ours.arg("--timeline").arg(&timeline))?;
-        let mut booting = run_command(bulkhead(), &bundle);
+        let mut booting = run_command(Command::new(bulkhead()), &bundle);
         measure(
             "bulkhead, booting",
             booting.env("BULKHEAD_CONFIG", &no_templates),

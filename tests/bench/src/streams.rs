@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::command::run_command;
-use bulkhead_e2e::container::{Container, bulkhead, runc};
+use bulkhead_e2e::command::{bulkhead, run_command, runc};
+use bulkhead_e2e::container::Container;
 
 use crate::files::with_helper;
 use crate::life::alternate;

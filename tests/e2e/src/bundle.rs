@@ -93,6 +93,14 @@ impl Bundle {
         Self::busybox(&["sh", "-c", script])
     }
 
+    /// A bundle whose container says that it is ready, and does nothing until it is told to end (SIGTERM, exit code 5) or to say something
+    /// (SIGUSR1).
+    pub fn idle() -> Self {
+        Self::shell(
+            "trap 'exit 5' TERM; trap 'echo usr1' USR1; echo ready; while :; do sleep 1000 & wait $!; done",
+        )
+    }
+
     /// The bundle's folder.
     pub fn path(&self) -> &Path {
         self.folder.path()

@@ -1,9 +1,9 @@
 //! Calling the programs under test.
 
-use std::ffi::OsStr;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -51,13 +51,13 @@ pub fn fresh_id() -> String {
 }
 
 /// `bulkhead` of the build under test.
-pub fn bulkhead() -> Command {
-    Command::new(dist().join("bin/bulkhead"))
+pub fn bulkhead() -> PathBuf {
+    dist().join("bin/bulkhead")
 }
 
-/// The same command line for a runtime to compare with, `runc` or `bulkhead`.
-pub fn runtime(program: impl AsRef<OsStr>) -> Command {
-    Command::new(program)
+/// Debian's runc, to compare with: it has the same command line.
+pub fn runc() -> PathBuf {
+    "runc".into()
 }
 
 /// `<runtime> run --bundle BUNDLE ID`, config.json written first.
@@ -73,7 +73,7 @@ pub fn run_command(mut runtime: Command, bundle: &Bundle) -> Command {
 
 /// Runs a bundle to its end with no input.
 pub fn run(bundle: &Bundle) -> Ended {
-    finish(run_command(bulkhead(), bundle).stdin(Stdio::null()))
+    finish(run_command(Command::new(bulkhead()), bundle).stdin(Stdio::null()))
 }
 
 /// Runs a bundle to its end with some input.
@@ -81,7 +81,7 @@ pub fn run(bundle: &Bundle) -> Ended {
 /// # Panics
 /// When the command can't be started.
 pub fn run_with_input(bundle: &Bundle, input: &[u8]) -> Ended {
-    let mut child = start(run_command(bulkhead(), bundle).stdin(Stdio::piped()));
+    let mut child = start(run_command(Command::new(bulkhead()), bundle).stdin(Stdio::piped()));
     let mut stdin = child.stdin.take().unwrap();
     std::thread::scope(|scope| {
         // A container that ends early closes the pipe: not an error of the test.

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io::{IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
+use std::process::{Child, Command};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{OpenptyResult, Winsize, openpty};
@@ -16,6 +18,7 @@ const PATIENCE_MS: u16 = 30_000;
 
 mod ioctl {
     nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, nix::pty::Winsize);
+    nix::ioctl_write_int_bad!(set_controlling_terminal, libc::TIOCSCTTY);
 }
 
 /// Where a runtime sends the master of a container's terminal.
@@ -94,6 +97,25 @@ impl Console {
             seen: String::new(),
         };
         (console, slave.into())
+    }
+
+    /// Starts a command as a login does: on its own standard streams, and in a session whose controlling terminal this is, so that it is
+    /// told of a new size.
+    ///
+    /// # Panics
+    /// When it can't be started.
+    pub fn start(terminal: &File, command: &mut Command) -> Child {
+        let stream = || terminal.try_clone().unwrap();
+        command.stdin(stream()).stdout(stream()).stderr(stream());
+        // SAFETY: two system calls between fork and exec, on standard input, which is the terminal by then.
+        unsafe {
+            command.pre_exec(|| {
+                nix::unistd::setsid()?;
+                ioctl::set_controlling_terminal(libc::STDIN_FILENO, 0)?;
+                Ok(())
+            });
+        }
+        command.spawn().unwrap()
     }
 
     /// Types.

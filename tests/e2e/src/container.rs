@@ -13,17 +13,6 @@ use tempfile::TempDir;
 
 use crate::bundle::Bundle;
 use crate::command::{Ended, finish, fresh_id};
-use crate::dist;
-
-/// `bulkhead` of the build under test.
-pub fn bulkhead() -> PathBuf {
-    dist().join("bin/bulkhead")
-}
-
-/// Debian's runc, to compare with.
-pub fn runc() -> PathBuf {
-    "runc".into()
-}
 
 /// A runtime under another command line: `script` is what a shell runs in its place, with the runtime's arguments. It lies in `folder`.
 ///
@@ -182,6 +171,16 @@ impl<'a> Container<'a> {
         let mut command = Command::new(&self.runtime);
         command.args(before).arg(&self.id).args(after);
         command
+    }
+
+    /// `update` to `resources`, the spec's `linux.resources`.
+    ///
+    /// # Panics
+    /// When it can't be run.
+    pub fn update(&self, resources: &Value) -> Ended {
+        let file = self.files.path().join("resources");
+        fs::write(&file, resources.to_string()).unwrap();
+        self.command(&["update", "--resources", file.to_str().unwrap()])
     }
 
     /// `exec` of a program.

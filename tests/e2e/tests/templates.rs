@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bulkhead_e2e::bundle::Bundle;
@@ -38,7 +39,7 @@ impl Templates {
     /// Runs a bundle, and tells whether its guest was made from a template.
     fn run(&self, bundle: &Bundle, flags: &[&str]) -> (Ended, bool) {
         let timeline = self.0.path().join("timeline.json");
-        let mut command = bulkhead();
+        let mut command = Command::new(bulkhead());
         command
             .arg("--config")
             .arg(self.0.path().join("config.toml"))
@@ -64,7 +65,7 @@ fn steps(timeline: &Path) -> Vec<String> {
 
 #[test]
 fn guests_of_one_template_have_their_own_files_clock_and_random_numbers() {
-    let host = Host::now();
+    let _unchanged = Host::unchanged();
     let templates = Templates::new();
     let script = "cat /name; cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; \
                   head -c 16 /dev/urandom | md5sum; busybox date +%s; touch /made";
@@ -91,7 +92,6 @@ fn guests_of_one_template_have_their_own_files_clock_and_random_numbers() {
     seen.sort();
     seen.dedup();
     assert_eq!(seen.len(), total, "guests draw the same numbers: {seen:?}");
-    host.assert_nothing_new();
 }
 
 #[test]

@@ -6,7 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bulkhead_e2e::bundle::Bundle;
-use bulkhead_e2e::container::{Container, bulkhead, reap_all, wrapped};
+use bulkhead_e2e::command::bulkhead;
+use bulkhead_e2e::container::{Container, reap_all, wrapped};
 use bulkhead_e2e::leaks::Host;
 
 /// Every system call by which a thread can wait for time to pass.

@@ -25,7 +25,7 @@ use self::template::NewTemplate;
 use crate::boot;
 use crate::bus::Bus;
 use crate::cmdline::{self, CmdlineError};
-use crate::control::{AttachConfig, BootConfig};
+use crate::control::{AttachConfig, BootConfig, ShareConfig};
 use crate::cpuid;
 use crate::end::EndSignal;
 use crate::layout;
@@ -162,6 +162,7 @@ pub struct Machine {
     end: Arc<EndSignal>,
     timeline: Arc<Timeline>,
     subscribers: Vec<QueueSubscriber>,
+    many_files: Vec<EventFd>,
     template: Option<NewTemplate>,
 }
 
@@ -251,6 +252,7 @@ impl Machine {
             end,
             timeline,
             subscribers: Vec::new(),
+            many_files: Vec::new(),
             template: None,
         };
         for device in devices {
@@ -295,7 +297,7 @@ impl Machine {
                 let rng = Rng::new();
                 Device::served(rng.handler(), rng)
             }
-            AttachConfig::Fs(share) => Device::own_threads(Fs::new(share)?),
+            AttachConfig::Fs(share) => Device::share(share)?,
         };
         self.plug(device)
     }
@@ -308,6 +310,11 @@ impl Machine {
     /// Subscribers for the event loop, of the devices added since the last call.
     pub fn take_subscribers(&mut self) -> Vec<QueueSubscriber> {
         std::mem::take(&mut self.subscribers)
+    }
+
+    /// Of the shares added since the last call: readable when the guest holds many files of one.
+    pub fn take_many_files(&mut self) -> Vec<EventFd> {
+        std::mem::take(&mut self.many_files)
     }
 
     /// Puts a device into the first empty slot.
@@ -346,6 +353,7 @@ impl Machine {
                 .map_err(MachineError::Event)?;
             self.subscribers.push(QueueSubscriber::new(kicks, handler));
         }
+        self.many_files.extend(device.many_files);
         info!("virtio {} at {base:#x}", transport.name());
         *lock(slot) = Some(transport);
         Ok(base)
@@ -357,6 +365,8 @@ struct Device {
     virtio: Box<dyn VirtioDevice>,
     /// Set for a device whose queues the event loop serves.
     handler: Option<Arc<Mutex<dyn QueueHandler>>>,
+    /// Set for a share: readable when the guest holds many of its files.
+    many_files: Option<EventFd>,
 }
 
 impl Device {
@@ -364,13 +374,24 @@ impl Device {
         Self {
             virtio: Box::new(device),
             handler: None,
+            many_files: None,
         }
+    }
+
+    fn share(config: &ShareConfig) -> Result<Self, MachineError> {
+        let fs = Fs::new(config)?;
+        let many_files = fs.many_files().try_clone().map_err(MachineError::Event)?;
+        Ok(Self {
+            many_files: Some(many_files),
+            ..Self::own_threads(fs)
+        })
     }
 
     fn served(handler: Arc<Mutex<dyn QueueHandler>>, device: impl VirtioDevice + 'static) -> Self {
         Self {
             virtio: Box::new(device),
             handler: Some(handler),
+            many_files: None,
         }
     }
 }
@@ -379,7 +400,7 @@ impl Device {
 fn devices(config: &BootConfig) -> Result<Vec<Device>, MachineError> {
     let mut devices = vec![Device::own_threads(vsock(&config.vsock_path)?)];
     if let Some(share) = &config.share {
-        devices.push(Device::own_threads(Fs::new(share)?));
+        devices.push(Device::share(share)?);
     }
     let console = Console::new();
     devices.push(Device::served(console.handler(), console));

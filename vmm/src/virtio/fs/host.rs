@@ -9,11 +9,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use fuse_backend_rs::file_buf::FileVolatileSlice;
 use fuse_backend_rs::file_traits::FileReadWriteVolatile;
 use nix::fcntl::{OFlag, open, openat};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::{
-    CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, DEBUGFS_MAGIC, PROC_SUPER_MAGIC, SECURITYFS_MAGIC,
-    TRACEFS_MAGIC, fstatfs,
+    CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, DEBUGFS_MAGIC, OVERLAYFS_SUPER_MAGIC,
+    PROC_SUPER_MAGIC, SECURITYFS_MAGIC, TRACEFS_MAGIC, fstatfs,
 };
+use nix::sys::statvfs::FsFlags;
+use nix::time::{ClockId, clock_gettime};
 
 /// Largest extended attribute or list of names (`XATTR_SIZE_MAX`).
 const XATTR_MAX: usize = 65536;
@@ -73,6 +76,47 @@ pub fn metadata(fd: BorrowedFd<'_>) -> io::Result<Metadata> {
         stat,
         mount: buffer.stx_mnt_id,
     })
+}
+
+/// The time by the clock that the kernel stamps files with.
+pub fn now() -> (i64, i64) {
+    // It can't fail; at the dawn of time nothing is old enough.
+    clock_gettime(ClockId::CLOCK_REALTIME_COARSE)
+        .map_or((i64::MIN, 0), |now| (now.tv_sec(), now.tv_nsec()))
+}
+
+/// What is true of all files on a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Place {
+    /// They are overlayfs's: their numbers may be those of a file below it.
+    pub overlay: bool,
+    /// They can't be written to.
+    pub readonly: bool,
+}
+
+impl Place {
+    /// The place of a file.
+    pub fn of(fd: BorrowedFd<'_>) -> Self {
+        fstatfs(fd).map_or_else(
+            |_| Self::default(),
+            |system| Self {
+                overlay: system.filesystem_type() == OVERLAYFS_SUPER_MAGIC,
+                readonly: system.flags().contains(FsFlags::ST_RDONLY),
+            },
+        )
+    }
+}
+
+/// Whether two files are one to the host's kernel, whatever their numbers: then it has one watch for both. Takes a while (10 ms and
+/// more), most of it for the end of the watches, which are too few on a host to be kept.
+pub fn is_same_inode(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<bool> {
+    let watches = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    let watch = |fd: BorrowedFd<'_>| -> io::Result<WatchDescriptor> {
+        let flags = AddWatchFlags::IN_DELETE_SELF;
+        // The working directory is `/proc/self/fd`; the kernel's own link is followed, and nothing behind it.
+        Ok(watches.add_watch(name_of(fd)?.as_c_str(), flags)?)
+    };
+    Ok(watch(one)? == watch(other)?)
 }
 
 /// Whether a file is one that a kernel makes up when it is read, and whose size says nothing.

@@ -3,7 +3,7 @@
 //! All of this is per thread. The guest's kernel has checked permissions (the driver mounts with `default_permissions`), so the
 //! thread works as the VMM's own user, and takes the caller's identity only where a new file gets its owner from it.
 //! Its capabilities stay meanwhile: the guest has let the caller in by a supplementary group perhaps, of which the
-//! protocol says nothing.
+//! protocol says nothing. They are those that files of any owner take, and no others: procfs may be among what is shared.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -13,7 +13,8 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, fchdir, getegid, geteuid, setfsgid, setfsuid};
 
-/// Prepares the calling thread: its own working directory and umask, and capabilities that survive a change of identity.
+/// Prepares the calling thread: its own working directory and umask, and the few capabilities of [`KEPT`], which survive a change of
+/// identity.
 ///
 /// The working directory becomes `proc_self_fd` (an open `/proc/self/fd`), where extended attributes are reached by
 /// descriptor: those system calls take no descriptors without access rights (`O_PATH`).
@@ -22,7 +23,7 @@ pub fn prepare_thread(proc_self_fd: BorrowedFd<'_>) -> io::Result<()> {
     umask(Mode::empty());
     fchdir(proc_self_fd)?;
     keep_capabilities();
-    Ok(())
+    drop_other_capabilities()
 }
 
 fn keep_capabilities() {
@@ -41,6 +42,29 @@ fn keep_capabilities() {
             );
         });
     }
+}
+
+/// What files of any owner take, by the numbers of capabilities(7). Not among them, as containers haven't them either unless they are
+/// given: what opens other processes' memory (`CAP_SYS_PTRACE`), what goes beyond quotas and into reserved blocks
+/// (`CAP_SYS_RESOURCE`), and what an administrator may do (`CAP_SYS_ADMIN`).
+const KEPT: u64 = 1 << 0 // CAP_CHOWN
+    | 1 << 1 // CAP_DAC_OVERRIDE
+    | 1 << 3 // CAP_FOWNER
+    | 1 << CAP_FSETID
+    | 1 << 6 // CAP_SETGID: whose a new file is
+    | 1 << 7 // CAP_SETUID
+    | 1 << 27 // CAP_MKNOD
+    | 1 << 31; // CAP_SETFCAP
+
+/// Drops all capabilities that a file-system thread has no use for.
+fn drop_other_capabilities() -> io::Result<()> {
+    let mut data = capget()?;
+    for (data, kept) in data.iter_mut().zip([KEPT as u32, (KEPT >> 32) as u32]) {
+        data.permitted &= kept;
+        data.effective &= kept;
+        data.inheritable = 0;
+    }
+    capset(&data)
 }
 
 thread_local! {

@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`worker`] | the threads that serve the queues |
+//! | [`requests`] | what the library that decodes requests does not know |
 //! | [`share`] | the file system, with everything a hostile guest could try |
 //! | [`tables`] | inodes and open files that the guest knows, within a budget |
 //! | [`host`] | the system calls behind it |
@@ -14,6 +15,7 @@
 
 mod host;
 mod identity;
+mod requests;
 mod share;
 mod tables;
 #[cfg(test)]
@@ -24,20 +26,18 @@ use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
-use fuse_backend_rs::api::server::Server;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
+use vmm_sys_util::eventfd::EventFd;
 
 use self::share::Share;
-use self::worker::{Channel, Stop, Worker};
+use self::worker::{Channel, Crew};
 use super::driver_queue::DriverQueue;
 use super::{ActivateError, Activation, VirtioDevice};
 use crate::control::ShareConfig;
-use crate::thread::Kind;
 
 /// Length of each queue. A driver's requests are at most as long as the queue, less a few headers: a megabyte is 256 pages.
 const QUEUE_SIZE: u16 = 512;
@@ -45,8 +45,6 @@ const QUEUE_SIZE: u16 = 512;
 const TAG_LEN: usize = 36;
 /// Most request queues.
 const MAX_QUEUES: u8 = 8;
-/// Threads for each request queue.
-const THREADS_PER_QUEUE: u8 = 2;
 /// Descriptors that are left to the rest of the VMM, if there are as many.
 const RESERVED_DESCRIPTORS: usize = 4096;
 
@@ -75,17 +73,12 @@ pub struct Fs {
     share: Arc<Share>,
     config: Vec<u8>,
     queue_sizes: Vec<u16>,
-    running: Option<Running>,
-}
-
-struct Running {
-    stop: Arc<Stop>,
-    threads: Vec<JoinHandle<()>>,
+    running: Option<Arc<Crew>>,
 }
 
 impl Fs {
-    /// Shares a directory tree. Raises the process's limit of open files to the most it may: the guest holds one for each file
-    /// that it has in its caches.
+    /// Shares a directory tree. Raises the process's limit of open files to the most it may: each file that the guest has in its caches
+    /// takes one.
     pub fn new(config: &ShareConfig) -> Result<Self, FsError> {
         let tag = config.tag.as_bytes();
         if tag.is_empty() || tag.len() > TAG_LEN || tag.contains(&0) {
@@ -94,8 +87,9 @@ impl Fs {
         if config.queues == 0 || config.queues > MAX_QUEUES {
             return Err(FsError::Queues(config.queues));
         }
-        let share = descriptor_budget()
-            .and_then(|budget| Share::new(&config.directory, budget))
+        let files = usize::try_from(config.files).unwrap_or(usize::MAX);
+        let share = most_descriptors()
+            .and_then(|most| Share::new(&config.directory, files.min(most)))
             .map_err(|source| FsError::Directory {
                 directory: config.directory.clone(),
                 source,
@@ -111,11 +105,20 @@ impl Fs {
             running: None,
         })
     }
+
+    #[cfg(test)]
+    fn threads(&self) -> usize {
+        self.running.as_ref().map_or(0, |crew| crew.len())
+    }
+
+    /// Readable when the guest holds many files and should be asked to forget those that it does not use.
+    pub fn many_files(&self) -> &EventFd {
+        self.share.many_files()
+    }
 }
 
-/// How many descriptors the guest's files may take: what the host allows any process (`fs.nr_open`) as far as this one may, for every
-/// file that the guest has cached takes one.
-fn descriptor_budget() -> io::Result<usize> {
+/// How many descriptors the guest's files may take at most: what the host allows any process (`fs.nr_open`) as far as this one may.
+fn most_descriptors() -> io::Result<usize> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let most = fs::read_to_string("/proc/sys/fs/nr_open")
         .ok()
@@ -164,36 +167,13 @@ impl VirtioDevice for Fs {
             let queue = DriverQueue::new(queue, activation.features, "fs");
             channels.push(Channel::new(queue).map_err(ActivateError::Worker)?);
         }
-        let stop = Stop::new().map_err(ActivateError::Worker)?;
-        let server = Arc::new(Server::new(self.share.clone()));
-        // The first queue carries little but forgotten inodes: the first thread takes it on.
-        let high_priority = channels.remove(0);
-        let mut running = Running {
-            stop,
-            threads: Vec::new(),
-        };
-        for index in 0..channels.len() as u8 * THREADS_PER_QUEUE {
-            let mut served = vec![channels[usize::from(index / THREADS_PER_QUEUE)].clone()];
-            if index == 0 {
-                served.push(high_priority.clone());
-            }
-            let worker = Worker {
-                channels: served,
-                stop: running.stop.clone(),
-                memory: activation.memory.clone(),
-                interrupt: activation.interrupt.clone(),
-                share: self.share.clone(),
-                server: server.clone(),
-            };
-            match worker.spawn(Kind::Fs(index)) {
-                Ok(thread) => running.threads.push(thread),
-                Err(error) => {
-                    running.end();
-                    return Err(ActivateError::Worker(error));
-                }
-            }
-        }
-        self.running = Some(running);
+        let crew = Crew::start(
+            channels,
+            activation.memory,
+            activation.interrupt,
+            self.share.clone(),
+        );
+        self.running = Some(crew.map_err(ActivateError::Worker)?);
         Ok(())
     }
 
@@ -202,19 +182,6 @@ impl VirtioDevice for Fs {
         if let Some(running) = self.running.take() {
             running.end();
             self.share.clear();
-        }
-    }
-}
-
-impl Running {
-    fn end(self) {
-        self.stop.set();
-        for thread in self.threads {
-            if thread.join().is_err() {
-                tracing::error!("a file-system thread had panicked");
-                #[cfg(test)]
-                assert!(std::thread::panicking(), "a file-system thread panicked");
-            }
         }
     }
 }

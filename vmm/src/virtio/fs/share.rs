@@ -34,12 +34,13 @@ use nix::sys::stat::{
 use nix::sys::time::TimeSpec;
 use nix::unistd::{
     Gid, Uid, UnlinkatFlags, Whence, fchownat, fdatasync, fsync, ftruncate, linkat, lseek,
-    symlinkat, unlinkat,
+    symlinkat, syncfs, unlinkat,
 };
+use vmm_sys_util::eventfd::EventFd;
 
 use super::host::{self, FileIo, Metadata, ProcSelfFd, name_of, xattr};
 use super::identity::{AsCaller, WithoutFsetid};
-use super::tables::{Budget, Handle, Handles, Inode, Inodes, Stamp};
+use super::tables::{Budget, Handle, Handles, Inode, Inodes, Permit, Stamp};
 use crate::sync::lock;
 
 /// How long the guest may believe names and attributes without asking again.
@@ -52,7 +53,7 @@ const OPEN_FLAGS: i32 =
 
 /// What the protocol offers and this file system wants. Not among it: locks (the guest's kernel keeps them), write-back caching (the
 /// host's view would lag), lookups of `.` and `..`.
-const WANTED: FsOptions = FsOptions::ASYNC_READ
+pub const WANTED: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::ATOMIC_O_TRUNC)
     .union(FsOptions::BIG_WRITES)
     .union(FsOptions::DONT_MASK)
@@ -81,10 +82,10 @@ impl Share {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let root = open(directory, flags, Mode::empty())?;
         let metadata = host::metadata(root.as_fd())?;
-        let budget = Budget::new(descriptors);
+        let budget = Budget::new(descriptors)?;
         Ok(Self {
             proc_self_fd: ProcSelfFd::open()?,
-            devices: Mutex::new(HashMap::from([(metadata.stat.st_dev, 0)])),
+            devices: Mutex::new(HashMap::from([(metadata.stat.st_dev, 1)])),
             inodes: Inodes::new(root, &metadata, budget.clone())?,
             handles: Handles::new(budget),
         })
@@ -93,6 +94,21 @@ impl Share {
     /// Where descriptors are opened again.
     pub fn proc_self_fd(&self) -> &ProcSelfFd {
         &self.proc_self_fd
+    }
+
+    /// Readable when the guest holds many files and should be asked to forget those that it does not use.
+    pub fn many_files(&self) -> &EventFd {
+        self.inodes.budget().many()
+    }
+
+    /// How long the guest may believe a name. Linux forgets a file of a virtio-fs at its last use if its name is not to be believed at
+    /// all, so a guest that finds files faster than it can be asked to forget them goes on with those that it uses.
+    fn name_time(&self) -> Duration {
+        if self.inodes.budget().is_scarce() {
+            Duration::ZERO
+        } else {
+            CACHE_TIME
+        }
     }
 
     /// Forgets everything the guest knows and has opened.
@@ -107,10 +123,14 @@ impl Share {
     }
 
     /// The inode number that the guest sees. To it the tree is one device, so the devices' numbers have to be told apart: programs
-    /// take two files with equal numbers for one.
+    /// take two files with equal numbers for one. Nothing is changed for the first device below the shared directory's own: where that
+    /// is but a place for mounts, it is the root file system's, and programs without support for large files can't be told of longer numbers.
     fn shown_inode(&self, dev: u64, ino: u64) -> u64 {
         let mut devices = lock(&self.devices);
-        let next = devices.len() as u64;
+        let next = match devices.len() {
+            1 => 0,
+            known => known as u64,
+        };
         let index = *devices.entry(dev).or_insert(next);
         ino ^ (index << 48)
     }
@@ -121,23 +141,41 @@ impl Share {
         stat
     }
 
-    fn entry(&self, fd: OwnedFd) -> io::Result<Entry> {
+    /// What the guest is told of a file that `parent` names.
+    fn entry(
+        &self,
+        fd: OwnedFd,
+        parent: &Inode,
+        name: &CStr,
+        permit: Option<Permit>,
+    ) -> io::Result<Entry> {
         let metadata = host::metadata(fd.as_fd())?;
-        let inode = self.inodes.look_up(fd, &metadata)?;
+        let inode = self.inodes.look_up(fd, &metadata, parent, name, permit)?;
         Ok(Entry {
             inode: inode.id,
             generation: 0,
             attr: self.shown(&metadata),
             attr_flags: 0,
             attr_timeout: CACHE_TIME,
-            entry_timeout: CACHE_TIME,
+            entry_timeout: self.name_time(),
         })
     }
 
     /// Looks up a checked name.
     fn look_up(&self, parent: &Inode, name: &CStr) -> io::Result<Entry> {
+        self.look_up_with(parent, name, None)
+    }
+
+    /// The same of a file that was just made, with the permit that was taken before.
+    fn look_up_with(
+        &self,
+        parent: &Inode,
+        name: &CStr,
+        permit: Option<Permit>,
+    ) -> io::Result<Entry> {
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        self.entry(openat(parent, name, flags, Mode::empty())?)
+        let fd = openat(parent, name, flags, Mode::empty())?;
+        self.entry(fd, parent, name, permit)
     }
 
     /// Opens a regular file for reading or writing.
@@ -159,15 +197,69 @@ impl Share {
     }
 
     /// Whether the guest may keep the pages that it has of a file which it opens, and whether it is to have any at all.
-    fn open_options(inode: &Inode, fd: &OwnedFd) -> OpenOptions {
-        match host::metadata(fd.as_fd()) {
+    fn open_options(&self, inode: &Inode, fd: &OwnedFd) -> OpenOptions {
+        let now = host::now();
+        let Ok(metadata) = host::metadata(fd.as_fd()) else {
+            return OpenOptions::empty();
+        };
+        self.inodes.renumber(inode, &metadata);
+        if metadata.stat.st_size == 0 && host::is_made_up(fd.as_fd()) {
             // What a kernel makes up when it is read has no size, and a cache would end there.
-            Ok(metadata) if metadata.stat.st_size == 0 && host::is_made_up(fd.as_fd()) => {
-                OpenOptions::DIRECT_IO
-            }
-            Ok(metadata) if inode.unchanged(Stamp::from(&metadata)) => OpenOptions::KEEP_CACHE,
-            _ => OpenOptions::empty(),
+            OpenOptions::DIRECT_IO
+        } else if inode.unchanged(Stamp::new(&metadata, now)) {
+            OpenOptions::KEEP_CACHE
+        } else {
+            OpenOptions::empty()
         }
+    }
+
+    /// Writes back what the file systems that the guest knows of have in memory. All are tried; the first error is returned.
+    pub fn sync(&self) -> io::Result<()> {
+        let write_back = |inode: &Inode| -> io::Result<()> {
+            let fd = if inode.kind == libc::S_IFDIR {
+                let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+                self.proc_self_fd.reopen(inode.as_fd(), flags)?
+            } else {
+                self.open_file(inode, libc::O_RDONLY as u32, false)?
+            };
+            Ok(syncfs(fd)?)
+        };
+        let mut result = Ok(());
+        for inode in self.inodes.file_systems() {
+            result = result.and(write_back(&inode));
+        }
+        result
+    }
+
+    /// Sets an extended attribute of a file, and clears its set-group-ID bit if the guest asks for that: it alone knows all groups of
+    /// the caller.
+    pub fn set_attribute(
+        &self,
+        inode: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        kill_sgid: bool,
+    ) -> io::Result<()> {
+        let inode = self.inodes.get(inode)?;
+        xattr::set(inode.as_fd(), shared_attribute(name)?, value, flags)?;
+        let metadata = host::metadata(inode.as_fd())?;
+        self.inodes.renumber(&inode, &metadata);
+        let mode = metadata.stat.st_mode;
+        if kill_sgid && mode & libc::S_ISGID != 0 {
+            fchmodat(
+                &self.proc_self_fd,
+                name_of(inode.as_fd())?.as_c_str(),
+                Mode::from_bits_truncate(mode & 0o7777 & !libc::S_ISGID),
+                FchmodatFlags::FollowSymlink,
+            )?;
+        }
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub fn file_systems(&self) -> Vec<Arc<Inode>> {
+        self.inodes.file_systems()
     }
 
     fn directory(&self, inode: u64, handle: u64) -> io::Result<(Arc<Inode>, Arc<Handle>)> {
@@ -266,7 +358,9 @@ impl FileSystem for Share {
         _handle: Option<u64>,
     ) -> io::Result<(libc::stat64, Duration)> {
         let inode = self.inodes.get(inode)?;
-        Ok((self.shown(&host::metadata(inode.as_fd())?), CACHE_TIME))
+        let metadata = host::metadata(inode.as_fd())?;
+        self.inodes.renumber(&inode, &metadata);
+        Ok((self.shown(&metadata), CACHE_TIME))
     }
 
     fn setattr(
@@ -348,11 +442,12 @@ impl FileSystem for Share {
     ) -> io::Result<Entry> {
         let parent = self.inodes.get(parent)?;
         let name = component(name)?;
+        let permit = self.inodes.permit()?;
         {
             let _caller = AsCaller::new(context, 0)?;
             symlinkat(target, &*parent, name)?;
         }
-        self.look_up(&parent, name)
+        self.look_up_with(&parent, name, Some(permit))
     }
 
     fn mknod(
@@ -366,6 +461,7 @@ impl FileSystem for Share {
     ) -> io::Result<Entry> {
         let parent = self.inodes.get(parent)?;
         let name = component(name)?;
+        let permit = self.inodes.permit()?;
         {
             let _caller = AsCaller::new(context, umask)?;
             mknodat(
@@ -376,7 +472,7 @@ impl FileSystem for Share {
                 rdev.into(),
             )?;
         }
-        self.look_up(&parent, name)
+        self.look_up_with(&parent, name, Some(permit))
     }
 
     fn mkdir(
@@ -389,11 +485,12 @@ impl FileSystem for Share {
     ) -> io::Result<Entry> {
         let parent = self.inodes.get(parent)?;
         let name = component(name)?;
+        let permit = self.inodes.permit()?;
         {
             let _caller = AsCaller::new(context, umask)?;
             mkdirat(&*parent, name, Mode::from_bits_truncate(mode & 0o7777))?;
         }
-        self.look_up(&parent, name)
+        self.look_up_with(&parent, name, Some(permit))
     }
 
     fn unlink(&self, _context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
@@ -444,15 +541,21 @@ impl FileSystem for Share {
         let inode = self.inodes.get(inode)?;
         let parent = self.inodes.get(new_parent)?;
         let new_name = component(new_name)?;
+        let permit = self.inodes.permit()?;
+        // A link stays within a mount: the file has to be reached by that of the directory.
+        let there = inode.by_mount(parent.mount);
+        let file = there.as_ref().map_or(inode.as_fd(), |fd| fd.as_fd());
         // By the kernel's own link: by an empty path it would take CAP_DAC_READ_SEARCH.
         linkat(
             &self.proc_self_fd,
-            name_of(inode.as_fd())?.as_c_str(),
+            name_of(file)?.as_c_str(),
             &*parent,
             new_name,
             AtFlags::AT_SYMLINK_FOLLOW,
         )?;
-        self.look_up(&parent, new_name)
+        self.inodes
+            .renumber(&inode, &host::metadata(inode.as_fd())?);
+        self.look_up_with(&parent, new_name, Some(permit))
     }
 
     fn open(
@@ -465,7 +568,7 @@ impl FileSystem for Share {
         let inode = self.inodes.get(inode)?;
         let permit = self.handles.permit()?;
         let fd = self.open_file(&inode, flags, fuse_flags & FOPEN_IN_KILL_SUIDGID != 0)?;
-        let options = Self::open_options(&inode, &fd);
+        let options = self.open_options(&inode, &fd);
         let handle = self.handles.insert(inode.id, fd, permit);
         Ok((Some(handle), options, None))
     }
@@ -480,6 +583,7 @@ impl FileSystem for Share {
         let parent = self.inodes.get(parent)?;
         let name = component(name)?;
         let permit = self.handles.permit()?;
+        let permit_of_inode = self.inodes.permit()?;
         let flags = args.flags as i32;
         if flags & libc::O_ACCMODE == libc::O_ACCMODE {
             return Err(error(libc::EINVAL));
@@ -497,29 +601,15 @@ impl FileSystem for Share {
                 Mode::from_bits_truncate(args.mode & 0o7777),
             )
         };
-        let (entry, fd) = match new {
-            Ok(fd) => {
-                // The name may be someone else's by now; the descriptor is not.
-                let path = self.proc_self_fd.reopen(fd.as_fd(), OFlag::O_PATH)?;
-                (self.entry(path)?, fd)
-            }
-            Err(nix::Error::EEXIST) if flags & libc::O_EXCL == 0 => {
-                let entry = self.look_up(&parent, name)?;
-                let kill = args.fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
-                let opened = self
-                    .inodes
-                    .get(entry.inode)
-                    .and_then(|inode| self.open_file(&inode, args.flags, kill));
-                match opened {
-                    Ok(fd) => (entry, fd),
-                    Err(error) => {
-                        self.inodes.forget(entry.inode, 1);
-                        return Err(error);
-                    }
-                }
-            }
-            Err(error) => return Err(error.into()),
-        };
+        let fd = new.map_err(|failed| match failed {
+            // It was not there when the guest looked. What a creation opens Linux takes for new, and asks for no permissions; so it is to
+            // look up again, which it does at this answer.
+            nix::Error::EEXIST if flags & libc::O_EXCL == 0 => error(libc::ESTALE),
+            failed => failed.into(),
+        })?;
+        // The name may be someone else's by now; the descriptor is not.
+        let path = self.proc_self_fd.reopen(fd.as_fd(), OFlag::O_PATH)?;
+        let entry = self.entry(path, &parent, name, Some(permit_of_inode))?;
         let handle = self.handles.insert(entry.inode, fd, permit);
         Ok((entry, Some(handle), OpenOptions::empty(), None))
     }
@@ -581,7 +671,7 @@ impl FileSystem for Share {
 
     fn fallocate(
         &self,
-        _context: &Context,
+        context: &Context,
         inode: u64,
         handle: u64,
         mode: u32,
@@ -590,6 +680,8 @@ impl FileSystem for Share {
     ) -> io::Result<()> {
         let handle = self.handles.get(handle, inode)?;
         let mode = FallocateFlags::from_bits(mode as i32).ok_or_else(|| error(libc::EOPNOTSUPP))?;
+        // As for writes, but that the request does not say what the caller may; root is taken for one that may keep the bits.
+        let _privileges = WithoutFsetid::when(context.uid != 0)?;
         Ok(fallocate(&*handle, mode, offset as i64, length as i64)?)
     }
 
@@ -626,8 +718,7 @@ impl FileSystem for Share {
         value: &[u8],
         flags: u32,
     ) -> io::Result<()> {
-        let inode = self.inodes.get(inode)?;
-        xattr::set(inode.as_fd(), shared_attribute(name)?, value, flags)
+        self.set_attribute(inode, name, value, flags, false)
     }
 
     fn getxattr(
@@ -670,7 +761,10 @@ impl FileSystem for Share {
 
     fn removexattr(&self, _context: &Context, inode: u64, name: &CStr) -> io::Result<()> {
         let inode = self.inodes.get(inode)?;
-        xattr::remove(inode.as_fd(), shared_attribute(name)?)
+        xattr::remove(inode.as_fd(), shared_attribute(name)?)?;
+        self.inodes
+            .renumber(&inode, &host::metadata(inode.as_fd())?);
+        Ok(())
     }
 
     fn opendir(

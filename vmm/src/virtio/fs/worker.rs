@@ -1,12 +1,13 @@
 //! The threads that serve the request queues.
 //!
-//! A queue has several threads: Linux 6.1 sends every request through the first request queue, and one slow `fsync` must not hold
-//! up all others. They sleep on the queue's one notification; whoever wakes takes one request at a time, and wakes the next
-//! thread if there are more.
+//! Each thread serves every queue: Linux 6.1 sends all requests through the first request queue, and a few that are slow (an `fsync`, a
+//! file of a network that does not answer) must not hold up all others. The threads sleep on the queues' notifications; whoever
+//! wakes takes one request at a time, and wakes the next thread if there are more. The last one that was free starts another before it
+//! goes to work, so that a device has as many threads as it has had requests at once, and one more.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 
@@ -17,6 +18,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::identity;
+use super::requests::{self, Request};
 use super::share::Share;
 use crate::sync::lock;
 use crate::thread::{self, Kind};
@@ -38,32 +40,30 @@ pub struct Channel {
 
 impl Channel {
     /// Shares a queue.
-    pub fn new(queue: DriverQueue) -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self {
+    pub fn new(queue: DriverQueue) -> io::Result<Self> {
+        Ok(Self {
             kick: queue.kick().try_clone()?,
             queue: Mutex::new(queue),
-        }))
+        })
     }
 }
 
 /// The end of all threads: an event that is never read, so that one write wakes them all, and a flag for those that do not sleep. A
 /// guest that never stops asking must not keep the device from its reset.
-pub struct Stop {
+struct Stop {
     event: EventFd,
     flag: AtomicBool,
 }
 
 impl Stop {
-    /// Not yet.
-    pub fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
             event: EventFd::new(EFD_NONBLOCK)?,
             flag: AtomicBool::new(false),
-        }))
+        })
     }
 
-    /// Now.
-    pub fn set(&self) {
+    fn set(&self) {
         self.flag.store(true, Ordering::Release);
         // The counter is far from full, so the write succeeds.
         let _ = self.event.write(1);
@@ -74,25 +74,91 @@ impl Stop {
     }
 }
 
-/// One thread's work.
-pub struct Worker {
-    /// The queues that it serves.
-    pub channels: Vec<Arc<Channel>>,
-    /// Ends the thread.
-    pub stop: Arc<Stop>,
-    /// Guest memory.
-    pub memory: Memory,
-    /// The device's interrupt.
-    pub interrupt: Arc<Interrupt>,
-    /// The file system.
-    pub share: Arc<Share>,
-    /// Its FUSE server.
-    pub server: Arc<Server<Arc<Share>>>,
+/// Most threads of a device.
+const MAX_THREADS: usize = 16;
+
+/// The threads of a device, and what they share.
+pub struct Crew {
+    /// The queues, each served by every thread.
+    channels: Vec<Channel>,
+    stop: Stop,
+    memory: Memory,
+    interrupt: Arc<Interrupt>,
+    share: Arc<Share>,
+    server: Server<Arc<Share>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// How many of them do not serve a request.
+    free: AtomicUsize,
+    /// There will be no more of them.
+    complete: AtomicBool,
 }
 
-impl Worker {
-    /// Starts the thread. Returns once it serves, or with the reason why it can't.
-    pub fn spawn(self, kind: Kind) -> io::Result<JoinHandle<()>> {
+impl Crew {
+    /// Starts the first thread.
+    pub fn start(
+        channels: Vec<Channel>,
+        memory: Memory,
+        interrupt: Arc<Interrupt>,
+        share: Arc<Share>,
+    ) -> io::Result<Arc<Self>> {
+        let crew = Arc::new(Self {
+            channels,
+            stop: Stop::new()?,
+            memory,
+            interrupt,
+            server: Server::new(share.clone()),
+            share,
+            threads: Mutex::default(),
+            free: AtomicUsize::new(0),
+            complete: AtomicBool::new(false),
+        });
+        crew.hire()?;
+        Ok(crew)
+    }
+
+    /// Ends all threads, once what they are at is done.
+    pub fn end(&self) {
+        self.stop.set();
+        // None is started from now on.
+        let threads = std::mem::take(&mut *lock(&self.threads));
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a file-system thread had panicked");
+                #[cfg(test)]
+                assert!(std::thread::panicking(), "a file-system thread panicked");
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        lock(&self.threads).len()
+    }
+
+    /// Starts one more thread, if there may be more. Returns once it serves, or with the reason why it can't.
+    fn hire(self: &Arc<Self>) -> io::Result<()> {
+        if self.complete.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut threads = lock(&self.threads);
+        if self.stop.is_set() || threads.len() >= MAX_THREADS {
+            return Ok(());
+        }
+        self.free.fetch_add(1, Ordering::Relaxed);
+        match self.clone().spawn(Kind::Fs(threads.len() as u8)) {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                self.free.fetch_sub(1, Ordering::Relaxed);
+                return Err(error);
+            }
+        }
+        if threads.len() == MAX_THREADS {
+            self.complete.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn spawn(self: Arc<Self>, kind: Kind) -> io::Result<JoinHandle<()>> {
         let (tell, told) = mpsc::sync_channel(1);
         let thread = thread::spawn(kind, move || {
             let epoll = match self.prepare() {
@@ -125,7 +191,7 @@ impl Worker {
         Ok(epoll)
     }
 
-    fn serve(&self, epoll: &Epoll) -> io::Result<()> {
+    fn serve(self: &Arc<Self>, epoll: &Epoll) -> io::Result<()> {
         // The driver may have filled its queues before the thread was there.
         for channel in &self.channels {
             self.drain(channel);
@@ -151,7 +217,7 @@ impl Worker {
     }
 
     /// Serves a queue until it is empty.
-    fn drain(&self, channel: &Channel) {
+    fn drain(self: &Arc<Self>, channel: &Channel) {
         loop {
             if self.stop.is_set() {
                 return;
@@ -173,10 +239,22 @@ impl Worker {
                 let _ = channel.kick.write(1);
             }
             let head = chain.head_index();
+            self.set_to_work();
             let len = self.handle(mem, chain);
+            self.free.fetch_add(1, Ordering::Relaxed);
             let mut queue = lock(&channel.queue);
             queue.complete(mem, head, len);
             queue.notify(mem, &self.interrupt);
+        }
+    }
+
+    /// The calling thread is not free any more. If it was the last one, another is started.
+    fn set_to_work(self: &Arc<Self>) {
+        if self.free.fetch_sub(1, Ordering::Relaxed) == 1
+            && let Err(error) = self.hire()
+        {
+            self.complete.store(true, Ordering::Relaxed);
+            tracing::warn!(%error, "cannot start another file-system thread; slow files may hold up others");
         }
     }
 
@@ -196,9 +274,26 @@ impl Worker {
             tracing::debug!("a file-system request is too long");
             return 0;
         }
+        let flags = match Request::of(&reader) {
+            Some(Request::SyncFs(header)) => {
+                return requests::answer(writer, &header, self.share.sync());
+            }
+            Some(Request::SetAttribute(header, body)) => {
+                let done = requests::set_attribute(&self.share, header.nodeid, body);
+                return requests::answer(writer, &header, done);
+            }
+            Some(Request::Init(flags)) => Some(flags),
+            None => None,
+        };
+        let reply = flags.map(|flags| (flags, writer.clone()));
         let writer = Writer::VirtioFs(writer);
         match self.server.handle_message(reader, writer, None, None) {
-            Ok(len) => u32::try_from(len).unwrap_or(0),
+            Ok(len) => {
+                if let Some((flags, reply)) = reply {
+                    requests::correct_flags(reply, flags);
+                }
+                u32::try_from(len).unwrap_or(0)
+            }
             Err(error) => {
                 // A forgotten inode has no reply; nor has a request that makes no sense.
                 tracing::debug!(%error, "a file-system request can't be answered");
