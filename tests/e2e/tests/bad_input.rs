@@ -16,7 +16,6 @@ use serde_json::{Value, json};
 /// One sentence on stderr, with every one of these words; exit code 1, as runc's; nothing on stdout.
 #[track_caller]
 fn assert_refused(case: &str, ended: &Ended, words: &[&str]) {
-    eprintln!("MESSAGE {case}: {}", ended.stderr.trim());
     assert_eq!(ended.code, 1, "{case}: {ended:?}");
     assert_eq!(
         ended.stderr.trim().lines().count(),
