@@ -54,7 +54,7 @@ impl Container {
         let joiner = {
             // Frozen for a signal's sake it is not paused.
             let _alone = self.freezer.lock().await;
-            self.fork_joiner(&process, ends, size, reaper)?
+            self.fork_joiner(&process, &request.cgroup, ends, size, reaper)?
         };
         fault::point("exec-forked");
         let executed = joiner.execute(&process, streams, reaper).await;
@@ -101,6 +101,7 @@ impl Container {
     fn fork_joiner(
         &self,
         process: &Process,
+        cgroup: &str,
         ends: ProcessEnds,
         terminal: Option<Size>,
         reaper: &Reaper,
@@ -118,6 +119,9 @@ impl Container {
         if let Some(maps) = &self.plan.id_maps {
             user_namespace::give_streams(&ends, maps)?;
         }
+        let below = (!cgroup.is_empty())
+            .then(|| self.cgroup.below(cgroup))
+            .transpose()?;
         let job = Job {
             id: &self.id,
             process,
@@ -129,11 +133,14 @@ impl Container {
             terminal,
             socket: theirs.as_fd(),
         };
+        let into = below
+            .as_ref()
+            .map_or_else(|| self.cgroup.dir(), |below| below.as_fd());
         // SAFETY: the agent has one thread, and the child goes into `joiner::run`, which never returns.
-        let forked = match unsafe { sys::fork_into(0, self.cgroup.dir()) } {
+        let forked = match unsafe { sys::fork_into(0, into) } {
             // A container that has divided its cgroup among others can have no processes in it; its init is in one of
             // them, as systemd's is.
-            Err(errno @ (Errno::EBUSY | Errno::EOPNOTSUPP)) => {
+            Err(errno @ (Errno::EBUSY | Errno::EOPNOTSUPP)) if below.is_none() => {
                 match self.cgroup.below_of(self.init.pid.as_raw())? {
                     // SAFETY: as above.
                     Some(below) => unsafe { sys::fork_into(0, below.as_fd()) },

@@ -12,7 +12,7 @@ pub mod limits;
 pub use generated::{agent, agent_ttrpc};
 
 /// Version of this API. The two ends refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// Vsock port on the host (CID 2) that the agent dials once it is ready to serve.
 pub const CONTROL_PORT: u32 = 1024;

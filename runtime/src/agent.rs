@@ -250,12 +250,14 @@ impl Agent {
         exec_id: &str,
         process_json: Vec<u8>,
         stdio: Stdio,
+        cgroup: String,
     ) -> Result<u32, AgentError> {
         let request = ExecProcessRequest {
             container_id: id.to_owned(),
             exec_id: exec_id.to_owned(),
             process_json,
             stdio: Some(stdio).into(),
+            cgroup,
             ..Default::default()
         };
         let answer = self

@@ -3,9 +3,11 @@
 mod files;
 mod limits;
 mod stats;
+mod tree;
 
 use std::fs;
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
@@ -20,7 +22,8 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
 use self::files::{flat_keyed, read};
-use crate::error::{Context, Error, Kind, Result, errno_of};
+use crate::error::{Context, Error, Kind, Result};
+use crate::sys;
 
 pub use bulkhead_protocol::limits::is_list;
 pub use files::EventFile;
@@ -31,6 +34,11 @@ const FREEZE_TIME: Duration = Duration::from_secs(10);
 
 /// What a kernel without /sys/kernel/cgroup/delegate lets a user own (cgroups(7), "Delegating").
 const DELEGATED: &str = "cgroup.procs\ncgroup.subtree_control\ncgroup.threads\n";
+
+/// How deep a container may nest cgroups in its own, and how many it may make there: far more than systemd makes for a machine, and no
+/// more than the agent, with its one thread for all containers, can look through.
+const MOST_LEVELS: &str = "64";
+const MOST_BELOW: &str = "4096";
 
 /// Where containers' cgroups are.
 #[derive(Debug)]
@@ -104,11 +112,22 @@ impl Cgroup {
         let dir = open(&path, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
             .what(|| "cannot open the container's cgroup");
         match dir {
-            Ok(dir) => Ok(Self {
-                path,
-                dir,
-                removed: AtomicBool::new(false),
-            }),
+            Ok(dir) => {
+                for (file, most) in [
+                    ("cgroup.max.depth", MOST_LEVELS),
+                    ("cgroup.max.descendants", MOST_BELOW),
+                ] {
+                    // One without that bound costs others no more than time.
+                    if let Err(error) = write_file(&path.join(file), most) {
+                        tracing::warn!(file, %error, "a container's cgroups are not bounded");
+                    }
+                }
+                Ok(Self {
+                    path,
+                    dir,
+                    removed: AtomicBool::new(false),
+                })
+            }
             Err(error) => {
                 let _ = fs::remove_dir(&path);
                 Err(error)
@@ -161,20 +180,14 @@ impl Cgroup {
 
     /// The processes in it and below it: a container may divide its cgroup.
     pub fn processes(&self) -> Result<Vec<i32>> {
-        let what = || "cannot list the container's processes";
         let mut processes = Vec::new();
-        for cgroup in self.subtree().what(what)? {
-            match fs::read_to_string(cgroup.join("cgroup.procs")) {
-                Ok(list) => {
-                    processes.extend(list.lines().filter_map(|line| line.parse::<i32>().ok()))
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                // A threaded cgroup; the processes of its threads are in the list of the domain above.
-                Err(error) if errno_of(&error) == Errno::EOPNOTSUPP => {}
-                Err(error) => return Err(error).what(what),
-            }
-        }
-        Ok(processes)
+        let visited = tree::visit::<()>(self.dir(), &mut |cgroup| {
+            processes.append(&mut tree::processes(cgroup)?);
+            Ok(ControlFlow::Continue(()))
+        });
+        visited
+            .map(|_| processes)
+            .what(|| "cannot list the container's processes")
     }
 
     /// Whether a process is in it or below it.
@@ -186,62 +199,45 @@ impl Cgroup {
         paths.any(|path| Path::new(path).iter().any(|part| Some(part) == own))
     }
 
+    /// The cgroup below at `path`.
+    pub fn below(&self, path: &str) -> Result<OwnedFd> {
+        // `/` is the container's own. What is no directory is no cgroup.
+        let relative = format!("./{path}/.");
+        sys::open_below(self.dir(), relative.as_bytes()).map_err(|errno| match errno {
+            Errno::ENOENT | Errno::ENOTDIR => Error::setup(
+                Kind::NotFound,
+                format!("cgroup {path}: the container has none of that path below its own: make it in the container first"),
+            ),
+            Errno::EXDEV => Error::Request(format!(
+                "cgroup {path}: it leads out of the container's own cgroup: name one below"
+            )),
+            errno => Error::system(format!("cannot open the cgroup {path}"), errno),
+        })
+    }
+
     /// The cgroup below that a process is in.
     pub fn below_of(&self, pid: i32) -> Result<Option<OwnedFd>> {
-        let what = || "cannot find the cgroup of the container's init";
-        for cgroup in self.subtree().what(what)? {
-            let list = files::read(&cgroup.join("cgroup.procs")).what(what)?;
-            let lists = |list: &str| list.lines().any(|line| line.parse() == Ok(pid));
-            if list.as_deref().is_some_and(lists) {
-                return open(
-                    &cgroup,
-                    OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-                    Mode::empty(),
-                )
-                .map(Some)
-                .what(what);
+        let found = tree::visit(self.dir(), &mut |cgroup| {
+            if tree::processes(cgroup)?.contains(&pid) {
+                return Ok(ControlFlow::Break(cgroup.try_clone_to_owned()?));
             }
-        }
-        Ok(None)
+            Ok(ControlFlow::Continue(()))
+        });
+        Ok(found
+            .what(|| "cannot find the cgroup of the container's init")?
+            .break_value())
     }
 
     /// Removes it with everything below, which must be empty of processes.
     pub fn remove(&self) -> Result<()> {
-        let what = || "cannot remove the container's cgroup";
-        for cgroup in self.subtree().what(what)?.iter().rev() {
-            match fs::remove_dir(cgroup) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(error).what(what);
-                }
-                _ => {}
-            }
-        }
+        tree::remove_below(self.dir())
+            .and_then(|()| match fs::remove_dir(&self.path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            })
+            .what(|| "cannot remove the container's cgroup")?;
         self.removed.store(true, Ordering::Relaxed);
         Ok(())
-    }
-
-    /// It and the cgroups below it, parents before children. None if it is gone.
-    fn subtree(&self) -> io::Result<Vec<PathBuf>> {
-        let mut found = vec![self.path.clone()];
-        let mut next = 0;
-        while let Some(cgroup) = found.get(next) {
-            let entries = match fs::read_dir(cgroup) {
-                // Gone since it was found, or with it all.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    found.remove(next);
-                    continue;
-                }
-                entries => entries?,
-            };
-            for entry in entries {
-                let entry = entry?;
-                if entry.file_type()?.is_dir() {
-                    found.push(entry.path());
-                }
-            }
-            next += 1;
-        }
-        Ok(found)
     }
 
     /// Waits until the last process has left it.

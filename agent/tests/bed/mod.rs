@@ -302,7 +302,19 @@ impl Bed {
         process: &Value,
         stdio: Stdio,
     ) -> Result<u32, (Code, String)> {
+        self.exec_below(id, exec_id, "", process, stdio).await
+    }
+
+    pub async fn exec_below(
+        &self,
+        id: &str,
+        exec_id: &str,
+        cgroup: &str,
+        process: &Value,
+        stdio: Stdio,
+    ) -> Result<u32, (Code, String)> {
         let request = ExecProcessRequest {
+            cgroup: cgroup.to_owned(),
             container_id: id.to_owned(),
             exec_id: exec_id.to_owned(),
             process_json: serde_json::to_vec(process).unwrap(),

@@ -1073,7 +1073,48 @@ pub async fn a_container_that_divides_its_cgroup_can_still_be_joined() {
         .exec_output("box", &bed.process("cat /proc/self/cgroup"))
         .await;
     assert_eq!(output, "0::/init\n");
+    let own = bed.process("mkdir /sys/fs/cgroup/leaf");
+    bed.exec_output("box", &own).await;
+    let process = bed.process("cat /proc/self/cgroup");
+    bed.exec_below("box", "below", "/leaf", &process, all_pipes())
+        .await
+        .unwrap();
+    let mut stdout = bed.stream_of("box", "below", StreamKind::STDOUT).await;
+    let _stderr = bed.stream_of("box", "below", StreamKind::STDERR).await;
+    let mut output = String::new();
+    stdout.read_to_string(&mut output).await.unwrap();
+    assert_eq!(output, "0::/leaf\n");
+    for (path, code) in [
+        ("/", Code::INTERNAL),
+        ("gone", Code::NOT_FOUND),
+        ("leaf/../..", Code::INVALID_ARGUMENT),
+    ] {
+        let refused = bed
+            .exec_below("box", "refused", path, &process, Stdio::default())
+            .await;
+        assert_eq!(refused.unwrap_err().0, code, "{path}");
+    }
     bed.delete("box").await.unwrap();
+}
+
+pub async fn a_container_that_nests_cgroups_without_end_can_be_deleted() {
+    let bed = Bed::new().await;
+    let name = "x".repeat(200);
+    let script = format!(
+        "cd /sys/fs/cgroup; n=0; while [ $n -lt 1000 ] && mkdir {name} 2>/dev/null; do cd -P {name}; n=$((n+1)); done; \
+         echo $n; exec sleep 1000"
+    );
+    let mut spec = bed.spec(&script);
+    spec["mounts"][6]["options"] = json!(["nosuid", "noexec", "nodev"]);
+    bed.create("box", &spec, all_pipes()).await.unwrap();
+    let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+    let _stderr = bed.stream("box", StreamKind::STDERR).await;
+    bed.start("box").await.unwrap();
+    let mut levels = [0; 3];
+    stdout.read_exact(&mut levels).await.unwrap();
+    assert_eq!(&levels, b"64\n");
+    bed.delete("box").await.unwrap();
+    assert_eq!(bed.cgroups(), 0);
 }
 
 pub async fn streams_of_an_exec_close_both_ways() {

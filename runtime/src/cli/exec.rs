@@ -72,7 +72,7 @@ pub struct ExecArgs {
     /// Number of further descriptors to hand over, from 3 on: pipes, connected stream sockets, files or terminals
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
-    /// Cgroup below the container's; only its own is possible
+    /// Cgroup below the container's to execute the process in
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<String>,
     /// Wait for a paused container to be resumed, and execute the process then
@@ -99,23 +99,35 @@ pub fn exec(invocation: &Invocation, args: &ExecArgs) -> anyhow::Result<i32> {
 
 fn run(invocation: &Invocation, args: &ExecArgs) -> anyhow::Result<i32> {
     let descriptors = Descriptors::for_exec(args.preserve_fds)?;
-    if let Some(path) = args.cgroup.iter().find(|path| *path != "/") {
-        bail!(
-            "--cgroup {path}: a process of a container in a VM runs in the container's own cgroup; leave it out"
-        );
-    }
+    let cgroup = cgroup(&args.cgroup)?;
     let known = Known::find(invocation, args.target.id())?;
     let process = process(&known, args)?;
     if args.detach {
-        detached(&known, args, process, descriptors)
+        detached(&known, args, process, cgroup, descriptors)
     } else {
         if args.console_socket.is_some() {
             bail!(
                 "--console-socket is for a process in the background: add --detach or leave it out"
             );
         }
-        foreground(&known, args, process, descriptors)
+        foreground(&known, args, process, cgroup, descriptors)
     }
+}
+
+/// The one `--cgroup`: with cgroup version 2, a guest's, there are no controllers that could be named each.
+fn cgroup(given: &[String]) -> anyhow::Result<String> {
+    let path = match given {
+        [] => return Ok(String::new()),
+        [path] => path,
+        _ => bail!("--cgroup may be given once: a process is in one cgroup of the guest"),
+    };
+    if let Some((controllers, path)) = path.split_once(':') {
+        bail!(
+            "--cgroup {controllers}:{path}: the guest has cgroup version 2, where controllers have no cgroups of their own: \
+             give the path alone"
+        );
+    }
+    Ok(path.clone())
 }
 
 /// The process's description: a file's, or the container's own changed by the flags.
@@ -256,6 +268,7 @@ fn foreground(
     known: &Known,
     args: &ExecArgs,
     process: Map<String, Value>,
+    cgroup: String,
     descriptors: Descriptors,
 ) -> anyhow::Result<i32> {
     let foreground = Foreground::enter(has_terminal(&process))?;
@@ -265,6 +278,7 @@ fn foreground(
         client: Some(std::process::id()),
         terminal_size: foreground.size.or_else(|| console_size(&process)),
         descriptors: descriptors.flows(),
+        cgroup,
         ignore_paused: args.ignore_paused,
     };
     let json = with_options(process, &options)?;
@@ -327,6 +341,7 @@ fn detached(
     known: &Known,
     args: &ExecArgs,
     process: Map<String, Value>,
+    cgroup: String,
     descriptors: Descriptors,
 ) -> anyhow::Result<i32> {
     let pair = Pair::for_background(
@@ -357,6 +372,7 @@ fn detached(
         client: None,
         terminal_size: console_size(&process),
         descriptors: flows,
+        cgroup,
         ignore_paused: args.ignore_paused,
     };
     let json = with_options(process, &options)?;

@@ -63,6 +63,8 @@ pub struct Exec {
     pub ignore_paused: bool,
     /// What it has from descriptor 3 on.
     pub descriptors: Vec<crate::stdio::Flow>,
+    /// The cgroup below the container's that it is to be in, by its path from there; empty for the container's own.
+    pub cgroup: String,
     /// Its life.
     pub process: Arc<Process>,
     /// Set by who starts it, or sees that it will never be.

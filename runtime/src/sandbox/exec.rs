@@ -40,6 +40,8 @@ pub struct ExecOptions {
     pub terminal_size: Option<TerminalSize>,
     /// What the process has from descriptor 3 on.
     pub descriptors: Vec<Flow>,
+    /// The cgroup below the container's that it is to be in, by its path from there; empty for the container's own.
+    pub cgroup: String,
     /// Whether it may be described while the container is paused; it then starts when that goes on.
     pub ignore_paused: bool,
 }
@@ -73,6 +75,7 @@ impl Sandbox {
             size: options.terminal_size,
             ignore_paused: options.ignore_paused,
             descriptors: options.descriptors,
+            cgroup: options.cgroup,
             process,
             started: OnceLock::new(),
         };
@@ -198,7 +201,13 @@ impl Sandbox {
         let agent = machine.agent().await?;
         let stdio = exec.process.stdio.for_agent(exec.size, &exec.descriptors);
         let answer = agent
-            .exec(container.id.as_str(), exec_id, exec.spec.clone(), stdio)
+            .exec(
+                container.id.as_str(),
+                exec_id,
+                exec.spec.clone(),
+                stdio,
+                exec.cgroup.clone(),
+            )
             .await;
         machine.explain(answer).await?;
         exec.process.started();

@@ -101,6 +101,20 @@ impl Bundle {
         )
     }
 
+    /// Lets the container write its cgroup, and limits its processes to 50.
+    ///
+    /// # Panics
+    /// When the configuration has no cgroup mount.
+    pub fn with_own_cgroups(&mut self) {
+        let mounts = self.config["mounts"].as_array_mut().unwrap();
+        let cgroups = mounts
+            .iter_mut()
+            .find(|mount| mount["type"] == "cgroup")
+            .unwrap();
+        cgroups["options"] = json!(["nosuid", "noexec", "nodev", "relatime", "rw"]);
+        self.config["linux"]["resources"]["pids"] = json!({"limit": 50});
+    }
+
     /// The bundle's folder.
     pub fn path(&self) -> &Path {
         self.folder.path()

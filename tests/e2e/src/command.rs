@@ -12,6 +12,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::bundle::Bundle;
 use crate::dist;
+use crate::leaks::Host;
 
 /// How a command ended, and what it said.
 #[derive(Debug)]
@@ -74,6 +75,25 @@ pub fn run_command(mut runtime: Command, bundle: &Bundle) -> Command {
 /// Runs a bundle to its end with no input.
 pub fn run(bundle: &Bundle) -> Ended {
     finish(run_command(Command::new(bulkhead()), bundle).stdin(Stdio::null()))
+}
+
+/// Runs the bundle under runc and under Bulkhead; standard output and exit code must be the same, and nothing left.
+///
+/// # Panics
+/// When they differ.
+#[track_caller]
+pub fn assert_same_as_runc(bundle: &Bundle) {
+    let theirs = finish(run_command(Command::new(runc()), bundle).stdin(Stdio::null()));
+    let unchanged = Host::unchanged();
+    let ours = run(bundle);
+    assert_eq!(
+        (ours.code, ours.stdout.as_str()),
+        (theirs.code, theirs.stdout.as_str()),
+        "bulkhead (left) and runc (right) differ; stderr of bulkhead: {}, of runc: {}",
+        ours.stderr,
+        theirs.stderr
+    );
+    unchanged.at_once("run");
 }
 
 /// Runs a bundle to its end with some input.

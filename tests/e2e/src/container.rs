@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use crate::bundle::Bundle;
 use crate::command::{Ended, finish, fresh_id};
+use crate::watch;
 
 /// A runtime under another command line: `script` is what a shell runs in its place, with the runtime's arguments. It lies in `folder`.
 ///
@@ -212,6 +213,15 @@ impl<'a> Container<'a> {
     /// What it has written so far.
     pub fn stdout(&self) -> String {
         fs::read_to_string(self.files.path().join("stdout")).unwrap()
+    }
+
+    /// Waits until it has written `text`.
+    ///
+    /// # Panics
+    /// When that takes too long.
+    #[track_caller]
+    pub fn await_output(&self, text: &str) {
+        watch::until(self.files(), &[], || self.stdout().contains(text));
     }
 
     /// What it, and `create`, have written on standard error so far.

@@ -6,11 +6,18 @@ use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
 
 use crate::dist;
 
 /// How long an ordered end may take at most, on an emulated CPU.
 const DEADLINE_MS: u16 = 60_000;
+
+/// Whether there is a process of this pid.
+pub fn exists(pid: Pid) -> bool {
+    kill(pid, None).is_ok()
+}
 
 /// Pids of the processes whose executable belongs to the build under test.
 pub fn of_the_build_under_test() -> Vec<u32> {
