@@ -5,7 +5,9 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use bulkhead_protocol::agent::{WaitOomRequest, WaitOomResponse};
+use bulkhead_protocol::agent::{
+    ContainerStatsRequest, ContainerStatsResponse, WaitOomRequest, WaitOomResponse,
+};
 use bulkhead_protocol::agent_ttrpc::Agent;
 use bulkhead_runtime::sandbox::{Create, CreateOptions, Exec, Sandbox, SandboxError};
 use bulkhead_runtime::stdio::{Stdio, TerminalSize};
@@ -336,7 +338,7 @@ impl Task for TaskService {
     }
 }
 
-/// The one call of the agent's API that the Task API has nothing for, passed on.
+/// The calls of the agent's API that the Task API has nothing for, or less, passed on.
 #[async_trait]
 impl Agent for TaskService {
     async fn wait_oom(
@@ -349,5 +351,14 @@ impl Agent for TaskService {
             kills: kills.await.map_err(|error| rpc_error(&error))?,
             ..Default::default()
         })
+    }
+
+    async fn container_stats(
+        &self,
+        _ctx: &TtrpcContext,
+        request: ContainerStatsRequest,
+    ) -> ttrpc::Result<ContainerStatsResponse> {
+        let stats = self.sandbox.stats(&request.container_id).await;
+        stats.map_err(|error| rpc_error(&error))
     }
 }

@@ -2,20 +2,19 @@
 
 use std::os::unix::net::UnixStream;
 
-use bulkhead_protocol::agent::WaitOomRequest;
+use bulkhead_protocol::agent::{ContainerStatsRequest, ContainerStatsResponse, WaitOomRequest};
 use bulkhead_protocol::agent_ttrpc::AgentClient;
 use bulkhead_runtime::sandbox::{CreateOptions, Status};
 use bulkhead_runtime::stdio::{Stdio, TerminalSize};
 use containerd_shim_protos::api::{
     CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest,
-    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest, StatsRequest,
+    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest,
     UpdateTaskRequest, WaitRequest,
 };
-use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use containerd_shim_protos::types::task;
+use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
-use protobuf::{Message, MessageField};
 use thiserror::Error;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
@@ -225,15 +224,16 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
-    /// What the container has used.
-    pub async fn stats(&self) -> Result<Metrics, ServerError> {
-        let request = StatsRequest {
-            id: self.id.to_owned(),
+    /// What the container has used: every figure of the guest's kernel, of which the Task API's metrics have some.
+    pub async fn stats(&self) -> Result<ContainerStatsResponse, ServerError> {
+        let request = ContainerStatsRequest {
+            container_id: self.id.to_owned(),
             ..Default::default()
         };
-        let response = self.tasks.stats(Context::default(), &request).await?;
-        let bytes = response.stats.as_ref().map(|any| any.value.as_slice());
-        Metrics::parse_from_bytes(bytes.unwrap_or_default()).map_err(|_| ServerError::Gone)
+        Ok(self
+            .agent
+            .container_stats(Context::default(), &request)
+            .await?)
     }
 
     /// Waits for a kill for want of memory beyond the first `seen`, or for none without that; returns how many there were. Of a

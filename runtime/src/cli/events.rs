@@ -1,11 +1,12 @@
 //! `bulkhead events`: statistics and kills for want of memory, in runc's JSON.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::bail;
+use bulkhead_protocol::agent::{ContainerStatsResponse, Pressure, PressureLine};
 use clap::Args;
-use containerd_shim_protos::cgroups_v2::metrics::{Metrics, PSIData, PSIStats};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::Invocation;
 use super::client::{Server, ServerError};
@@ -31,8 +32,8 @@ pub fn events(invocation: &Invocation, args: &EventsArgs) -> anyhow::Result<i32>
     let known = Known::find(invocation, &args.id)?;
     let watched = known.unless_stopped(async |server| {
         if args.stats {
-            let metrics = server.stats().await?;
-            return print(&event("stats", &args.id, Some(stats(&metrics))));
+            let figures = server.stats().await?;
+            return print(&event("stats", &args.id, Some(stats(&figures))));
         }
         tokio::select! {
             result = every(server, args) => result,
@@ -57,8 +58,8 @@ async fn every(server: &Server<'_>, args: &EventsArgs) -> anyhow::Result<()> {
     loop {
         ticks.tick().await;
         match server.stats().await {
-            Ok(metrics) => print(&event("stats", &args.id, Some(stats(&metrics))))?,
-            // One that stands still has none.
+            Ok(figures) => print(&event("stats", &args.id, Some(stats(&figures))))?,
+            // One that has stopped has none.
             Err(ServerError::Refused { .. }) => {}
             Err(error) => return Err(error.into()),
         }
@@ -95,105 +96,173 @@ fn event(kind: &str, id: &str, data: Option<Value>) -> Value {
     }
 }
 
-/// The figures in the form of runc's `types.Stats`; times are in nanoseconds there.
-fn stats(metrics: &Metrics) -> Value {
-    let (cpu, memory, pids) = (&metrics.cpu, &metrics.memory, &metrics.pids);
-    let nanoseconds = |microseconds: u64| microseconds.saturating_mul(1000);
-    let raw = json!({
-        "active_anon": memory.active_anon, "active_file": memory.active_file, "anon": memory.anon,
-        "anon_thp": memory.anon_thp, "file": memory.file, "file_dirty": memory.file_dirty,
-        "file_mapped": memory.file_mapped, "file_writeback": memory.file_writeback,
-        "inactive_anon": memory.inactive_anon, "inactive_file": memory.inactive_file,
-        "kernel_stack": memory.kernel_stack, "pgactivate": memory.pgactivate,
-        "pgdeactivate": memory.pgdeactivate, "pgfault": memory.pgfault, "pglazyfree": memory.pglazyfree,
-        "pglazyfreed": memory.pglazyfreed, "pgmajfault": memory.pgmajfault, "pgrefill": memory.pgrefill,
-        "pgscan": memory.pgscan, "pgsteal": memory.pgsteal, "shmem": memory.shmem, "slab": memory.slab,
-        "slab_reclaimable": memory.slab_reclaimable, "slab_unreclaimable": memory.slab_unreclaimable,
-        "sock": memory.sock, "thp_collapse_alloc": memory.thp_collapse_alloc,
-        "thp_fault_alloc": memory.thp_fault_alloc, "unevictable": memory.unevictable,
-        "workingset_activate": memory.workingset_activate,
-        "workingset_nodereclaim": memory.workingset_nodereclaim,
-        "workingset_refault": memory.workingset_refault,
-    });
-    let hugetlb: serde_json::Map<String, Value> = metrics
+/// The figures in the form of runc's `types.Stats`, which leaves out what is zero where that says nothing; times are in nanoseconds
+/// there. runc 1.1 does not know the pressures and the most memory that was used.
+fn stats(stats: &ContainerStatsResponse) -> Value {
+    let nanoseconds = |name| of(&stats.cpu, name).saturating_mul(1000);
+    let hugetlb: Map<String, Value> = stats
         .hugetlb
         .iter()
         .map(|size| {
-            let entry = json!({"usage": size.current, "max": size.max, "failcnt": size.failcnt});
-            (size.pagesize.clone(), entry)
+            let mut entry = told(&[("usage", size.current)]);
+            entry.insert("failcnt".into(), size.failed.into());
+            (size.page_size.clone(), entry.into())
         })
         .collect();
-    let mut bytes = Vec::new();
-    let mut operations = Vec::new();
-    for device in &metrics.io.usage {
-        let entry = |op: &str, value: u64| json!({"major": device.major, "minor": device.minor, "op": op, "value": value});
-        bytes.extend([entry("Read", device.rbytes), entry("Write", device.wbytes)]);
-        operations.extend([entry("Read", device.rios), entry("Write", device.wios)]);
+    let services = |[read, write]: [&str; 2]| -> Vec<Value> {
+        let devices = stats.io.iter();
+        let entries = devices.flat_map(|device| {
+            let entry = |op: &str, name| {
+                let mut entry = told(&[
+                    ("major", device.major),
+                    ("minor", device.minor),
+                    ("value", of(&device.counters, name)),
+                ]);
+                entry.insert("op".into(), op.into());
+                entry.into()
+            };
+            [entry("Read", read), entry("Write", write)]
+        });
+        entries.collect()
+    };
+    let mut blkio = Map::new();
+    for (name, entries) in [
+        ("ioServiceBytesRecursive", services(["rbytes", "wbytes"])),
+        ("ioServicedRecursive", services(["rios", "wios"])),
+    ] {
+        if !entries.is_empty() {
+            blkio.insert(name.into(), entries.into());
+        }
     }
+    blkio.insert("psi".into(), pressure(stats.io_pressure.as_ref()));
+    let memory = |limit: u64, usage, max, failures: u64| {
+        let mut entry = told(&[("usage", usage), ("max", max)]);
+        entry.insert("limit".into(), limit.into());
+        entry.insert("failcnt".into(), failures.into());
+        entry
+    };
+    let pids_limit = if stats.pids_max == u64::MAX {
+        0
+    } else {
+        stats.pids_max
+    };
+    let mut memories = told(&[("cache", of(&stats.memory, "file"))]);
+    for (name, value) in [
+        (
+            "usage",
+            memory(
+                stats.memory_max,
+                stats.memory_current,
+                stats.memory_peak,
+                of(&stats.memory_events, "max"),
+            ),
+        ),
+        // Together with the memory, as cgroup version 1 has it.
+        (
+            "swap",
+            memory(
+                stats.swap_max.saturating_add(stats.memory_max),
+                stats.swap_current.saturating_add(stats.memory_current),
+                0,
+                0,
+            ),
+        ),
+        ("kernel", memory(0, 0, 0, 0)),
+        ("kernelTCP", memory(0, 0, 0, 0)),
+    ] {
+        memories.insert(name.into(), value.into());
+    }
+    memories.insert("raw".into(), json!(stats.memory));
+    memories.insert("psi".into(), pressure(stats.memory_pressure.as_ref()));
     json!({
         "cpu": {
             "usage": {
-                "total": nanoseconds(cpu.usage_usec),
-                "kernel": nanoseconds(cpu.system_usec),
-                "user": nanoseconds(cpu.user_usec),
+                "total": nanoseconds("usage_usec"),
+                "kernel": nanoseconds("system_usec"),
+                "user": nanoseconds("user_usec"),
             },
-            "throttling": {
-                "periods": cpu.nr_periods,
-                "throttledPeriods": cpu.nr_throttled,
-                "throttledTime": nanoseconds(cpu.throttled_usec),
-            },
-            "psi": pressure(cpu.psi.as_ref()),
+            "throttling": told(&[
+                ("periods", of(&stats.cpu, "nr_periods")),
+                ("throttledPeriods", of(&stats.cpu, "nr_throttled")),
+                ("throttledTime", nanoseconds("throttled_usec")),
+            ]),
+            "psi": pressure(stats.cpu_pressure.as_ref()),
         },
-        "cpuset": {},
-        "memory": {
-            "cache": memory.file,
-            "usage": {
-                "limit": memory.usage_limit, "usage": memory.usage, "max": memory.max_usage,
-                "failcnt": metrics.memory_events.max,
-            },
-            "swap": {
-                "limit": memory.swap_limit.saturating_add(memory.usage_limit),
-                "usage": memory.swap_usage.saturating_add(memory.usage), "failcnt": 0,
-            },
-            "kernel": {"failcnt": 0},
-            "kernelTCP": {"failcnt": 0},
-            "raw": raw,
-            "psi": pressure(memory.psi.as_ref()),
+        // Of cgroup version 1 alone.
+        "cpuset": {
+            "cpu_exclusive": 0, "mem_exclusive": 0, "mem_hardwall": 0, "memory_migrate": 0, "memory_pressure": 0,
+            "memory_spread_page": 0, "memory_spread_slab": 0, "sched_load_balance": 0, "sched_relax_domain_level": 0,
         },
-        "pids": {"current": pids.current, "limit": pids.limit},
-        "blkio": {"ioServiceBytesRecursive": bytes, "ioServicedRecursive": operations, "psi": pressure(metrics.io.psi.as_ref())},
+        "memory": memories,
+        "pids": told(&[("current", stats.pids_current), ("limit", pids_limit)]),
+        "blkio": blkio,
         "hugetlb": hugetlb,
         "intel_rdt": {},
         "network_interfaces": null,
     })
 }
 
-fn pressure(psi: Option<&PSIStats>) -> Value {
-    let line = |data: Option<&PSIData>| {
-        data.map_or(Value::Null, |data| {
-            json!({"avg10": data.avg10, "avg60": data.avg60, "avg300": data.avg300, "total": data.total})
+fn of(figures: &HashMap<String, u64>, name: &str) -> u64 {
+    figures.get(name).copied().unwrap_or_default()
+}
+
+/// The figures that are not zero.
+fn told(figures: &[(&str, u64)]) -> Map<String, Value> {
+    let figures = figures.iter().filter(|(_, figure)| *figure != 0);
+    figures
+        .map(|(name, figure)| ((*name).to_owned(), json!(figure)))
+        .collect()
+}
+
+fn pressure(pressure: Option<&Pressure>) -> Value {
+    let line = |line: Option<&PressureLine>| {
+        line.map_or(Value::Null, |line| {
+            json!({"avg10": line.avg10, "avg60": line.avg60, "avg300": line.avg300, "total": line.total})
         })
     };
-    psi.map_or(
+    pressure.map_or(
         Value::Null,
-        |psi| json!({"some": line(psi.some.as_ref()), "full": line(psi.full.as_ref())}),
+        |pressure| json!({"some": line(pressure.some.as_ref()), "full": line(pressure.full.as_ref())}),
     )
 }
 
 #[cfg(test)]
 mod tests {
+    use bulkhead_protocol::agent::IoStats;
+
     use super::*;
 
     #[test]
     fn figures_have_runcs_names_and_units() {
-        let mut metrics = Metrics::default();
-        metrics.cpu.mut_or_insert_default().usage_usec = 7;
-        metrics.memory.mut_or_insert_default().usage = 4096;
-        metrics.pids.mut_or_insert_default().current = 2;
-        let stats = stats(&metrics);
+        let response = ContainerStatsResponse {
+            cpu: HashMap::from([("usage_usec".to_owned(), 7)]),
+            memory: HashMap::from([("file".to_owned(), 512), ("zswap".to_owned(), 0)]),
+            memory_current: 4096,
+            memory_max: u64::MAX,
+            pids_current: 2,
+            pids_max: u64::MAX,
+            io: vec![IoStats {
+                major: 8,
+                counters: HashMap::from([("rbytes".to_owned(), 9)]),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let stats = stats(&response);
         assert_eq!(stats["cpu"]["usage"]["total"], 7000);
         assert_eq!(stats["memory"]["usage"]["usage"], 4096);
-        assert_eq!(stats["pids"]["current"], 2);
+        assert_eq!(
+            stats["memory"]["swap"],
+            json!({"limit": u64::MAX, "usage": 4096, "failcnt": 0})
+        );
+        assert_eq!(stats["memory"]["cache"], 512);
+        assert_eq!(stats["memory"]["raw"], json!({"file": 512, "zswap": 0}));
+        assert_eq!(stats["pids"], json!({"current": 2}));
+        assert_eq!(
+            stats["blkio"]["ioServiceBytesRecursive"],
+            json!([{"major": 8, "op": "Read", "value": 9}, {"major": 8, "op": "Write"}])
+        );
+        assert_eq!(stats["cpu"]["throttling"], json!({}));
         let event = event("stats", "c1", Some(stats));
         assert_eq!(
             (&event["type"], &event["id"]),
