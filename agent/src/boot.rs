@@ -33,6 +33,19 @@ const MAX_PROCESSES: u64 = 65_536;
 /// Descriptors that the agent may have open, and the hard limit of containers whose spec sets none.
 pub const MAX_FILES: u64 = 524_288;
 
+/// What the kernel derives from the memory or has small defaults for, of which a container of a small guest would notice that it is not
+/// on its host: there systemd raises most of them, and memory is limited by cgroups. Of those that are the host's own see
+/// docs/oci-spec.md. Sources: Documentation/admin-guide/sysctl/{kernel,fs,vm}.rst.
+const SETTINGS: &[(&str, &str)] = &[
+    ("kernel/threads-max", "131072"),
+    ("kernel/pid_max", "4194304"),
+    ("fs/file-max", "9223372036854775807"),
+    ("fs/nr_open", "1073741816"),
+    ("fs/inotify/max_user_watches", "1048576"),
+    // What a program only reserves is not to fail for the size of the guest.
+    ("vm/overcommit_memory", "1"),
+];
+
 /// How much is read ahead in a file of the share, in KiB: what one request can carry. The kernel's own 128 KiB suit a disk, not a request to
 /// the host.
 const READ_AHEAD_KIB: &str = "1024";
@@ -132,6 +145,11 @@ pub fn prepare_for_containers(timeline: &mut Timeline) -> anyhow::Result<Hierarc
     ] {
         if let Err(errno) = setrlimit(resource, limit, limit) {
             tracing::warn!(?resource, %errno, "cannot raise a limit");
+        }
+    }
+    for (name, value) in SETTINGS {
+        if let Err(error) = fs::write(Path::new("/proc/sys").join(name), value) {
+            tracing::warn!(name, %error, "cannot change a setting of the kernel");
         }
     }
     make_dir("/run/bulkhead")?;

@@ -134,12 +134,39 @@ impl MountOptions {
             "ridmap" => self.map_ids = Some(true),
             _ if WITHOUT_EFFECT.contains(&option) => {}
             "" => {}
-            _ => self.data.push(match option.split_once('=') {
-                Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
-                None => (option.to_owned(), None),
-            }),
+            _ => self.data.extend(parameters(option).map(
+                |parameter| match parameter.split_once('=') {
+                    Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+                    None => (parameter.to_owned(), None),
+                },
+            )),
         }
     }
+}
+
+/// The parameters that one option holds. As `mount(2)`, to which runc gives all of them in one text, tells them apart: a comma that is
+/// escaped (overlayfs) or in a list of numbers (tmpfs's `mpol`) parts nothing.
+fn parameters(option: &str) -> impl Iterator<Item = &str> {
+    let mut rest = Some(option);
+    std::iter::from_fn(move || {
+        let text = rest?;
+        let bytes = text.as_bytes();
+        let parts = |&(at, _): &(usize, &str)| {
+            let escaped = at > 0 && bytes.get(at - 1) == Some(&b'\\');
+            !escaped && !bytes.get(at + 1).is_some_and(u8::is_ascii_digit)
+        };
+        match text.match_indices(',').find(parts) {
+            Some((at, _)) => {
+                rest = text.get(at + 1..);
+                text.get(..at)
+            }
+            None => {
+                rest = None;
+                Some(text)
+            }
+        }
+    })
+    .filter(|parameter| !parameter.is_empty())
 }
 
 fn attribute(option: &str) -> Option<(u64, u64)> {
@@ -187,6 +214,21 @@ mod tests {
             [
                 ("mode".to_owned(), Some("755".to_owned())),
                 ("size".to_owned(), Some("65536k".to_owned()))
+            ]
+        );
+        let joined = parse(&["size=1m,mode=700,,mpol=bind:0,2", "lowerdir=/a\\,b:/c"]);
+        let names: Vec<_> = joined
+            .data
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_deref().unwrap()))
+            .collect();
+        assert_eq!(
+            names,
+            [
+                ("size", "1m"),
+                ("mode", "700"),
+                ("mpol", "bind:0,2"),
+                ("lowerdir", "/a\\,b:/c")
             ]
         );
         let pts = parse(&[
