@@ -24,7 +24,7 @@ pub async fn unused_files(reaper: &Reaper) -> Result<()> {
         Fork::Child => {
             // What the agent closes meanwhile is to be closed.
             // SAFETY: this process ends without going back to any owner.
-            let done = unsafe { sys::close_from(0, &[]) }
+            let done = unsafe { sys::close_from(0, &mut []) }
                 .and_then(|()| write_proc(DROP_CACHES, NAMES_AND_INODES));
             launch::end(done.map_or_else(|errno| errno as i32, |()| 0))
         }

@@ -5,10 +5,12 @@
 //! the guest ends with it, nothing is taken down at all.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use nix::unistd::Pid;
+
+use crate::last_close::Elsewhere;
 
 /// Those that take long, by their names in `/proc/<pid>/ns`.
 const KEPT: [(u64, &str); 2] = [
@@ -38,7 +40,13 @@ impl Kept {
     /// Lets them go.
     pub fn release(&self) {
         let kept = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        let descriptors: Vec<_> = kept.iter().map(AsFd::as_fd).collect();
+        let elsewhere = Elsewhere::hold(&descriptors);
+        if let Err(errno) = &elsewhere {
+            tracing::warn!(%errno, "a container's namespaces are taken down by the agent itself");
+        }
         drop(kept);
+        drop(elsewhere);
     }
 }
 

@@ -81,7 +81,7 @@ pub fn arrange_descriptors<const N: usize>(
         Errno::result(unsafe { libc::dup3(fd, number, flags) }).what(what)?;
     }
     // SAFETY: as above: the owners of these descriptors are never dropped in this process.
-    unsafe { sys::close_from(first_free, leave) }.what(what)?;
+    unsafe { sys::close_from(first_free, &mut leave.to_vec()) }.what(what)?;
     let mut numbers = first_kept..;
     Ok(keep.map(|_| {
         let number = numbers.next().unwrap_or(first_kept);
@@ -93,7 +93,7 @@ pub fn arrange_descriptors<const N: usize>(
 /// Closes every descriptor but one and the standard ones: a connection of the agent that a child held open would never end.
 pub fn close_all_but(keep: &OwnedFd) -> Result<()> {
     // SAFETY: the owners of these descriptors are never dropped in this process.
-    unsafe { sys::close_from(FIRST, &[keep.as_raw_fd()]) }
+    unsafe { sys::close_from(FIRST, &mut [keep.as_raw_fd()]) }
         .what(|| "cannot close the agent's descriptors")
 }
 

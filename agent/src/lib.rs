@@ -23,6 +23,7 @@ pub mod init;
 pub mod joiner;
 pub mod json_path;
 pub mod kept;
+pub mod last_close;
 pub mod launch;
 pub mod log;
 pub mod mount_options;

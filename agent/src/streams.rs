@@ -229,7 +229,12 @@ impl Streams {
         *self.terminal.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&master);
         let ended = self.ended.subscribe();
         self.add_output(StreamKind::TERMINAL.into(), |connection, guard| {
-            pumps::terminal(connection, master, slave, guard, ended)
+            pumps::terminal(
+                connection,
+                pumps::Terminal::new(master, slave),
+                guard,
+                ended,
+            )
         });
         Ok(())
     }

@@ -534,15 +534,15 @@ impl OwnsFd for OwnedFd {}
 impl OwnsFd for std::fs::File {}
 impl OwnsFd for SignalFd {}
 
-/// Closes every descriptor from `first` up, but for those of `keep`.
+/// Closes every descriptor from `first` up, but for those of `keep`, which it sorts: a child of a process with several threads may not
+/// allocate.
 ///
 /// # Safety
 /// No owner of a closed descriptor may use or drop it afterwards.
-pub unsafe fn close_from(first: RawFd, keep: &[RawFd]) -> Result<()> {
-    let mut keep = keep.to_vec();
+pub unsafe fn close_from(first: RawFd, keep: &mut [RawFd]) -> Result<()> {
     keep.sort_unstable();
     let mut first = first;
-    for kept in keep {
+    for &mut kept in keep {
         if kept > first {
             // SAFETY: touches no memory; who owned the descriptors is the caller's concern.
             Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, kept - 1, 0) })?;

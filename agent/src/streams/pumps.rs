@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::sync::{oneshot, watch};
 
 use super::Outstanding;
+use crate::last_close::Elsewhere;
 use crate::transport::Connection;
 
 /// As much as a pipe usually holds: one read empties it.
@@ -207,12 +208,39 @@ async fn finish(mut connection: Connection, guard: Outstanding) {
     while let Ok(1..) = connection.read(&mut byte).await {}
 }
 
-/// A terminal's: what is typed and what is shown. While `slave` is open, the container may close the terminal everywhere and open it
-/// again; without it the master would be at its end (EIO), and stay ready to say so.
+/// A terminal's both ends. While its slave is open, the container may close the terminal everywhere and open it again; without it the
+/// master would be at its end (EIO), and stay ready to say so.
+pub struct Terminal {
+    master: Arc<End>,
+    _slave: OwnedFd,
+    // From here on in the order in which they go.
+    elsewhere: Option<Elsewhere>,
+}
+
+impl Terminal {
+    /// The ends of one.
+    pub fn new(master: Arc<End>, slave: OwnedFd) -> Self {
+        Self {
+            master,
+            _slave: slave,
+            elsewhere: None,
+        }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        match Elsewhere::hold(&[self.master.as_fd()]) {
+            Ok(elsewhere) => self.elsewhere = Some(elsewhere),
+            Err(errno) => tracing::warn!(%errno, "a terminal is closed by the agent itself"),
+        }
+    }
+}
+
+/// A terminal's: what is typed and what is shown.
 pub async fn terminal(
     connection: oneshot::Receiver<Connection>,
-    master: Arc<End>,
-    slave: OwnedFd,
+    terminal: Terminal,
     guard: Outstanding,
     mut ended: watch::Receiver<bool>,
 ) {
@@ -223,7 +251,8 @@ pub async fn terminal(
     let typed = async {
         let mut buffer = vec![0; 4096];
         while let Ok(length @ 1..) = from_host.read(&mut buffer).await {
-            if master
+            if terminal
+                .master
                 .write_all(buffer.get(..length).unwrap_or_default())
                 .await
                 .is_err()
@@ -235,10 +264,10 @@ pub async fn terminal(
         std::future::pending::<()>().await;
     };
     let drained = tokio::select! {
-        drained = pass_out(&master, &mut to_host, &mut ended, TERMINAL_HOLDS) => drained,
+        drained = pass_out(&terminal.master, &mut to_host, &mut ended, TERMINAL_HOLDS) => drained,
         () = typed => false,
     };
-    drop((slave, master));
+    drop(terminal);
     if drained {
         finish(from_host.unsplit(to_host), guard).await;
     }
