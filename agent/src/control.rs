@@ -33,10 +33,10 @@ impl Container {
     }
 
     /// Changes what `linux.resources` names.
-    pub fn update(&self, resources_json: &[u8]) -> Result<()> {
+    pub async fn update(&self, resources_json: &[u8]) -> Result<()> {
         let limits = Limits::for_update(&parse_resources(resources_json)?)?;
         self.expect_running()?;
-        self.cgroup.limit(&limits)
+        self.cgroup.change(&limits).await
     }
 
     /// What it has used.

@@ -188,7 +188,8 @@ impl Agent for Service {
     ) -> ttrpc::Result<UpdateContainerResponse> {
         self.greeted()?
             .find(&request.container_id)?
-            .update(&request.resources_json)?;
+            .update(&request.resources_json)
+            .await?;
         Ok(UpdateContainerResponse::default())
     }
 

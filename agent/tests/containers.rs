@@ -900,9 +900,14 @@ async fn what_loses_its_parent_is_reaped() {
     // Each reads one line, and by then its parent has ended.
     let script = "for one in 1 2 3; do (read line < /data/gate & echo $!); done";
     // Without pids of its own, a container has no other that they could go to.
-    let spec = without_pids(bed.spec(&format!("{script} > /data/left; exec sleep 1000")));
-    bed.create("box", &spec, Stdio::default()).await.unwrap();
+    let spec = without_pids(bed.spec(&format!(
+        "{script} > /data/left; echo ready; exec sleep 1000"
+    )));
+    bed.create("box", &spec, all_pipes()).await.unwrap();
+    let mut stdout = bed.stream("box", StreamKind::STDOUT).await;
+    let _stderr = bed.stream("box", StreamKind::STDERR).await;
     bed.start("box").await.unwrap();
+    stdout.read_exact(&mut [0; 6]).await.unwrap();
     let mut left = bed.exec_output("box", &bed.process(script)).await;
     left += &fs::read_to_string(bed.rootfs().join("data/left")).unwrap();
     let left: Vec<u32> = left.lines().map(|pid| pid.parse().unwrap()).collect();
@@ -1088,11 +1093,7 @@ async fn a_hundred_life_cycles_leak_nothing() {
         assert_eq!(bed.run(&bed.spec("echo x")).await.stdout, "x\n");
     }
     assert_eq!(count(), before);
-    let children = format!("/proc/{0}/task/{0}/children", bed.agent.id());
-    // Those who close last what a container has left are not waited for.
-    while fs::read_to_string(&children).unwrap() != "" {
-        assert_eq!(bed.stats("none").await.unwrap_err().0, Code::NOT_FOUND);
-    }
+    bed.without_children().await;
     assert_eq!(bed.cgroups(), 0);
 }
 

@@ -23,7 +23,9 @@ use nix::sys::stat::Mode;
 
 use self::files::{flat_keyed, read};
 use crate::error::{Context, Error, Kind, Result};
-use crate::sys;
+use crate::handshake::{self, Report};
+use crate::launch;
+use crate::sys::{self, Fork};
 
 pub use bulkhead_protocol::limits::is_list;
 pub use files::EventFile;
@@ -102,6 +104,8 @@ impl Hierarchy {
 pub struct Cgroup {
     path: PathBuf,
     dir: OwnedFd,
+    /// Held while limits are changed.
+    changing: tokio::sync::Mutex<()>,
     /// Another one may have its path by now.
     removed: AtomicBool,
 }
@@ -125,6 +129,7 @@ impl Cgroup {
                 Ok(Self {
                     path,
                     dir,
+                    changing: tokio::sync::Mutex::default(),
                     removed: AtomicBool::new(false),
                 })
             }
@@ -138,9 +143,39 @@ impl Cgroup {
     /// Sets what the limits name; the rest stays.
     pub fn limit(&self, limits: &Limits) -> Result<()> {
         limits.write(&self.path)?;
+        self.filter(limits)
+    }
+
+    fn filter(&self, limits: &Limits) -> Result<()> {
         match &limits.devices {
             Some(devices) => devices.attach(self.dir()),
             None => Ok(()),
+        }
+    }
+
+    /// As [`Cgroup::limit`], once processes are in it, one change after the other. The kernel takes memory back before it says that a limit
+    /// is set, so a child waits for that.
+    pub async fn change(&self, limits: &Limits) -> Result<()> {
+        let _alone = self.changing.lock().await;
+        let what = || "cannot change the container's limits";
+        let (mine, theirs) = handshake::pair().what(what)?;
+        let socket = handshake::Agent::new(mine).what(what)?;
+        // SAFETY: the agent has one thread, and the child ends here.
+        if let Fork::Child = unsafe { sys::fork_aside(0) }.what(what)? {
+            let _guard = launch::ExitOnUnwind;
+            let changed = launch::close_all_but(&theirs)
+                .and_then(|()| limits.write(&self.path))
+                .and_then(|()| handshake::send_ready(theirs.as_fd()).what(what));
+            if let Err(error) = changed {
+                handshake::send_failure(theirs.as_fd(), &error);
+            }
+            launch::exit()
+        }
+        drop(theirs);
+        match socket.report().await.what(what)? {
+            Report::Ready => self.filter(limits),
+            Report::Failed(error) => Err(error),
+            _ => Err(Error::setup(Kind::Internal, what())),
         }
     }
 

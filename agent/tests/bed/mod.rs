@@ -305,6 +305,14 @@ impl Bed {
         self.exec_below(id, exec_id, "", process, stdio).await
     }
 
+    /// Waits until the agent has no child: those who close last what a container has left are not waited for by it.
+    pub async fn without_children(&self) {
+        let children = format!("/proc/{0}/task/{0}/children", self.agent.id());
+        while fs::read_to_string(&children).unwrap() != "" {
+            assert_eq!(self.stats("none").await.unwrap_err().0, Code::NOT_FOUND);
+        }
+    }
+
     pub async fn exec_below(
         &self,
         id: &str,
