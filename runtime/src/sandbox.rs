@@ -88,19 +88,25 @@ pub struct Create {
     pub options: CreateOptions,
 }
 
-/// What the Task API's create request has no field for.
+/// What the Task API's create request has no field for. The command line and a server may be of different versions: what says nothing is
+/// left out, so that a server is refused only what it would have to know.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct CreateOptions {
     /// The process of the host that stands for the container's init. Its end by SIGKILL is the init's.
+    #[serde(skip_serializing_if = "is_default")]
     pub proxy: Option<u32>,
     /// Size of the terminal at the start.
+    #[serde(skip_serializing_if = "is_default")]
     pub terminal_size: Option<TerminalSize>,
     /// Whether systemd makes the host's cgroup.
+    #[serde(skip_serializing_if = "is_default")]
     pub systemd_cgroup: bool,
     /// What the init has from descriptor 3 on.
+    #[serde(skip_serializing_if = "is_default")]
     pub descriptors: Vec<Flow>,
     /// How many of them, the first, are those of the `LISTEN_FDS` protocol (`sd_listen_fds(3)`).
+    #[serde(skip_serializing_if = "is_default")]
     pub listen_fds: usize,
 }
 
@@ -743,6 +749,11 @@ impl Sandbox {
     }
 }
 
+/// Whether an option says nothing.
+fn is_default<T: Default + PartialEq>(option: &T) -> bool {
+    *option == T::default()
+}
+
 /// Finds the process that a client says is to stand for a container's.
 fn find(pid: u32) -> Result<StandIn, SandboxError> {
     StandIn::find(pid).map_err(|cause| SandboxError::StandIn(pid, cause))
@@ -781,4 +792,41 @@ async fn forget(machine: &Machine, id: &str, exec_id: &str) -> Result<(), Sandbo
     machine
         .explain(agent.delete_process(id, exec_id).await)
         .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fmt::Debug;
+
+    use serde::de::DeserializeOwned;
+
+    fn crosses_versions<T>(name: &str, some: &T)
+    where
+        T: Default + Debug + PartialEq + Serialize + DeserializeOwned,
+    {
+        let text = |options: &T| serde_json::to_string(options).unwrap();
+        let parsed = |text: &str| serde_json::from_str::<T>(text);
+        assert_eq!(text(&T::default()), "{}", "{name}");
+        assert_eq!(parsed("{}").unwrap(), T::default(), "{name}");
+        assert_eq!(parsed(&text(some)).unwrap(), *some, "{name}");
+        let error = parsed(r#"{"newer": true}"#).unwrap_err().to_string();
+        assert!(error.contains("newer"), "{name}: {error}");
+    }
+
+    #[test]
+    fn options_that_say_nothing_are_understood_by_every_version() {
+        let some = CreateOptions {
+            proxy: Some(7),
+            listen_fds: 1,
+            ..Default::default()
+        };
+        crosses_versions("create", &some);
+        let some = ExecOptions {
+            client: Some(7),
+            cgroup: "a".into(),
+            ..Default::default()
+        };
+        crosses_versions("exec", &some);
+    }
 }

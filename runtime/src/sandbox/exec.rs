@@ -6,7 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::container::{self, Deferred, Signal};
 use super::process::{Exit, Process, Status};
-use super::{KILL_TIMEOUT, LOST_EXIT_CODE, Sandbox, SandboxError, deliver, find, forget};
+use super::{
+    KILL_TIMEOUT, LOST_EXIT_CODE, Sandbox, SandboxError, deliver, find, forget, is_default,
+};
 use crate::spec::is_default_profile;
 use crate::standin;
 use crate::stdio::{Flow, Stdio, TerminalSize};
@@ -28,21 +30,27 @@ pub struct Exec {
 /// What the command line adds to a process's JSON, whose properties are the spec's alone: beside it, under this name.
 pub const OPTIONS: &str = "io.bulkhead";
 
-/// What the Task API's exec request has no field for.
+/// What the Task API's exec request has no field for. What says nothing is left out, as of [`super::CreateOptions`].
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct ExecOptions {
     /// The process of the host that stands for this one. Its end by SIGKILL is the process's.
+    #[serde(skip_serializing_if = "is_default")]
     pub proxy: Option<u32>,
     /// The command of the host in whose foreground it runs: once that has gone the process, when it ends, is nobody's to forget but the server's.
+    #[serde(skip_serializing_if = "is_default")]
     pub client: Option<u32>,
     /// Size of the terminal at the start.
+    #[serde(skip_serializing_if = "is_default")]
     pub terminal_size: Option<TerminalSize>,
     /// What the process has from descriptor 3 on.
+    #[serde(skip_serializing_if = "is_default")]
     pub descriptors: Vec<Flow>,
     /// The cgroup below the container's that it is to be in, by its path from there; empty for the container's own.
+    #[serde(skip_serializing_if = "is_default")]
     pub cgroup: String,
     /// Whether it may be described while the container is paused; it then starts when that goes on.
+    #[serde(skip_serializing_if = "is_default")]
     pub ignore_paused: bool,
 }
 
