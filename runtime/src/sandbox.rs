@@ -551,7 +551,7 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Sets the size of a process's terminal.
+    /// Sets the size of a process's terminal; of one that stands still when it is resumed.
     pub async fn resize(
         &self,
         id: &str,
@@ -559,13 +559,15 @@ impl Sandbox {
         size: TerminalSize,
     ) -> Result<(), SandboxError> {
         let process = self.process(id, exec_id)?;
-        if !process.stdio.terminal || self.container(id)?.stands_still() {
+        if !process.stdio.terminal {
             return Ok(());
         }
-        let machine = self.running_machine()?;
-        let agent = machine.agent().await?;
-        let answer = agent.resize(id, exec_id, size.width, size.height).await;
-        machine.explain(answer).await
+        let container = self.container(id)?;
+        if container.stands_still() {
+            container.defer(Deferred::Resize(exec_id.to_owned(), size));
+            return Ok(());
+        }
+        resize(self.running_machine()?, id, exec_id, size).await
     }
 
     /// Forgets a container that does not run; one that was never started is killed first, as runc does.
@@ -784,6 +786,17 @@ async fn deliver(machine: &Machine, id: &str, signal: &Signal) -> Result<(), San
     let answer = agent
         .signal(id, &signal.exec_id, signal.number, signal.all)
         .await;
+    machine.explain(answer).await
+}
+
+async fn resize(
+    machine: &Machine,
+    id: &str,
+    exec_id: &str,
+    size: TerminalSize,
+) -> Result<(), SandboxError> {
+    let agent = machine.agent().await?;
+    let answer = agent.resize(id, exec_id, size.width, size.height).await;
     machine.explain(answer).await
 }
 

@@ -14,6 +14,7 @@ use crate::agent::{Agent, AgentError};
 use crate::hooks::HookState;
 use crate::id::ContainerId;
 use crate::share::Part;
+use crate::stdio::TerminalSize;
 
 /// One container.
 #[derive(Debug)]
@@ -58,7 +59,7 @@ pub struct Exec {
     /// The spec's `process`, as JSON, until it is started.
     pub spec: Vec<u8>,
     /// Size of its terminal at the start.
-    pub size: Option<crate::stdio::TerminalSize>,
+    pub size: Option<TerminalSize>,
     /// Whether it may be described while its container is paused. It starts when that goes on.
     pub ignore_paused: bool,
     /// What it has from descriptor 3 on.
@@ -91,6 +92,8 @@ pub enum Deferred {
     Update(Vec<u8>),
     /// To forget an exec'd process.
     Deletion(String),
+    /// To set the size of a process's terminal; an empty id is the init's.
+    Resize(String, TerminalSize),
 }
 
 impl Container {
@@ -217,7 +220,7 @@ impl Container {
 
     /// Keeps something for later.
     pub fn defer(&self, deferred: Deferred) {
-        self.deferred().push(deferred);
+        keep(&mut self.deferred(), deferred);
     }
 
     /// What was kept, in order.
@@ -261,8 +264,44 @@ impl Container {
     }
 }
 
+/// Keeps one thing more. A terminal has the size that it was given last.
+fn keep(all: &mut Vec<Deferred>, deferred: Deferred) {
+    if let Deferred::Resize(exec_id, _) = &deferred {
+        all.retain(|other| !matches!(other, Deferred::Resize(id, _) if id == exec_id));
+    }
+    all.push(deferred);
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
         .lock()
         .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_terminals_sizes_the_last_is_kept() {
+        let resize = |exec_id: &str, width| {
+            let size = TerminalSize { width, height: 1 };
+            Deferred::Resize(exec_id.into(), size)
+        };
+        let mut kept = Vec::new();
+        for deferred in [
+            resize("", 1),
+            resize("x", 2),
+            Deferred::Deletion("y".into()),
+            resize("", 3),
+        ] {
+            keep(&mut kept, deferred);
+        }
+        let expected = [
+            resize("x", 2),
+            Deferred::Deletion("y".into()),
+            resize("", 3),
+        ];
+        assert_eq!(kept, expected);
+    }
 }

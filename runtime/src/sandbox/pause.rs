@@ -8,7 +8,7 @@ use super::boot::Machine;
 use super::container::{Container, Deferred, Pause};
 use super::limits::limit;
 use super::process::Status;
-use super::{KILL_TIMEOUT, Sandbox, SandboxError, deliver, forget};
+use super::{KILL_TIMEOUT, Sandbox, SandboxError, deliver, forget, resize};
 use crate::agent::AgentError;
 
 impl Sandbox {
@@ -102,6 +102,7 @@ impl Sandbox {
                     continue;
                 }
                 Deferred::Deletion(exec_id) => forget(machine, id, &exec_id).await,
+                Deferred::Resize(exec_id, size) => resize(machine, id, &exec_id, size).await,
             };
             match done {
                 // It may have ended before it stood still, or by the signal before this one.

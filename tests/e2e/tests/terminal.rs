@@ -155,6 +155,20 @@ fn an_executed_process_gets_a_terminal_of_its_own() {
 }
 
 #[test]
+fn a_terminal_that_is_resized_while_its_container_is_paused_has_that_size_afterwards() {
+    let _unchanged = Host::unchanged();
+    let bundle = with_terminal(&["sh"]);
+    let (container, mut console) = create(&bundle);
+    container.command(&["start"]).expect_code(0);
+    container.command(&["pause"]).expect_code(0);
+    console.resize(80, 24);
+    console.resize(91, 31);
+    assert_eq!(container.status(), "paused");
+    container.command(&["resume"]).expect_code(0);
+    expect_size(&mut console, "31 91");
+}
+
+#[test]
 fn a_foreground_terminal_is_raw_while_the_container_runs_and_restored_after_any_end() {
     let unchanged = Host::unchanged();
     for (end, expected) in [
