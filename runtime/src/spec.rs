@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use bulkhead_protocol::scheduler_flag;
 use oci_spec::runtime::{
@@ -518,10 +518,11 @@ fn validate_linux(linux: &Linux) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// The root filesystem: `root.path`, relative to the bundle (runtime-spec, config.md, "Root").
+/// The root filesystem: `root.path`, relative to the bundle (runtime-spec, config.md, "Root"). As under runc no part of it may be a link,
+/// which in a bundle from elsewhere could name anything of the host.
 fn rootfs(dir: &Path, spec: &Spec) -> Result<PathBuf, SpecError> {
     let path = match spec.root() {
-        Some(root) if !root.path().as_os_str().is_empty() => dir.join(root.path()),
+        Some(root) if !root.path().as_os_str().is_empty() => cleaned(&dir.join(root.path())),
         _ => {
             return Err(SpecError::field(
                 "root.path",
@@ -529,23 +530,47 @@ fn rootfs(dir: &Path, spec: &Spec) -> Result<PathBuf, SpecError> {
             ));
         }
     };
-    let problem = match fs::metadata(&path) {
-        Ok(metadata) if metadata.is_dir() => return Ok(path),
-        Ok(_) => "not a directory".to_owned(),
-        Err(error) => error.to_string(),
+    let invalid = |problem: String| {
+        let shown = path.display();
+        SpecError::field(
+            "root.path",
+            format!("names an invalid rootfs: {shown}: {problem}"),
+        )
     };
-    Err(SpecError::field(
-        "root.path",
-        format!(
-            "names an invalid rootfs: {}: {problem}; put the container's root filesystem there",
-            path.display()
-        ),
-    ))
+    const PUT: &str = "put the container's root filesystem there";
+    let unreadable = |error: io::Error| invalid(format!("{error}; {PUT}"));
+    let real = fs::canonicalize(&path).map_err(unreadable)?;
+    if !fs::metadata(&real).map_err(unreadable)?.is_dir() {
+        return Err(invalid(format!("not a directory; {PUT}")));
+    }
+    if real != path {
+        return Err(invalid(format!(
+            "a symlink, or behind one; name {}, which it leads to, if that is meant",
+            real.display()
+        )));
+    }
+    Ok(path)
+}
+
+/// An absolute path without `.` and `..`, as Go's `filepath.Clean` has it for runc: links do not count.
+fn cleaned(path: &Path) -> PathBuf {
+    let mut clean = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::Normal(part) => clean.push(part),
+            Component::ParentDir => {
+                clean.pop();
+            }
+            _ => {}
+        }
+    }
+    clean
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use std::os::unix::fs::symlink;
 
     /// A spec that is fine.
     pub(crate) fn good() -> Value {
@@ -573,6 +598,35 @@ pub(crate) mod tests {
         let dir = bundle(&good().to_string());
         let loaded = Bundle::load(dir.path()).unwrap();
         assert_eq!(loaded.rootfs, loaded.dir.join("rootfs"));
+    }
+
+    #[test]
+    fn a_rootfs_that_is_a_link_or_behind_one_is_refused() {
+        let loaded = |dir: &Path, path: &str| {
+            let mut config = good();
+            config["root"]["path"] = json!(path);
+            fs::write(dir.join(CONFIG_FILE), config.to_string()).unwrap();
+            Bundle::load(dir).map_err(|error| error.to_string())
+        };
+        let dir = bundle("");
+        fs::create_dir(dir.path().join("rootfs/inner")).unwrap();
+        let link = |to: &str, name: &str| symlink(to, dir.path().join(name)).unwrap();
+        link("/", "host");
+        link("rootfs", "link");
+        for path in ["host", "link", "link/inner", "host/usr", "rootfs/../link"] {
+            let message = loaded(dir.path(), path).unwrap_err();
+            assert!(message.contains("a symlink, or behind one"), "{message}");
+        }
+        // Of the path as it is written, links that `..` takes back are no part.
+        for path in ["./rootfs/", "link/../rootfs", "rootfs/inner/.."] {
+            let rootfs = loaded(dir.path(), path).unwrap().rootfs;
+            assert!(rootfs.ends_with("rootfs"), "{}", rootfs.display());
+        }
+        // Where the bundle is, is its user's word.
+        let elsewhere = tempfile::tempdir().unwrap();
+        let bundle = elsewhere.path().join("bundle");
+        symlink(dir.path(), &bundle).unwrap();
+        loaded(&bundle, "rootfs").unwrap();
     }
 
     #[test]

@@ -84,6 +84,16 @@ fn a_wrong_config_is_refused_by_the_name_of_its_field() {
             &["root.path", "config.json"],
         ),
         (
+            "rootfs is a link",
+            |c| c["root"]["path"] = json!("/proc/self/root"),
+            &["root.path", "/proc/self/root: a symlink", "name /,"],
+        ),
+        (
+            "rootfs behind a link",
+            |c| c["root"]["path"] = json!("/proc/self/root/usr/"),
+            &["root.path", "/proc/self/root/usr: a symlink", "name /usr,"],
+        ),
+        (
             "malformed environment",
             |c| c["process"]["env"] = json!(["=x"]),
             &["process.env"],
