@@ -44,6 +44,8 @@ pub struct HostBind {
     pub recursive: bool,
     /// What is read-only on the host, whatever the guest does.
     pub read_only: ReadOnly,
+    /// Whether what the host mounts below `source` later is to be seen.
+    pub follows_host: bool,
 }
 
 /// A bundle made ready for a guest.
@@ -68,6 +70,7 @@ pub fn adapt(bundle: &Bundle, part: Part) -> Result<Adapted, SpecError> {
         directory: true,
         recursive: true,
         read_only: ReadOnly::No,
+        follows_host: root_follows_host(&spec),
     }];
     if let Some(root) = spec.root_mut() {
         root.set_path(guest_dir.join(ROOTFS));
@@ -240,7 +243,27 @@ pub(crate) fn host_bind(
         directory: metadata.is_dir(),
         recursive: options(mount).any(|option| option == "rbind"),
         read_only,
+        follows_host: options(mount)
+            .rev()
+            .find_map(follows_host)
+            .unwrap_or_default(),
     })
+}
+
+/// Whether what the host mounts below the root file system later is to be seen.
+pub(crate) fn root_follows_host(spec: &Spec) -> bool {
+    let linux = spec.linux().as_ref();
+    let propagation = linux.and_then(|linux| linux.rootfs_propagation().as_deref());
+    propagation.and_then(follows_host).unwrap_or_default()
+}
+
+/// What a propagation type says of that. Nothing of a guest's can propagate to the host, so that "shared" has one direction.
+fn follows_host(option: &str) -> Option<bool> {
+    match option {
+        "slave" | "rslave" | "shared" | "rshared" => Some(true),
+        "private" | "rprivate" | "unbindable" | "runbindable" => Some(false),
+        _ => None,
+    }
 }
 
 /// Where a bind is in the container's part of the share: in a directory of its own, by its own name, which the container then
@@ -306,6 +329,7 @@ mod tests {
             directory,
             recursive,
             read_only,
+            follows_host: false,
         };
         assert_eq!(
             adapted.binds,
@@ -380,6 +404,25 @@ mod tests {
         };
         assert_eq!((proc.mount, &*proc.path), (1, Path::new("")));
         assert!(!proc.options.is_empty());
+    }
+
+    #[test]
+    fn later_mounts_of_the_host_are_for_who_asks_for_them() {
+        for (options, expected) in [
+            (&["rbind"][..], false),
+            (&["rprivate", "rslave"], true),
+            (&["shared", "ro"], true),
+            (&["rshared", "private"], false),
+            (&["slave", "runbindable"], false),
+        ] {
+            let mount = json!([{"destination": "/d", "type": "bind", "source": "/etc", "options": options}]);
+            let (_, adapted) = adapted(mount).unwrap();
+            assert!(!adapted.binds[0].follows_host, "the root");
+            assert_eq!(adapted.binds[1].follows_host, expected, "{options:?}");
+        }
+        let mut spec = good();
+        spec["linux"]["rootfsPropagation"] = json!("rslave");
+        assert!(root_follows_host(&serde_json::from_value(spec).unwrap()));
     }
 
     #[test]

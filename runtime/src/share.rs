@@ -6,9 +6,10 @@
 //! descriptor of the writable mount underneath. The read-only mount is shared, so that later mounts reach a VMM with a
 //! mount namespace of its own.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -150,22 +151,13 @@ impl Share {
                 openat(&dir, &bind.name, flags, Mode::from_bits_truncate(0o644))
                     .map_err(fail("make the file", &target))?;
             }
-            let recursive = if bind.recursive {
-                MsFlags::MS_REC
-            } else {
-                MsFlags::empty()
-            };
-            mount(
-                Some(&bind.source),
-                &target,
-                None::<&str>,
-                MsFlags::MS_BIND | recursive,
-                None::<&str>,
-            )
-            .map_err(fail("bind for the guest", &bind.source))?;
-            open_mount(&target)
-                .and_then(|mount| bind.restrict(mount.as_fd()))
+            // Restricted before it is anywhere: the guest runs already.
+            let tree = clone_tree(&bind.source, bind.recursive)
+                .map_err(|e| ShareError::new("bind for the guest", &bind.source, e))?;
+            bind.restrict(tree.as_fd())
                 .map_err(|e| ShareError::new("restrict the bind of", &bind.source, e))?;
+            attach(tree.as_fd(), &target)
+                .map_err(|e| ShareError::new("mount for the guest", &target, e))?;
         }
         Ok(())
     }
@@ -222,15 +214,17 @@ fn detach(target: &Path) -> nix::Result<()> {
 }
 
 impl HostBind {
-    /// Has the mount that the bind has made, whose root `mount` is, open no device node on the host, run no set-user-ID program, and write no more
-    /// than the bind allows.
+    /// Has the mount that the bind has made, whose root `mount` is, open no device node on the host, run no set-user-ID program, write no more
+    /// than the bind allows, and show what the host mounts there later only if that is asked for: such mounts have the host's attributes and not
+    /// these.
     pub(crate) fn restrict(&self, mount: BorrowedFd) -> io::Result<()> {
         set_attributes(mount, NO_PRIVILEGES, self.recursive)?;
         match self.read_only {
-            ReadOnly::No => Ok(()),
-            ReadOnly::Top => set_attributes(mount, libc::MOUNT_ATTR_RDONLY, false),
-            ReadOnly::Recursive => set_attributes(mount, libc::MOUNT_ATTR_RDONLY, true),
+            ReadOnly::No => {}
+            ReadOnly::Top => set_attributes(mount, libc::MOUNT_ATTR_RDONLY, false)?,
+            ReadOnly::Recursive => set_attributes(mount, libc::MOUNT_ATTR_RDONLY, true)?,
         }
+        set_propagation(mount, self.follows_host)
     }
 }
 
@@ -240,6 +234,44 @@ pub(crate) const NO_PRIVILEGES: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_
 fn open_mount(target: &Path) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     Ok(nix::fcntl::open(target, flags, Mode::empty())?)
+}
+
+/// A copy of the mount that `source` is on from there, or of it and what is mounted below, which is mounted nowhere yet (`open_tree(2)`, Linux 5.2).
+fn clone_tree(source: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let source = CString::new(source.as_os_str().as_encoded_bytes())?;
+    let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | recursive.cast_unsigned();
+    // SAFETY: the path is a NUL-terminated string that outlives the call.
+    let tree =
+        unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, source.as_ptr(), flags) };
+    if tree < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor, which nobody else knows.
+    RawFd::try_from(tree)
+        .map(|tree| unsafe { OwnedFd::from_raw_fd(tree) })
+        .map_err(io::Error::other)
+}
+
+/// Mounts such a copy (`move_mount(2)`, Linux 5.2). A link at `target` is not followed.
+fn attach(tree: BorrowedFd, target: &Path) -> io::Result<()> {
+    let target = CString::new(target.as_os_str().as_encoded_bytes())?;
+    // SAFETY: both paths are NUL-terminated strings that outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            target.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Sets attributes of the mount whose root a descriptor is, or of all mounts of its tree, and keeps the others (`mount_setattr(2)`, Linux 5.12).
@@ -254,6 +286,26 @@ pub(crate) fn set_attributes(
         propagation: 0,
         userns_fd: 0,
     };
+    mount_setattr(mount, &attr, recursive)
+}
+
+/// Says whether what the host mounts later below the source of a bind mount, or unmounts there, is seen in its tree too.
+pub(crate) fn set_propagation(mount: BorrowedFd, follows_host: bool) -> io::Result<()> {
+    let propagation = if follows_host {
+        libc::MS_SLAVE
+    } else {
+        libc::MS_PRIVATE
+    };
+    let attr = libc::mount_attr {
+        attr_set: 0,
+        attr_clr: 0,
+        propagation,
+        userns_fd: 0,
+    };
+    mount_setattr(mount, &attr, true)
+}
+
+fn mount_setattr(mount: BorrowedFd, attr: &libc::mount_attr, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a NUL-terminated string and `attr` a structure of the given size; both outlive the call, which
     // writes to neither.
@@ -263,7 +315,7 @@ pub(crate) fn set_attributes(
             mount.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             size_of::<libc::mount_attr>(),
         )
     };
@@ -300,6 +352,7 @@ pub(crate) mod tests {
             directory,
             recursive: false,
             read_only,
+            follows_host: false,
         }
     }
 
@@ -337,6 +390,60 @@ pub(crate) mod tests {
             share.unmount().unwrap();
             assert_eq!(fs::read_dir(state.path()).unwrap().count(), 0);
             assert!(rootfs.path().join("new").exists());
+        });
+    }
+
+    #[test]
+    fn what_the_host_mounts_later_is_seen_only_where_that_is_asked_for() {
+        in_namespace(|| {
+            let host = tempfile::tempdir().unwrap();
+            let none = None::<&str>;
+            let tmpfs = |place: &Path| {
+                fs::create_dir(place).unwrap();
+                let flags = MsFlags::empty();
+                mount(Some("x"), place, Some("tmpfs"), flags, none).unwrap();
+            };
+            let volume = host.path().join("volume");
+            tmpfs(&volume);
+            let shared = |place: &Path| {
+                mount(none, place, none, MsFlags::MS_SHARED, none).unwrap();
+            };
+            shared(&volume);
+            tmpfs(&volume.join("below"));
+            shared(&volume.join("below"));
+            let state = tempfile::tempdir().unwrap();
+            let share = Share::new(state.path()).unwrap();
+            let mut binds = [
+                bind(&volume, "rootfs", true, ReadOnly::No),
+                bind(&volume, "mounts/0/v", true, ReadOnly::Top),
+                bind(&volume, "mounts/1/v", true, ReadOnly::Recursive),
+            ];
+            binds[0].recursive = true;
+            binds[1].follows_host = true;
+            binds[2].recursive = true;
+            share.add_container(Part(3), &binds).unwrap();
+            for later in ["later", "below/later"] {
+                tmpfs(&volume.join(later));
+                fs::write(volume.join(later).join("file"), "").unwrap();
+            }
+            let own = state.path().join("3");
+            let seen = |path: &str| own.join(path).exists();
+            assert!(seen("rootfs/below/later") && seen("rootfs/later"));
+            assert!(!seen("rootfs/later/file") && !seen("rootfs/below/later/file"));
+            assert!(!seen("mounts/1/v/later/file") && !seen("mounts/1/v/below/later/file"));
+            assert!(seen("mounts/0/v/later/file"));
+            // Its attributes are the host's.
+            fs::write(own.join("mounts/0/v/later/file"), "x").unwrap();
+            fs::write(own.join("mounts/0/v/file"), "x").unwrap_err();
+            // The host does not see what is mounted in the share.
+            let below = own.join("rootfs/below");
+            mount(Some("x"), &below, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            fs::write(below.join("unseen"), "").unwrap();
+            assert!(!volume.join("below/unseen").exists());
+            detach(&below).unwrap();
+            share.remove_container(Part(3), &binds).unwrap();
+            share.unmount().unwrap();
+            detach(&volume).unwrap();
         });
     }
 

@@ -14,7 +14,7 @@ use pathrs::flags::OpenFlags;
 use pathrs::{Handle, Root};
 
 use crate::adapt::{self, HostBind};
-use crate::share::{NO_PRIVILEGES, set_attributes};
+use crate::share::{NO_PRIVILEGES, set_attributes, set_propagation};
 use crate::spec::Bundle;
 
 /// What there is to see.
@@ -22,6 +22,7 @@ use crate::spec::Bundle;
 pub struct View {
     rootfs: PathBuf,
     read_only: bool,
+    follows_host: bool,
     volumes: Vec<Volume>,
 }
 
@@ -56,6 +57,7 @@ impl View {
         Self {
             rootfs: bundle.rootfs.clone(),
             read_only: root.and_then(|root| root.readonly()) == Some(true),
+            follows_host: adapt::root_follows_host(&bundle.spec),
             volumes,
         }
     }
@@ -68,6 +70,7 @@ impl View {
         bind_on(&self.rootfs, &self.rootfs, true)?;
         let root = Root::open(&self.rootfs).map_err(io::Error::other)?;
         set_attributes(root.as_fd(), NO_PRIVILEGES, true)?;
+        set_propagation(root.as_fd(), self.follows_host)?;
         for volume in &self.volumes {
             let _ = volume.show(&root);
         }

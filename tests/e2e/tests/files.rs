@@ -174,6 +174,40 @@ fn what_is_mounted_below_a_volume_is_a_mount_of_the_container_too() {
 }
 
 #[test]
+fn what_the_host_mounts_below_a_volume_later_is_seen_where_its_propagation_asks_for_it() {
+    let _unchanged = Host::unchanged();
+    let folder = tempfile::tempdir().unwrap();
+    let volume = Mounted::on(folder.path().join("volume"), MsFlags::empty());
+    let none = None::<&str>;
+    mount(none, &volume.0, none, MsFlags::MS_SHARED, none).unwrap();
+    for runtime in [runc(), bulkhead()] {
+        let mut bundle = Bundle::idle();
+        for (place, options) in [
+            ("/private", ["rbind", "rprivate", "ro"]),
+            ("/slave", ["rbind", "rslave", "ro"]),
+        ] {
+            let mount = json!({"destination": place, "type": "bind", "source": volume.0, "options": options});
+            bundle.config["mounts"].as_array_mut().unwrap().push(mount);
+        }
+        let container = Container::running(runtime, &bundle);
+        let later = Mounted::on(volume.0.join("later"), MsFlags::empty());
+        fs::write(later.0.join("file"), "of the host").unwrap();
+        let ended = container.shell("cd /; ls -d */later/file; ls -d */later");
+        assert_eq!(
+            ended.stdout,
+            "slave/later/file\nprivate/later\nslave/later\n"
+        );
+        let namespace = format!("--mount=/proc/{}/ns/mnt", container.pid);
+        let list = ["/bin/sh", "-c", "cd /; ls -d */later/file"];
+        let ended = finish(Command::new("nsenter").arg(namespace).args(list));
+        assert_eq!(ended.stdout, "slave/later/file\n", "{ended:?}");
+        let place = later.0.clone();
+        drop(later);
+        fs::remove_dir(place).unwrap();
+    }
+}
+
+#[test]
 fn a_volume_has_the_attributes_of_the_mount_it_is_of() {
     let _unchanged = Host::unchanged();
     let dir = tempfile::tempdir().unwrap();
