@@ -304,6 +304,10 @@ impl Sandbox {
                 }
                 if let Some(cgroup) = &cgroup {
                     self.cgroup.require_free(cgroup.clone()).await?;
+                    // It may take long, and what is not begun need not be undone.
+                    if self.closing.get().is_some() {
+                        return Err(SandboxError::Failed(CLOSING.into()));
+                    }
                 }
                 // On record before it is made: whoever cleans up after this process has to find it.
                 self.params.state.save(&record)?;

@@ -8,7 +8,7 @@ use oci_spec::runtime::LinuxResources;
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 
-use super::SandboxError;
+use super::{CLOSING, SandboxError};
 use crate::host_cgroup::{self, HostCgroup, HostCgroupError};
 use crate::standin::StandIn;
 
@@ -17,7 +17,15 @@ use crate::standin::StandIn;
 pub struct Cgroup {
     /// Where this process was before.
     origin: PathBuf,
-    current: Arc<Mutex<Option<HostCgroup>>>,
+    current: Arc<Mutex<Current>>,
+}
+
+/// What there is of it.
+#[derive(Debug, Default)]
+struct Current {
+    cgroup: Option<HostCgroup>,
+    /// This process has left it, or would have, and must not be in it any more: who is in it when it is removed is killed.
+    left: bool,
 }
 
 impl Cgroup {
@@ -34,15 +42,19 @@ impl Cgroup {
         self.work(move |_| cgroup.require_free()).await
     }
 
-    /// Moves this process into `cgroup`, which is the sandbox's from then on, also if that fails: part of it may be made by then.
-    pub async fn enter(&self, cgroup: HostCgroup) -> Result<(), HostCgroupError> {
+    /// Moves this process into `cgroup`, which is the sandbox's from then on, also if that fails: part of it may be made by then. Refused once
+    /// this process has been told to leave.
+    pub async fn enter(&self, cgroup: HostCgroup) -> Result<(), SandboxError> {
         self.work(|current| {
+            if current.left {
+                return Err(SandboxError::Failed(CLOSING.into()));
+            }
             let made = cgroup.make(std::process::id());
             // Another's is another's to remove.
             if !matches!(made, Err(HostCgroupError::Taken(_))) {
-                *current = Some(cgroup);
+                current.cgroup = Some(cgroup);
             }
-            made
+            Ok(made?)
         })
         .await
     }
@@ -51,7 +63,7 @@ impl Cgroup {
     pub async fn add(&self, stand_in: &StandIn) -> Result<(), SandboxError> {
         let (origin, stand_in) = (self.origin.clone(), stand_in.clone());
         self.work(move |current| {
-            let Some(cgroup) = current else {
+            let Some(cgroup) = &current.cgroup else {
                 return Ok(());
             };
             cgroup.add(stand_in.pid())?;
@@ -71,26 +83,31 @@ impl Cgroup {
         resources: LinuxResources,
         guest_mib: u64,
     ) -> Result<(), HostCgroupError> {
-        self.work(move |current| match current {
+        self.work(move |current| match &current.cgroup {
             Some(cgroup) => cgroup.apply(&resources, guest_mib),
             None => Ok(()),
         })
         .await
     }
 
-    /// Moves this process back to where it was before.
+    /// Moves this process back to where it was before, for good.
     pub async fn leave(self) -> Result<(), String> {
         let origin = self.origin.clone();
-        self.work(move |current| match current {
-            Some(_) => host_cgroup::move_to(&origin, std::process::id()).map_err(|e| e.to_string()),
-            None => Ok(()),
+        self.work(move |current| {
+            current.left = true;
+            match current.cgroup {
+                Some(_) => {
+                    host_cgroup::move_to(&origin, std::process::id()).map_err(|e| e.to_string())
+                }
+                None => Ok(()),
+            }
         })
         .await
     }
 
     /// Kills what is in it, and removes it. This process must have left.
     pub async fn remove(&self) -> Result<(), HostCgroupError> {
-        self.work(|current| match current.take() {
+        self.work(|current| match current.cgroup.take() {
             Some(cgroup) => cgroup.remove(),
             None => Ok(()),
         })
@@ -99,7 +116,7 @@ impl Cgroup {
 
     async fn work<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&mut Option<HostCgroup>) -> T + Send + 'static,
+        work: impl FnOnce(&mut Current) -> T + Send + 'static,
     ) -> T {
         let mut current = self.current.clone().lock_owned().await;
         match spawn_blocking(move || work(&mut current)).await {
@@ -169,6 +186,27 @@ mod tests {
     }
 
     #[test]
+    fn who_has_left_does_not_enter_again() {
+        with_cgroups(|| {
+            let name = format!("bulkhead-left-{}", std::process::id());
+            let host = at(&format!("/{name}"), false);
+            let directory = Path::new("/sys/fs/cgroup").join(name);
+            block_on(async {
+                let cgroup = Cgroup::new();
+                // In the order in which they are asked for, as when a sandbox's end comes while its cgroup is looked at.
+                let free = cgroup.require_free(host.clone());
+                let (free, left) = tokio::join!(free, cgroup.clone().leave());
+                free.unwrap();
+                left.unwrap();
+                let entered = cgroup.enter(host).await;
+                assert!(matches!(entered, Err(SandboxError::Failed(_))));
+                cgroup.remove().await.unwrap();
+            });
+            assert!(!directory.exists());
+        });
+    }
+
+    #[test]
     fn what_has_a_stand_ins_number_after_it_does_not_end_with_the_sandbox() {
         with_cgroups(|| {
             let name = format!("bulkhead-stand-in-{}", std::process::id());
@@ -178,7 +216,7 @@ mod tests {
             let reused = Reused::new();
             let cgroup = Cgroup::new();
             block_on(async {
-                *cgroup.current.lock().await = Some(host);
+                cgroup.current.lock().await.cgroup = Some(host);
                 let added = cgroup.add(&reused.0).await;
                 let path = format!("/proc/{}/cgroup", reused.0.pid());
                 let where_it_is = fs::read_to_string(path).unwrap();
