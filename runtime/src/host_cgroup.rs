@@ -5,9 +5,11 @@
 //! limits are written to its files. What is done here may take its time: moves a grace period of the kernel, removal the end of
 //! processes, systemd's answers as long as D-Bus.
 
+mod properties;
 mod systemd;
 mod tree;
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -34,6 +36,9 @@ pub enum HostCgroupError {
     /// The path is no path of a cgroup.
     #[error("config.json: `linux.cgroupsPath` {0:?} {1}")]
     Path(PathBuf, &'static str),
+    /// An annotation is no property of a unit of systemd.
+    #[error("config.json: `annotations[{0:?}]` is {1:?}: {right}", right = properties::RIGHT)]
+    Property(String, String),
     /// A limit makes no sense.
     #[error(transparent)]
     Limit(#[from] FieldError),
@@ -65,6 +70,9 @@ pub struct HostCgroup {
     unit: Option<Unit>,
     /// The container's name, for who looks at the scope.
     name: String,
+    /// The annotations that give the scope properties. Once it is made, systemd has them.
+    #[serde(skip)]
+    properties: BTreeMap<String, String>,
 }
 
 impl HostCgroup {
@@ -104,10 +112,23 @@ impl HostCgroup {
             }
             (None, None) => beside_own().join(id),
         };
+        let annotations = match unit {
+            Some(_) => spec.annotations().clone().unwrap_or_default(),
+            None => HashMap::new(),
+        };
+        let mut properties = BTreeMap::new();
+        for (name, text) in annotations {
+            match properties::of(&name, &text) {
+                None => {}
+                Some(None) => return Err(HostCgroupError::Property(name, text)),
+                Some(Some(_)) => drop(properties.insert(name, text)),
+            }
+        }
         Ok(Some(Self {
             path,
             unit,
             name: id.as_str().to_owned(),
+            properties,
         }))
     }
 
@@ -128,7 +149,9 @@ impl HostCgroup {
     pub fn make(&self, pid: u32) -> Result<(), HostCgroupError> {
         if let Some(unit) = &self.unit {
             let description = format!("Bulkhead container {}", self.name);
-            return self.asked("make", unit.start(&description, pid));
+            let properties = self.properties.iter();
+            let properties = properties.filter_map(|(name, text)| properties::of(name, text)?);
+            return self.asked("make", unit.start(&description, pid, properties.collect()));
         }
         tree::make(Path::new(ROOT), &self.path).map_err(|e| self.failed("make", &e))?;
         self.add(pid)
@@ -386,6 +409,25 @@ pub(crate) mod tests {
             assert!(!left);
             cgroup.remove().unwrap();
             cgroup.require_free().unwrap();
+        });
+    }
+
+    #[test]
+    fn annotations_for_systemd_are_looked_at_where_that_makes_the_cgroup() {
+        with_cgroups(|| {
+            let of = |value: &str, systemd| {
+                let annotations = serde_json::json!({"org.systemd.property.KillSignal": value});
+                let spec = serde_json::json!({"ociVersion": "1.0.2", "annotations": annotations});
+                let spec = serde_json::from_value(spec).unwrap();
+                HostCgroup::of(&spec, &ContainerId::new("c1").unwrap(), systemd)
+            };
+            let properties = |of: Result<Option<HostCgroup>, _>| of.unwrap().unwrap().properties;
+            assert_eq!(properties(of("15", true)).len(), 1);
+            assert!(properties(of("15", false)).is_empty());
+            assert!(properties(of("TERM", false)).is_empty());
+            let message = of("TERM", true).unwrap_err().to_string();
+            let named = r#"`annotations["org.systemd.property.KillSignal"]` is "TERM": give"#;
+            assert!(message.contains(named), "{message}");
         });
     }
 

@@ -32,7 +32,9 @@ pub fn rpc_error(error: &SandboxError) -> ttrpc::Error {
         SandboxError::Id(_)
         | SandboxError::Spec(_)
         | SandboxError::Stdio(_)
-        | SandboxError::HostCgroup(HostCgroupError::Path(..) | HostCgroupError::Limit(_))
+        | SandboxError::HostCgroup(
+            HostCgroupError::Path(..) | HostCgroupError::Property(..) | HostCgroupError::Limit(_),
+        )
         | SandboxError::Request { .. } => Code::INVALID_ARGUMENT,
         SandboxError::NotFound(_) | SandboxError::NoProcess(_) => Code::NOT_FOUND,
         SandboxError::Exists(_) | SandboxError::ExecExists(_) => Code::ALREADY_EXISTS,

@@ -112,25 +112,30 @@ impl Unit {
         )
     }
 
-    /// Makes it, with a process in it.
-    pub fn start(&self, description: &str, pid: u32) -> Result<(), SystemdError> {
-        let properties = || -> Vec<(&str, Value<'_>)> {
-            vec![
-                ("Description", description.into()),
-                ("Slice", self.slice.as_str().into()),
-                ("Delegate", true.into()),
-                ("PIDs", vec![pid].into()),
-                ("MemoryAccounting", true.into()),
-                ("CPUAccounting", true.into()),
-                ("IOAccounting", true.into()),
-                ("TasksAccounting", true.into()),
-                ("DefaultDependencies", false.into()),
-            ]
-        };
+    /// Makes it, with a process in it, and with further properties, which win.
+    pub fn start(
+        &self,
+        description: &str,
+        pid: u32,
+        further: Vec<(String, Value<'_>)>,
+    ) -> Result<(), SystemdError> {
+        let mut properties: Vec<(&str, Value<'_>)> = vec![
+            ("Description", description.into()),
+            ("Slice", self.slice.as_str().into()),
+            ("Delegate", true.into()),
+            ("PIDs", vec![pid].into()),
+            ("MemoryAccounting", true.into()),
+            ("CPUAccounting", true.into()),
+            ("IOAccounting", true.into()),
+            ("TasksAccounting", true.into()),
+            ("DefaultDependencies", false.into()),
+        ];
+        let (names, values): (Vec<String>, Vec<Value<'_>>) = further.into_iter().unzip();
+        properties.extend(names.iter().map(String::as_str).zip(values));
         // No other units come with it.
         let others: [(&str, Vec<(&str, Value<'_>)>); 0] = [];
         ask(async |systemd| {
-            let body = (self.name.as_str(), "replace", properties(), &others[..]);
+            let body = (self.name.as_str(), "replace", properties, &others[..]);
             let mut result = systemd.job(&self.name, "StartTransientUnit", &body).await;
             if matches!(result, Err(SystemdError::Exists)) {
                 // One that has failed is kept for somebody to look at.

@@ -105,6 +105,48 @@ fn systemd_makes_the_scope_that_the_bundle_names_and_forgets_it_with_the_contain
 }
 
 #[test]
+fn annotations_give_the_scope_properties_as_under_runc() {
+    let _unchanged = Host::unchanged();
+    let folder = tempfile::tempdir().unwrap();
+    let life = |runtime: PathBuf, value: &str| {
+        let mut bundle = Bundle::idle();
+        bundle.config["linux"]["cgroupsPath"] = json!("system.slice:e2e:properties");
+        bundle.config["annotations"] = json!({
+            "org.systemd.property.KillSignal": value,
+            "org.systemd.property.TimeoutStopUSec": "uint64 12000000",
+            "org.systemd.property.RuntimeMaxSec": "86400",
+            "org.systemd.property.CollectMode": "'inactive-or-failed'",
+            "org.systemd.property.After": "['basic.target']",
+        });
+        let container = Container::try_create(with_systemd(&folder, &runtime), bundle, &[])?;
+        let names = "KillSignal,TimeoutStopUSec,RuntimeMaxUSec,CollectMode,After";
+        let shown = Command::new("systemctl")
+            .args(["show", "--property", names, "e2e-properties.scope"])
+            .output()
+            .unwrap();
+        drop(container);
+        reap_all();
+        Ok::<_, Ended>(String::from_utf8(shown.stdout).unwrap())
+    };
+    let ours = life(bulkhead(), "10").unwrap();
+    for property in [
+        "KillSignal=10",
+        "TimeoutStopUSec=12s",
+        "RuntimeMaxUSec=1d",
+        "CollectMode=inactive-or-failed",
+        "basic.target",
+    ] {
+        assert!(ours.contains(property), "{property}: {ours}");
+    }
+    assert_eq!(ours, life(runc(), "10").unwrap());
+    for runtime in [bulkhead(), runc()] {
+        let refused = life(runtime, "TERM").unwrap_err();
+        let name = "org.systemd.property.KillSignal";
+        assert!(refused.stderr.contains(name), "{refused:?}");
+    }
+}
+
+#[test]
 fn without_a_path_the_scope_has_the_containers_name() {
     let _unchanged = Host::unchanged();
     let folder = tempfile::tempdir().unwrap();
