@@ -7,7 +7,8 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns};
@@ -16,6 +17,7 @@ use serde::Serialize;
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
+use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
 use crate::host_cgroup;
@@ -102,29 +104,142 @@ struct State<'a> {
     pid: Option<u32>,
 }
 
-/// Runs hooks one after the other, in that place or in this thread's; the first that fails is the end.
-pub async fn run(
-    kind: &'static str,
-    hooks: Option<&Vec<Hook>>,
-    state: &HookState,
-    status: Status,
-    pid: Option<u32>,
-    place: Option<&RuntimePlace>,
-) -> Result<(), HookError> {
-    for (n, hook) in hooks.into_iter().flatten().enumerate() {
-        run_one(hook, state, status, pid, place)
-            .await
-            .map_err(|problem| HookError {
+/// The hooks of a sandbox that run. Its end waits for theirs: what undoes a hook's work must not run beside it.
+#[derive(Debug)]
+pub struct Runs {
+    /// How many hooks have begun.
+    begun: AtomicU64,
+    /// How many lists of hooks are under way.
+    under_way: watch::Sender<usize>,
+    /// How many of those that have begun are not waited for any more.
+    given_up: watch::Sender<u64>,
+    /// Set when nothing is made any more that hooks would be for.
+    over: OnceLock<()>,
+}
+
+impl Default for Runs {
+    fn default() -> Self {
+        Self {
+            begun: AtomicU64::new(0),
+            under_way: watch::Sender::new(0),
+            given_up: watch::Sender::new(0),
+            over: OnceLock::new(),
+        }
+    }
+}
+
+impl Runs {
+    /// Runs hooks one after the other, in that place or in this thread's; the first that fails is the end.
+    pub async fn run(
+        &self,
+        kind: &'static str,
+        hooks: Option<&Vec<Hook>>,
+        state: &HookState,
+        status: Status,
+        pid: Option<u32>,
+        place: Option<&RuntimePlace>,
+    ) -> Result<(), HookError> {
+        let _under_way = UnderWay::new(&self.under_way);
+        for (n, hook) in hooks.into_iter().flatten().enumerate() {
+            let ran = match self.over.get() {
+                Some(()) => Err("is not run: the sandbox is being shut down".to_owned()),
+                None => self.run_one(hook, state, status, pid, place).await,
+            };
+            ran.map_err(|problem| HookError {
                 kind,
                 n,
                 path: hook.path().clone(),
                 problem,
             })?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Runs hooks one after the other; what fails is logged, and the rest goes on.
+    pub async fn run_all(
+        &self,
+        kind: &'static str,
+        hooks: Option<&Vec<Hook>>,
+        state: &HookState,
+        status: Status,
+        pid: Option<u32>,
+        place: Option<&RuntimePlace>,
+    ) {
+        let _under_way = UnderWay::new(&self.under_way);
+        for (n, hook) in hooks.into_iter().flatten().enumerate() {
+            if let Err(problem) = self.run_one(hook, state, status, pid, place).await {
+                tracing::warn!("hooks.{kind}[{n}] ({}): {problem}", hook.path().display());
+            }
+        }
+    }
+
+    /// Lets no further hook begin of those that a failure ends.
+    pub fn close(&self) {
+        let _ = self.over.set(());
+    }
+
+    /// Waits until none is under way.
+    pub async fn ended(&self) {
+        let mut under_way = self.under_way.subscribe();
+        // Fails only without a sender, and `self` is one.
+        let _ = under_way.wait_for(|&count| count == 0).await;
+    }
+
+    /// Kills the hooks that run now if that takes them longer than `patience`. Those that come after them have all the time that they need.
+    pub async fn hurry(&self, patience: Duration) {
+        let begun = self.begun.load(Ordering::Relaxed);
+        if tokio::time::timeout(patience, self.ended()).await.is_err() {
+            self.given_up
+                .send_modify(|given_up| *given_up = begun.max(*given_up));
+        }
+    }
+
+    async fn run_one(
+        &self,
+        hook: &Hook,
+        state: &HookState,
+        status: Status,
+        pid: Option<u32>,
+        place: Option<&RuntimePlace>,
+    ) -> Result<(), String> {
+        let number = self.begun.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut given_up = self.given_up.subscribe();
+        let given_up = async {
+            let _ = given_up.wait_for(|&given_up| given_up >= number).await;
+        };
+        let state_json = serde_json::to_vec(&State {
+            state,
+            status: status.to_string(),
+            pid,
+        })
+        .map_err(|error| error.to_string())?;
+        let output = output(hook, &state.bundle, &state_json, given_up, place).await;
+        let (status, said) = output.map_err(|error| error.to_string())?;
+        if status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&said);
+        Err(format!("{status}: {}", said.trim().replace('\n', " | ")))
+    }
 }
 
-/// Runs hooks one after the other; what fails is logged, and the rest goes on.
+/// Counts a list of hooks as long as it is under way.
+struct UnderWay<'a>(&'a watch::Sender<usize>);
+
+impl<'a> UnderWay<'a> {
+    fn new(count: &'a watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Self(count)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
+/// Runs hooks that are no sandbox's any more, as [`Runs::run_all`].
 pub async fn run_all(
     kind: &'static str,
     hooks: Option<&Vec<Hook>>,
@@ -133,44 +248,17 @@ pub async fn run_all(
     pid: Option<u32>,
     place: Option<&RuntimePlace>,
 ) {
-    for (n, hook) in hooks.into_iter().flatten().enumerate() {
-        if let Err(problem) = run_one(hook, state, status, pid, place).await {
-            tracing::warn!("hooks.{kind}[{n}] ({}): {problem}", hook.path().display());
-        }
-    }
+    let runs = Runs::default();
+    runs.run_all(kind, hooks, state, status, pid, place).await;
 }
 
-async fn run_one(
-    hook: &Hook,
-    state: &HookState,
-    status: Status,
-    pid: Option<u32>,
-    place: Option<&RuntimePlace>,
-) -> Result<(), String> {
-    let state_json = serde_json::to_vec(&State {
-        state,
-        status: status.to_string(),
-        pid,
-    })
-    .map_err(|error| error.to_string())?;
-    let timeout = hook
-        .timeout()
-        .and_then(|seconds| u64::try_from(seconds).ok());
-    let output = output(hook, &state.bundle, &state_json, timeout, place).await;
-    let (status, said) = output.map_err(|error| error.to_string())?;
-    if status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&said);
-    Err(format!("{status}: {}", said.trim().replace('\n', " | ")))
-}
-
-/// Runs the program to its end, and returns its status and the beginning of what it said on standard error.
+/// Runs the program to its end, or until its time is up or it is given up, and returns its status and the beginning of what it said on standard
+/// error.
 async fn output(
     hook: &Hook,
     bundle: &Path,
     state: &[u8],
-    timeout: Option<u64>,
+    given_up: impl Future<Output = ()>,
     place: Option<&RuntimePlace>,
 ) -> io::Result<(ExitStatus, Vec<u8>)> {
     let mut command = Command::new(hook.path());
@@ -216,18 +304,24 @@ async fn output(
         }
         io::Result::Ok((child.wait().await?, said))
     };
-    let Some(seconds) = timeout else {
-        return run.await;
-    };
-    let ended = tokio::time::timeout(Duration::from_secs(seconds), run).await;
-    match ended {
-        Ok(ended) => ended,
-        Err(_) => {
-            child.kill().await?;
-            let problem = format!("did not end within {seconds} s and was killed");
-            Err(io::Error::new(io::ErrorKind::TimedOut, problem))
+    let timeout = hook.timeout();
+    let timeout = timeout.and_then(|seconds| u64::try_from(seconds).ok());
+    let time_is_up = async {
+        match timeout {
+            Some(seconds) => {
+                tokio::time::sleep(Duration::from_secs(seconds)).await;
+                format!("did not end within {seconds} s and was killed")
+            }
+            None => std::future::pending().await,
         }
-    }
+    };
+    let problem = tokio::select! {
+        ended = run => return ended,
+        problem = time_is_up => problem,
+        () = given_up => "did not end when its sandbox was ended by force, and was killed".to_owned(),
+    };
+    child.kill().await?;
+    Err(io::Error::new(io::ErrorKind::TimedOut, problem))
 }
 
 #[cfg(test)]
@@ -262,7 +356,7 @@ mod tests {
             .enable_all()
             .build()
             .unwrap()
-            .block_on(run(
+            .block_on(Runs::default().run(
                 "prestart",
                 Some(hooks),
                 &state(dir),
@@ -382,5 +476,95 @@ mod tests {
         let pid = std::fs::read_to_string(dir.path().join("pid")).unwrap();
         let status = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
         assert!(status.map_or(true, |status| status.contains(") Z ")));
+    }
+    #[test]
+    fn a_sandboxs_end_waits_for_the_hook_under_way_and_no_other_of_a_creation_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let hooks = hooks(json!([
+            {"path": "/bin/sh", "args": ["sh", "-c", "read line < fifo; echo $line >> log"]},
+            {"path": "/bin/sh", "args": ["sh", "-c", "echo second >> log"]}
+        ]));
+        let (runs, state) = (Runs::default(), state(dir.path()));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let (ran, ()) = runtime.block_on(async {
+            let ran = runs.run(
+                "prestart",
+                Some(&hooks),
+                &state,
+                Status::Creating,
+                None,
+                None,
+            );
+            let end = async {
+                runs.close();
+                let mut ended = std::pin::pin!(runs.ended());
+                assert!(futures::poll!(&mut ended).is_pending());
+                std::fs::write(
+                    &fifo, "first
+",
+                )
+                .unwrap();
+                ended.await;
+            };
+            tokio::join!(ran, end)
+        });
+        let message = ran.unwrap_err().to_string();
+        assert!(
+            message.starts_with("hooks.prestart[1] (/bin/sh): is not run"),
+            "{message}"
+        );
+        let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+        assert_eq!(
+            log,
+            "first
+"
+        );
+    }
+
+    #[test]
+    fn an_end_by_force_gives_up_the_hooks_that_run_then_and_no_later_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let waits = hooks(json!([{"path": "/bin/sleep", "args": ["sleep", "1000"]}]));
+        let later = hooks(json!([
+            {"path": "/bin/sh", "args": ["sh", "-c", "sleep 0.2; echo later >> log"]}
+        ]));
+        let (runs, state) = (Runs::default(), state(dir.path()));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let waits = runs.run(
+                "prestart",
+                Some(&waits),
+                &state,
+                Status::Creating,
+                None,
+                None,
+            );
+            let (ran, ()) = tokio::join!(waits, runs.hurry(Duration::from_millis(50)));
+            let message = ran.unwrap_err().to_string();
+            assert!(message.contains("by force, and was killed"), "{message}");
+            runs.run_all(
+                "poststop",
+                Some(&later),
+                &state,
+                Status::Stopped,
+                None,
+                None,
+            )
+            .await;
+        });
+        let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
+        assert_eq!(
+            log,
+            "later
+"
+        );
     }
 }

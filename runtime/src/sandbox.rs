@@ -30,7 +30,7 @@ use crate::adapt::{Adapted, adapt};
 use crate::agent::AgentError;
 use crate::annotations::Overrides;
 use crate::config::Config;
-use crate::hooks::{self, HookState, RuntimePlace};
+use crate::hooks::{HookState, Runs, RuntimePlace};
 use crate::host_cgroup::HostCgroup;
 use crate::id::ContainerId;
 use crate::mounts_below::Inherited;
@@ -145,6 +145,7 @@ pub struct Sandbox {
     cgroup: Cgroup,
     /// How many stand-ins there are.
     stand_ins: watch::Sender<usize>,
+    hook_runs: Runs,
 }
 
 impl Sandbox {
@@ -160,6 +161,7 @@ impl Sandbox {
             closing: OnceLock::new(),
             cgroup: Cgroup::new(),
             stand_ins: watch::Sender::new(0),
+            hook_runs: Runs::default(),
         })
     }
 
@@ -415,15 +417,16 @@ impl Sandbox {
             ("createRuntime", hooks.create_runtime().as_ref(), host),
             ("createContainer", hooks.create_container().as_ref(), None),
         ] {
-            hooks::run(
-                kind,
-                list,
-                &container.hook_state,
-                Status::Creating,
-                Some(pid),
-                place,
-            )
-            .await?;
+            self.hook_runs
+                .run(
+                    kind,
+                    list,
+                    &container.hook_state,
+                    Status::Creating,
+                    Some(pid),
+                    place,
+                )
+                .await?;
         }
         Ok(())
     }
@@ -433,15 +436,16 @@ impl Sandbox {
             && container.claim_poststop()
         {
             let list = hooks.poststop().as_ref();
-            hooks::run_all(
-                "poststop",
-                list,
-                &container.hook_state,
-                Status::Stopped,
-                None,
-                Some(&self.params.host),
-            )
-            .await;
+            self.hook_runs
+                .run_all(
+                    "poststop",
+                    list,
+                    &container.hook_state,
+                    Status::Stopped,
+                    None,
+                    Some(&self.params.host),
+                )
+                .await;
         }
     }
 
@@ -476,18 +480,21 @@ impl Sandbox {
         self.note(&container);
         self.timeline.mark("server: container started");
         let pid = self.stand_in(&container.init);
-        if let Some(hooks) = &container.hooks {
+        if let Some(hooks) = &container.hooks
+            && self.closing.get().is_none()
+        {
             // Their failures are logged and nothing more (runtime-spec, "Lifecycle").
             let list = hooks.poststart().as_ref();
-            hooks::run_all(
-                "poststart",
-                list,
-                &container.hook_state,
-                Status::Running,
-                Some(pid),
-                Some(&self.params.host),
-            )
-            .await;
+            self.hook_runs
+                .run_all(
+                    "poststart",
+                    list,
+                    &container.hook_state,
+                    Status::Running,
+                    Some(pid),
+                    Some(&self.params.host),
+                )
+                .await;
         }
         Ok(pid)
     }

@@ -328,7 +328,7 @@ impl Task for TaskService {
         request: ShutdownRequest,
     ) -> ttrpc::Result<Empty> {
         if request.now {
-            self.sandbox.kill();
+            self.sandbox.kill_with_hooks();
         }
         // containerd calls this after each delete, and means it only when nothing is left.
         if request.now || self.sandbox.is_empty() {

@@ -22,11 +22,14 @@ const POWER_OFF_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a process that was killed may take until its end is taken for granted.
 pub(super) const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long hooks that run when a sandbox is ended by force may go on.
+const HOOK_TIMEOUT: Duration = Duration::from_secs(5);
+
 impl Sandbox {
     /// Kills every process, as SIGKILL would, and the machine with them: a guest is asked for nothing. A sandbox that is so far gone
     /// can only be shut down.
     pub fn kill(&self) {
-        let _ = self.closing.set(());
+        self.close();
         for container in self.all_containers() {
             container.lost(KILLED_EXIT_CODE);
         }
@@ -35,9 +38,24 @@ impl Sandbox {
         }
     }
 
-    /// Ends the sandbox and removes everything that there is of it. The guest gets the time to write back what is dirty.
-    pub async fn shutdown(&self) {
+    /// [`Sandbox::kill`] for who is not to wait for hooks: those that run get a moment to end and are killed then. Such as come after
+    /// them, and undo what they have done, get the time that they take.
+    pub fn kill_with_hooks(self: &Arc<Self>) {
+        self.kill();
+        let sandbox = self.clone();
+        tokio::spawn(async move { sandbox.hook_runs.hurry(HOOK_TIMEOUT).await });
+    }
+
+    /// Nothing is begun any more.
+    fn close(&self) {
         let _ = self.closing.set(());
+        self.hook_runs.close();
+    }
+
+    /// Ends the sandbox and removes everything that there is of it. The guest gets the time to write back what is dirty, and hooks that run
+    /// get theirs: what undoes their work comes after it.
+    pub async fn shutdown(&self) {
+        self.close();
         self.timeline.mark("server: sandbox ends");
         // The kernel takes a grace period of RCU for it: while the guest ends.
         let left = tokio::spawn(self.cgroup.clone().leave());
@@ -52,10 +70,13 @@ impl Sandbox {
                 tracing::warn!(%error, "the share stays mounted until this process ends");
             }
         }
+        self.hook_runs.ended().await;
         for container in self.all_containers() {
             container.lost(LOST_EXIT_CODE);
             self.run_poststop_hooks(&container).await;
         }
+        // Those that somebody else runs, who has forgotten the container: they would end with this process.
+        self.hook_runs.ended().await;
         self.await_stand_ins().await;
         let removed = match self.remove_cgroup(left).await {
             Ok(()) => self.params.state.remove().map_err(|e| e.to_string()),

@@ -7,6 +7,7 @@ mod bed;
 mod descriptors;
 mod faults;
 mod files;
+mod hooks;
 mod kept;
 mod patience;
 mod states;
