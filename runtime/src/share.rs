@@ -53,8 +53,12 @@ impl ShareError {
     }
 }
 
-/// Gives the calling thread, and the processes it starts, a mount namespace that sees the host's mounts come and go but
-/// shows the host none of its own. Call it before there are other threads.
+/// Gives the calling thread, and the processes it starts, a mount namespace that sees the host's mounts come and go, as far as those
+/// propagate, but shows the host none of its own. Call it before there are other threads.
+///
+/// What is mounted on a mount that is private on the host (Podman keeps the root file systems of its containers on one) does not propagate:
+/// what comes there later is not seen, and what is there stays here, with its file system, until the namespace goes, though the host unmounts
+/// it before.
 pub fn private_mount_namespace() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(
