@@ -5,6 +5,7 @@
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
 
 use fuse_backend_rs::file_buf::FileVolatileSlice;
 use fuse_backend_rs::file_traits::FileReadWriteVolatile;
@@ -17,6 +18,8 @@ use nix::sys::statfs::{
 };
 use nix::sys::statvfs::FsFlags;
 use nix::time::{ClockId, clock_gettime};
+
+use crate::sync::lock;
 
 /// Largest extended attribute or list of names (`XATTR_SIZE_MAX`).
 const XATTR_MAX: usize = 65536;
@@ -108,8 +111,12 @@ impl Place {
 }
 
 /// Whether two files are one to the host's kernel, whatever their numbers: then it has one watch for both. Takes a while (10 ms and
-/// more), most of it for the end of the watches, which are too few on a host to be kept.
+/// more), most of it for the end of the instance, of which a host has too few (128 for all of root's processes) for each VMM to keep one
+/// or to have two at a time.
 pub fn is_same_inode(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<bool> {
+    static INSTANCE: Mutex<()> = Mutex::new(());
+    // Dropped after the instance.
+    let _only = lock(&INSTANCE);
     let watches = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
     let watch = |fd: BorrowedFd<'_>| -> io::Result<WatchDescriptor> {
         let flags = AddWatchFlags::IN_DELETE_SELF;

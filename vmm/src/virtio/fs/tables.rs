@@ -423,20 +423,24 @@ impl Inodes {
                 let first = inode.name.load(Ordering::Relaxed);
                 if linked && twin == 0 && first != 0 && first != name {
                     match compared.take() {
-                        Some((id, same)) if id == inode.id => match same {
-                            Ok(true) => inode.name.store(0, Ordering::Relaxed),
-                            // Each name is found by itself from now on.
-                            Ok(false) => {
-                                maps.change(inode.id, |key| Key { twin: first, ..key });
-                                continue;
-                            }
-                            // Perhaps next time. Most files with several names are one file.
-                            Err(error) => tracing::debug!(%error, "cannot compare two inodes"),
-                        },
+                        Some((id, true)) if id == inode.id => {
+                            inode.name.store(0, Ordering::Relaxed);
+                        }
+                        // Each name is found by itself from now on.
+                        Some((id, false)) if id == inode.id => {
+                            maps.change(inode.id, |key| Key { twin: first, ..key });
+                            continue;
+                        }
                         _ => {
                             // That takes a while.
                             drop(maps);
                             let same = host::is_same_inode(inode.as_fd(), fd.as_fd());
+                            // Where the host has no watch left: two inodes for one file are not always of one mind, but one for two files
+                            // would have what is meant for one written to the other.
+                            let same = same.unwrap_or_else(|error| {
+                                tracing::debug!(%error, "cannot compare two inodes, and takes them for two");
+                                false
+                            });
                             compared = Some((inode.id, same));
                             continue;
                         }

@@ -1,6 +1,6 @@
 //! The device against a mock driver that speaks FUSE, with honest and hostile guests.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -12,7 +12,7 @@ use fuse_backend_rs::abi::fuse_abi::{
     MkdirIn, MknodIn, Opcode, OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, RenameIn, SetattrIn,
     SetxattrIn, WriteIn, WriteOut,
 };
-use fuse_backend_rs::api::filesystem::{FsOptions, OpenOptions};
+use fuse_backend_rs::api::filesystem::{Context, FileSystem, FsOptions, OpenOptions};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{SigSet, Signal};
 use tempfile::TempDir;
@@ -1601,11 +1601,10 @@ fn mounts_below_the_share_belong_to_it_and_are_told_apart() {
     assert_eq!(guest.lookup(ROOT, "one").unwrap().nodeid, one.nodeid);
 }
 
-#[test]
-fn hard_links_of_a_lower_layer_are_files_of_their_own() {
-    own_mounts();
+/// Mounts an overlay without an index at the guest's `root`, where `a`, `b` and `c` are hard links in the lower layer. None where there is
+/// no overlayfs. To be called with [`own_mounts`]; [`unmount_layers`] undoes it.
+fn mount_layers(guest: &Guest) -> Option<TempDir> {
     let none: Option<&str> = None;
-    let mut guest = Guest::new();
     let layers = TempDir::new().unwrap();
     mount(
         Some("tmpfs"),
@@ -1630,19 +1629,54 @@ fn hard_links_of_a_lower_layer_are_files_of_their_own() {
         layer("upper").display(),
         layer("work").display()
     );
-    let options = Some(options.as_str());
-    if mount(
+    let mounted = mount(
         Some("o"),
         &guest.path("root"),
         Some("overlay"),
         MsFlags::empty(),
-        options,
-    )
-    .is_err()
-    {
+        Some(options.as_str()),
+    );
+    if mounted.is_err() {
         eprintln!("skipped: no overlayfs");
-        return;
+        umount2(layers.path(), MntFlags::MNT_DETACH).unwrap();
+        return None;
     }
+    Some(layers)
+}
+
+fn unmount_layers(guest: &Guest, layers: &TempDir) {
+    umount2(&guest.path("root"), MntFlags::MNT_DETACH).unwrap();
+    umount2(layers.path(), MntFlags::MNT_DETACH).unwrap();
+}
+
+#[test]
+fn hard_links_that_cannot_be_compared_are_taken_for_files_of_their_own() {
+    own_mounts();
+    let guest = Guest::new();
+    let Some(layers) = mount_layers(&guest) else {
+        return;
+    };
+    // This thread's working directory is not where the comparison finds descriptors, so it fails, as it does where the host has no watch
+    // left.
+    let share = &guest.fs.share;
+    let context = Context::default();
+    let look_up = |parent, name: &CStr| share.lookup(&context, parent, name).unwrap().inode;
+    let dir = look_up(ROOT, c"root");
+    let nodes = [c"a", c"b", c"c"].map(|name| look_up(dir, name));
+    let [a, b, c] = nodes;
+    assert!(a != b && b != c && c != a, "{nodes:?}");
+    let again = [c"a", c"b", c"c"].map(|name| look_up(dir, name));
+    assert_eq!(nodes, again, "a name's inode stays the same");
+    unmount_layers(&guest, &layers);
+}
+
+#[test]
+fn hard_links_of_a_lower_layer_are_files_of_their_own() {
+    own_mounts();
+    let mut guest = Guest::new();
+    let Some(layers) = mount_layers(&guest) else {
+        return;
+    };
     // The host shows one inode number for all of them, and means another inode for each.
     let merged = guest.path("root");
     let host = |name: &str| fs::metadata(merged.join(name)).unwrap();
@@ -1688,8 +1722,7 @@ fn hard_links_of_a_lower_layer_are_files_of_their_own() {
     assert_eq!(guest.lookup(dir, "x").unwrap().nodeid, x);
     assert_ne!(guest.lookup(dir, "a").unwrap().nodeid, b);
     assert_ne!(guest.lookup(dir, "c").unwrap().nodeid, b);
-    umount2(&guest.path("root"), MntFlags::MNT_DETACH).unwrap();
-    umount2(layers.path(), MntFlags::MNT_DETACH).unwrap();
+    unmount_layers(&guest, &layers);
 }
 
 #[test]
