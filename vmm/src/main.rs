@@ -10,6 +10,7 @@ use bulkhead_vmm::rate::Log;
 use bulkhead_vmm::server::Server;
 use bulkhead_vmm::timeline::Timeline;
 use clap::Parser;
+use nix::sys::prctl::set_dumpable;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use tracing::error;
 use tracing_subscriber::filter::Targets;
@@ -54,6 +55,9 @@ fn main() -> ExitCode {
 }
 
 fn run(timeline: Arc<Timeline>) -> Result<i32> {
+    // What is in here is the guest's, and this process's own: not for others with the same credentials, as other VMMs' threads have them, whose
+    // guests may be given the host's procfs as a volume. It takes CAP_SYS_PTRACE from now on, and there are no core dumps.
+    set_dumpable(false).context("cannot close the memory to other processes")?;
     // Where the caller has limited the size of files (RLIMIT_FSIZE), a write beyond that fails in the guest, and does not end the VMM.
     // SAFETY: no handler is installed or replaced.
     unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.context("cannot ignore SIGXFSZ")?;

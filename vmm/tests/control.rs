@@ -6,6 +6,7 @@ mod common;
 
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -88,6 +89,46 @@ impl Drop for Vmm {
 }
 
 const SPIN: [u8; 2] = [0xeb, 0xfe];
+
+#[test]
+fn the_memory_is_closed_to_processes_with_the_same_credentials() {
+    let folder = tempfile::tempdir().unwrap();
+    // No capabilities on either side: with them Linux would ask for CAP_SYS_PTRACE anyway.
+    let without = ["--inh-caps=-all", "--bounding-set=-all"];
+    let script = format!(
+        "#!/bin/sh\nexec setpriv {} {}\n",
+        without.join(" "),
+        env!("CARGO_BIN_EXE_bulkhead-vmm")
+    );
+    let wrapper = folder.path().join("vmm");
+    std::fs::write(&wrapper, script).unwrap();
+    std::fs::set_permissions(&wrapper, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let vmm = VmmProcess::spawn(&wrapper, &[], Stdio::inherit()).unwrap();
+    let (mut client, mut process) = (Client::new(vmm.socket), vmm.child);
+    let maps_of = |pid: u32| {
+        let mut reader = Command::new("setpriv");
+        reader.args(without).arg("cat");
+        reader.arg(format!("/proc/{pid}/maps"));
+        reader.stdout(Stdio::null()).stderr(Stdio::null());
+        reader.status().unwrap().success()
+    };
+    // It answers, so it is past its beginning.
+    client.info().unwrap();
+    assert!(!maps_of(process.id()));
+    // The same of a process that has not shut itself off.
+    let mut open = Command::new("setpriv");
+    let open = open.args(without).args(["cat"]).stdin(Stdio::piped());
+    let mut open = open.spawn().unwrap();
+    let executed = || std::fs::read_to_string(format!("/proc/{}/comm", open.id())).unwrap();
+    while executed() != "cat\n" {
+        std::thread::yield_now();
+    }
+    assert!(maps_of(open.id()));
+    open.kill().unwrap();
+    open.wait().unwrap();
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
 
 #[test]
 fn a_guest_boots_runs_and_ends_with_its_exit_code() {

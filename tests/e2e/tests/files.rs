@@ -391,6 +391,26 @@ fn the_memory_of_the_hosts_processes_is_not_a_containers_to_read() {
 }
 
 #[test]
+fn the_memory_of_vmms_is_not_a_guests_to_read() {
+    let _unchanged = Host::unchanged();
+    let other = Container::running(bulkhead(), Bundle::idle());
+    let mut bundle = Bundle::shell(
+        "for comm in /host/proc/[0-9]*/task/*/comm; do
+             task=${comm%/comm}
+             grep -qsx bulkhead-vmm ${task%/task/*}/comm || continue
+             for name in mem maps; do head -c 1 $task/$name 2>&1 | sed 's/.*: //'; done
+         done | sort -u
+         test $(grep -xs bulkhead-vmm /host/proc/[0-9]*/comm | wc -l) -ge 2 && echo several",
+    );
+    let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/host/proc", "source": "/proc", "options": ["bind", "ro"]}));
+    let ended = run(&bundle).expect_code(0);
+    // One answer to all, which is a refusal.
+    assert_eq!(ended.stdout, "Permission denied\nseveral\n");
+    drop(other);
+}
+
+#[test]
 fn a_limit_of_the_size_of_files_on_the_host_fails_the_containers_writes() {
     let _unchanged = Host::unchanged();
     let bundle = Bundle::shell(

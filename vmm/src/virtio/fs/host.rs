@@ -5,11 +5,12 @@
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::sync::Mutex;
 
 use fuse_backend_rs::file_buf::FileVolatileSlice;
 use fuse_backend_rs::file_traits::FileReadWriteVolatile;
-use nix::fcntl::{OFlag, open, openat};
+use nix::fcntl::{OFlag, open, openat, readlinkat};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::{
@@ -95,6 +96,8 @@ pub struct Place {
     pub overlay: bool,
     /// They can't be written to.
     pub readonly: bool,
+    /// They are procfs's.
+    pub procfs: bool,
 }
 
 impl Place {
@@ -105,6 +108,7 @@ impl Place {
             |system| Self {
                 overlay: system.filesystem_type() == OVERLAYFS_SUPER_MAGIC,
                 readonly: system.flags().contains(FsFlags::ST_RDONLY),
+                procfs: system.filesystem_type() == PROC_SUPER_MAGIC,
             },
         )
     }
@@ -124,6 +128,33 @@ pub fn is_same_inode(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<b
         Ok(watches.add_watch(name_of(fd)?.as_c_str(), flags)?)
     };
     Ok(watch(one)? == watch(other)?)
+}
+
+/// Files of a process in procfs that show its memory, or where what is in it. Linux opens them for whoever may trace the process, and for the
+/// process itself always (ptrace(2), "Ptrace access mode checking").
+const OF_MEMORY: [&[u8]; 10] = [
+    b"mem",
+    b"maps",
+    b"smaps",
+    b"smaps_rollup",
+    b"numa_maps",
+    b"pagemap",
+    b"auxv",
+    b"environ",
+    b"stack",
+    b"syscall",
+];
+
+/// Whether a file of procfs shows the memory of a process. The name by which the kernel knows it tells; without one it is taken to.
+pub fn shows_memory(proc_self_fd: &ProcSelfFd, fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let path = readlinkat(proc_self_fd, name_of(fd)?.as_c_str());
+    let Ok(path) = path.map(OsStringExt::into_vec) else {
+        return Ok(true);
+    };
+    let name = path.rsplit(|byte| *byte == b'/').next();
+    // What has been removed is shown as such.
+    let name = name.and_then(|name| name.split(|byte| *byte == b' ').next());
+    Ok(name.is_none_or(|name| OF_MEMORY.contains(&name)))
 }
 
 /// Whether a file is one that a kernel makes up when it is read, and whose size says nothing.

@@ -191,6 +191,10 @@ impl Share {
         if flags & libc::O_ACCMODE == libc::O_ACCMODE {
             return Err(error(libc::EINVAL));
         }
+        // To the kernel the VMM's threads are the VMM, whose own memory they may open.
+        if inode.place().procfs && host::shows_memory(&self.proc_self_fd, inode.as_fd())? {
+            return Err(error(libc::EACCES));
+        }
         let _privileges = WithoutFsetid::when(kill_privileges)?;
         self.proc_self_fd
             .reopen(inode.as_fd(), OFlag::from_bits_retain(flags))

@@ -210,6 +210,11 @@ impl Inode {
         self.key.dev
     }
 
+    /// What is true of it as of all files on its mount; nothing is known of a directory.
+    pub fn place(&self) -> Place {
+        self.key.place
+    }
+
     /// Notes the file's state at an open; returns whether it was the same at the last one.
     pub fn unchanged(&self, stamp: Option<Stamp>) -> bool {
         let before = std::mem::replace(&mut *lock(&self.seen), stamp);
@@ -520,6 +525,8 @@ impl Inodes {
         for known in maps.by_id.values() {
             match known.inode.kind {
                 libc::S_IFDIR => drop(by_mount.insert(known.inode.mount, &known.inode)),
+                // Nothing of those of procfs is ever to be written back, and some can't be opened.
+                libc::S_IFREG if known.inode.place().procfs => {}
                 libc::S_IFREG => drop(by_mount.entry(known.inode.mount).or_insert(&known.inode)),
                 _ => {}
             }

@@ -1509,6 +1509,39 @@ fn what_a_kernel_makes_up_is_read_past_the_guests_cache() {
 }
 
 #[test]
+fn the_memory_of_the_vmm_is_closed_to_its_guest() {
+    let mut guest = Guest::sharing("/proc");
+    let task = format!("{0}/task/{0}", std::process::id());
+    let process = std::process::id().to_string();
+    for folder in [&process, &task] {
+        let folder = guest.walk(folder);
+        for (name, flags) in [
+            ("mem", libc::O_RDWR),
+            ("mem", libc::O_RDONLY),
+            ("maps", libc::O_RDONLY),
+            ("smaps", libc::O_RDONLY),
+            ("auxv", libc::O_RDONLY),
+        ] {
+            let node = guest.lookup(folder, name).unwrap().nodeid;
+            assert_eq!(guest.open(node, flags).err(), Some(libc::EACCES), "{name}");
+        }
+        let status = guest.lookup(folder, "status").unwrap().nodeid;
+        let open = guest.open(status, libc::O_RDONLY).unwrap();
+        assert!(
+            guest
+                .read(status, open.fh, 0, 4096)
+                .unwrap()
+                .starts_with(b"Name:")
+        );
+    }
+    // Elsewhere the names mean nothing.
+    let mut guest = Guest::new();
+    fs::write(guest.path("mem"), "").unwrap();
+    let node = guest.lookup(ROOT, "mem").unwrap().nodeid;
+    guest.open(node, libc::O_RDWR).unwrap();
+}
+
+#[test]
 fn mounts_below_the_share_belong_to_it_and_are_told_apart() {
     own_mounts();
     let none: Option<&str> = None;
