@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::fs;
+use std::path::Path;
 
 use linux_loader::cmdline::{Cmdline, Error as InsertError};
 
@@ -42,10 +43,35 @@ const NO_MITIGATIONS: &str = "mitigations=off";
 /// Where a host says how it was booted.
 const HOST_CMDLINE: &str = "/proc/cmdline";
 
-/// What a guest has to know of its host's command line: an administrator who has switched mitigations off does not want them in guests
-/// either, whose processes would be slower by them than those of other containers. Nothing, where the host's can't be read.
-pub fn inherited() -> &'static str {
-    of_host(&fs::read_to_string(HOST_CMDLINE).unwrap_or_default())
+/// Where a host has its settings (sysctl(8)).
+const HOST_SETTINGS: &str = "/proc/sys";
+
+/// The host's settings that hold for its containers, and that a guest's kernel would have other values of: which links and files of others
+/// in shared directories a process may use (hosts are stricter than a kernel by itself), and how many mappings it may have.
+const SETTINGS: [&str; 5] = [
+    "fs.protected_hardlinks",
+    "fs.protected_symlinks",
+    "fs.protected_fifos",
+    "fs.protected_regular",
+    "vm.max_map_count",
+];
+
+/// What a guest has to know of its host: [`SETTINGS`]; and that an administrator who has switched mitigations off does not want them in guests
+/// either, whose processes would be slower by them than those of other containers. Nothing of what can't be read.
+pub fn inherited() -> String {
+    let mut words = vec![of_host(&fs::read_to_string(HOST_CMDLINE).unwrap_or_default()).to_owned()];
+    words.extend(settings(Path::new(HOST_SETTINGS)));
+    words.retain(|word| !word.is_empty());
+    words.join(" ")
+}
+
+/// Those settings of the host as words of a command line.
+fn settings(folder: &Path) -> impl Iterator<Item = String> {
+    SETTINGS.iter().filter_map(move |name| {
+        let value = fs::read_to_string(folder.join(name.replace('.', "/"))).ok()?;
+        let value: u64 = value.trim().parse().ok()?;
+        Some(format!("sysctl.{name}={value}"))
+    })
 }
 
 fn of_host(line: &str) -> &'static str {
@@ -134,6 +160,35 @@ mod tests {
         ] {
             assert_eq!(of_host(host), expected, "{host}");
         }
+    }
+
+    #[test]
+    fn the_hosts_settings_are_handed_on() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["fs", "vm"] {
+            fs::create_dir(folder.path().join(name)).unwrap();
+        }
+        let write = |name: &str, value: &str| fs::write(folder.path().join(name), value).unwrap();
+        write("fs/protected_regular", "2\n");
+        write("vm/max_map_count", "1048576\n");
+        write("fs/protected_fifos", "1 init=/bin/sh\n");
+        let words: Vec<_> = settings(folder.path()).collect();
+        assert_eq!(
+            words,
+            [
+                "sysctl.fs.protected_regular=2",
+                "sysctl.vm.max_map_count=1048576"
+            ]
+        );
+    }
+
+    #[test]
+    fn the_longest_command_line_of_our_own_leaves_room_for_others() {
+        let inherited = SETTINGS.map(|name| format!("sysctl.{name}={}", i32::MAX));
+        let inherited = format!("{NO_MITIGATIONS} {}", inherited.join(" "));
+        let line = build(layout::MAX_SLOTS, true, &inherited, "").unwrap();
+        let left = layout::CMDLINE_MAX - line.as_bytes().len();
+        assert!(left >= 700, "{left}");
     }
 
     #[test]

@@ -50,6 +50,8 @@ pub enum TemplateError {
 pub struct TemplateState {
     /// What it was booted with.
     pub config: BootConfig,
+    /// What it had of its host at that time ([`crate::cmdline::inherited`]): some of that may be changed without a boot of the host.
+    pub inherited: String,
     /// The two PICs and the IO-APIC.
     pub irqchips: Vec<kvm_irqchip>,
     /// The guest's clock.
@@ -71,8 +73,8 @@ impl TemplateState {
         file.write_all(&state).map_err(write)
     }
 
-    /// Reads what a template for a machine of `config` says beside the memory.
-    pub fn load(file: &File, config: &BootConfig) -> Result<Self, TemplateError> {
+    /// Reads what a template for a machine of `config`, with `inherited` from its host, says beside the memory.
+    pub fn load(file: &File, config: &BootConfig, inherited: &str) -> Result<Self, TemplateError> {
         let read = |error| TemplateError::File("read", error);
         let memory = config.memory_mib << 20;
         let length = file.metadata().map_err(read)?.len();
@@ -83,14 +85,14 @@ impl TemplateState {
         let mut bytes = vec![0; length as usize];
         file.read_exact_at(&mut bytes, memory).map_err(read)?;
         let state: Self = serde_json::from_slice(&bytes).map_err(TemplateError::State)?;
-        match state.difference(config) {
+        match state.difference(config, inherited) {
             Some(what) => Err(TemplateError::Shape(what)),
             None => Ok(state),
         }
     }
 
     /// What keeps a machine of `config` from being made of this one.
-    fn difference(&self, config: &BootConfig) -> Option<&'static str> {
+    fn difference(&self, config: &BootConfig, inherited: &str) -> Option<&'static str> {
         let shared = |config: &BootConfig| {
             config
                 .share
@@ -102,6 +104,7 @@ impl TemplateState {
             ("vcpus", self.vcpus.len() != usize::from(config.vcpus)),
             ("memory_mib", self.config.memory_mib != config.memory_mib),
             ("cmdline", self.config.cmdline != config.cmdline),
+            ("the host's settings", self.inherited != inherited),
             ("spare_slots", self.config.spare_slots != config.spare_slots),
             ("share", shared(&self.config) != shared(config)),
             ("serial", self.config.serial || config.serial),

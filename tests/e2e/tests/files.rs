@@ -379,6 +379,14 @@ fn a_file_system_of_layers_is_as_under_runc() {
 }
 
 #[test]
+fn the_hosts_settings_for_files_and_mappings_hold() {
+    let _unchanged = Host::unchanged();
+    assert_same_as_runc(&Bundle::shell(
+        "cd /proc/sys && grep '' fs/protected_hardlinks fs/protected_symlinks fs/protected_fifos fs/protected_regular vm/max_map_count",
+    ));
+}
+
+#[test]
 fn the_memory_of_the_hosts_processes_is_not_a_containers_to_read() {
     let _unchanged = Host::unchanged();
     let mut bundle = Bundle::shell(&format!(

@@ -128,6 +128,39 @@ fn a_damaged_template_is_replaced_and_nobody_notices() {
     }
 }
 
+/// A setting of the host that is as it was when this goes.
+struct Setting(&'static str, String);
+
+impl Setting {
+    fn set(path: &'static str, value: &str) -> Self {
+        let this = Self(path, fs::read_to_string(path).unwrap());
+        fs::write(path, value).unwrap();
+        this
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        fs::write(self.0, &self.1).unwrap();
+    }
+}
+
+#[test]
+fn a_template_of_other_settings_of_the_host_is_replaced() {
+    let _unchanged = Host::unchanged();
+    let templates = Templates::new();
+    let bundle = Bundle::shell("cat /proc/sys/vm/max_map_count /proc/sys/fs/protected_regular");
+    bundle.write();
+    let _regular = Setting::set("/proc/sys/fs/protected_regular", "2");
+    for (mappings, expected) in [("77777", false), ("77777", true), ("88888", false)] {
+        let _mappings = Setting::set("/proc/sys/vm/max_map_count", mappings);
+        let (ended, from_template) = templates.run(&bundle, &[]);
+        assert_eq!(ended.expect_code(0).stdout, format!("{mappings}\n2\n"));
+        assert_eq!(from_template, expected, "{mappings}");
+        assert_eq!(templates.files().len(), 1);
+    }
+}
+
 #[test]
 fn debugging_and_kernel_arguments_of_ones_own_boot_and_leave_no_template() {
     let _unchanged = Host::unchanged();

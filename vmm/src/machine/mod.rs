@@ -214,7 +214,8 @@ impl Machine {
         };
         let devices = devices(config)?;
         let slots = devices.len() + usize::from(config.spare_slots);
-        let cmdline = cmdline::build(slots, config.serial, cmdline::inherited(), &config.cmdline)?;
+        let inherited = cmdline::inherited();
+        let cmdline = cmdline::build(slots, config.serial, &inherited, &config.cmdline)?;
         boot::write_boot_params(&guest_memory, memory_bytes, &cmdline, &initramfs)?;
         boot::write_page_tables(&guest_memory)?;
         boot::write_gdt(&guest_memory)?;
@@ -227,7 +228,7 @@ impl Machine {
         let bus = Bus::new(slots, registers, serial, Arc::clone(&timeline));
         let mut machine = Self::assemble(vm, vcpus, guest_memory, bus, devices, timeline, end)?;
         if let Some(file) = files.template {
-            machine.template = Some(NewTemplate::new(file.into(), &kvm)?);
+            machine.template = Some(NewTemplate::new(file.into(), inherited, &kvm)?);
         }
         machine.timeline.mark("devices ready");
         Ok(machine)

@@ -14,6 +14,7 @@ use super::{
     Machine, MachineError, check, create_vcpus, create_vm, devices, kvm_error, new_event, open_kvm,
 };
 use crate::bus::Bus;
+use crate::cmdline;
 use crate::control::BootConfig;
 use crate::end::EndSignal;
 use crate::layout;
@@ -28,6 +29,8 @@ use crate::virtio::mmio::{Transport, TransportState};
 /// A template that is to be saved.
 pub(super) struct NewTemplate {
     file: File,
+    /// What the guest has of its host.
+    inherited: String,
     /// Given when the guest is where it is to be saved.
     prepared: EventFd,
     /// The MSRs that this host's KVM has state of.
@@ -36,12 +39,13 @@ pub(super) struct NewTemplate {
 
 impl NewTemplate {
     /// One that is to be saved in `file`.
-    pub(super) fn new(file: File, kvm: &Kvm) -> Result<Self, MachineError> {
+    pub(super) fn new(file: File, inherited: String, kvm: &Kvm) -> Result<Self, MachineError> {
         let msrs = kvm
             .get_msr_index_list()
             .map_err(kvm_error("listing the MSRs"))?;
         Ok(Self {
             file,
+            inherited,
             prepared: new_event()?,
             msrs: msrs.as_slice().to_vec(),
         })
@@ -60,7 +64,7 @@ impl Machine {
         check(config)?;
         let kvm = open_kvm(kvm)?;
         let template = File::from(template);
-        let state = TemplateState::load(&template, config)?;
+        let state = TemplateState::load(&template, config, &cmdline::inherited())?;
         let guest_memory = memory::restore(config.memory_mib, &template)?;
         timeline.mark("template mapped");
         let registers = RegisterMemory::new(layout::MAX_SLOTS).map_err(MachineError::Registers)?;
@@ -147,6 +151,7 @@ impl Machine {
         }
         let state = TemplateState {
             config,
+            inherited: template.inherited,
             irqchips,
             clock,
             vcpus,
