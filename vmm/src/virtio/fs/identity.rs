@@ -1,8 +1,11 @@
 //! Whose rights a system call is made with: what a file-system thread sets up once, and changes for single calls.
 //!
 //! All of this is per thread. The guest's kernel has checked permissions (the driver mounts with `default_permissions`), so the
-//! thread works as the VMM's own user, and takes the caller's identity only where a new file gets its owner from it.
-//! Its capabilities stay meanwhile: the guest has let the caller in by a supplementary group perhaps, of which the
+//! thread works as the VMM's own user, and takes the caller's identity only where a new file gets its owner from it, and where data takes
+//! blocks, of which file systems keep some for root (what is written by a mapping comes without a caller, and counts as root's). To a server of
+//! files that trusts no root (NFS with `root_squash`) all other requests are root's.
+//!
+//! The thread's capabilities stay meanwhile: the guest has let the caller in by a supplementary group perhaps, of which the
 //! protocol says nothing. They are those that files of any owner take, and no others: procfs may be among what is shared.
 
 use std::io;
@@ -45,8 +48,8 @@ fn keep_capabilities() {
 }
 
 /// What files of any owner take, by the numbers of capabilities(7). Not among them, as containers haven't them either unless they are
-/// given: what opens other processes' memory (`CAP_SYS_PTRACE`), what goes beyond quotas and into reserved blocks
-/// (`CAP_SYS_RESOURCE`), and what an administrator may do (`CAP_SYS_ADMIN`).
+/// given: what opens other processes' memory (`CAP_SYS_PTRACE`), what goes beyond quotas and, for anybody but root, into
+/// reserved blocks (`CAP_SYS_RESOURCE`), and what an administrator may do (`CAP_SYS_ADMIN`).
 const KEPT: u64 = 1 << 0 // CAP_CHOWN
     | 1 << 1 // CAP_DAC_OVERRIDE
     | 1 << 3 // CAP_FOWNER
@@ -105,22 +108,62 @@ impl Drop for AsCaller {
         if self.masked {
             umask(Mode::empty());
         }
-        if let Some(own) = self.back
-            && !take(own)
-        {
-            // Going back to the thread's own user is always allowed. Going on as another one is not an option.
-            tracing::error!("a file-system thread can't return to its own identity");
-            std::process::abort();
+        if let Some(own) = self.back {
+            go_back(take(own));
         }
     }
 }
 
 /// Takes a user and a group for file-system accesses; returns whether that worked.
 fn take((uid, gid): (Uid, Gid)) -> bool {
-    // These two calls do not say whether they worked. Asking again with the same value does.
     setfsgid(gid);
+    // These two calls do not say whether they worked. With a value that nobody can have they change nothing and say what is.
+    setfsgid(Gid::from_raw(u32::MAX)) == gid && take_user(uid)
+}
+
+/// Takes a user for file-system accesses; returns whether that worked.
+fn take_user(uid: Uid) -> bool {
     setfsuid(uid);
-    setfsgid(gid) == gid && setfsuid(uid) == uid
+    setfsuid(Uid::from_raw(u32::MAX)) == uid
+}
+
+/// The user that a request takes disk space as, until dropped: file systems keep some for root. Cheaper than [`AsCaller`], as there may be
+/// many such requests, and for root's own requests nothing at all.
+#[derive(Debug)]
+#[must_use]
+pub struct AsUser {
+    back: Option<Uid>,
+}
+
+impl AsUser {
+    /// Takes the caller's user for file-system accesses.
+    pub fn new(context: &Context) -> io::Result<Self> {
+        let own = OWN.with(|own| own.0);
+        let caller = Uid::from_raw(context.uid);
+        let guard = Self {
+            back: (caller != own).then_some(own),
+        };
+        if guard.back.is_some() && !take_user(caller) {
+            return Err(io::Error::from_raw_os_error(libc::EPERM));
+        }
+        Ok(guard)
+    }
+}
+
+impl Drop for AsUser {
+    fn drop(&mut self) {
+        if let Some(own) = self.back {
+            go_back(take_user(own));
+        }
+    }
+}
+
+/// Going back to the thread's own user is always allowed. Going on as another one is not an option.
+fn go_back(done: bool) {
+    if !done {
+        tracing::error!("a file-system thread can't return to its own identity");
+        std::process::abort();
+    }
 }
 
 /// `CAP_FSETID`.

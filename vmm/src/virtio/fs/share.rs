@@ -39,7 +39,7 @@ use nix::unistd::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::host::{self, FileIo, Metadata, ProcSelfFd, name_of, xattr};
-use super::identity::{AsCaller, WithoutFsetid};
+use super::identity::{AsCaller, AsUser, WithoutFsetid};
 use super::tables::{Budget, Handle, Handles, Inode, Inodes, Permit, Stamp};
 use crate::sync::lock;
 
@@ -640,7 +640,7 @@ impl FileSystem for Share {
 
     fn write(
         &self,
-        _context: &Context,
+        context: &Context,
         inode: u64,
         handle: u64,
         reader: &mut dyn ZeroCopyReader,
@@ -660,6 +660,8 @@ impl FileSystem for Share {
         let kill = fuse_flags & WRITE_KILL_PRIV != 0
             && host::metadata(handle.as_fd())?.stat.st_mode & (libc::S_ISUID | libc::S_ISGID) != 0;
         let _privileges = WithoutFsetid::when(kill)?;
+        // Blocks that a file system keeps for root are not for others.
+        let _user = AsUser::new(context)?;
         reader.read_to(&mut file, size as usize, offset)
     }
 
@@ -686,6 +688,7 @@ impl FileSystem for Share {
         let mode = FallocateFlags::from_bits(mode as i32).ok_or_else(|| error(libc::EOPNOTSUPP))?;
         // As for writes, but that the request does not say what the caller may; root is taken for one that may keep the bits.
         let _privileges = WithoutFsetid::when(context.uid != 0)?;
+        let _user = AsUser::new(context)?;
         Ok(fallocate(&*handle, mode, offset as i64, length as i64)?)
     }
 

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use fuse_backend_rs::abi::fuse_abi::{
     AttrOut, CreateIn, EntryOut, FallocateIn, GetxattrIn, InHeader, InitIn, InitOut, LinkIn,
@@ -753,6 +754,52 @@ fn writes_clear_privileges_when_the_guest_asks() {
         .call(Opcode::Fallocate, node, allocate.as_slice())
         .unwrap();
     assert_eq!(mode(&guest), 0o755);
+}
+
+#[test]
+fn blocks_that_are_kept_for_root_are_not_for_others() {
+    own_mounts();
+    let mut guest = Guest::new();
+    let images = TempDir::new().unwrap();
+    let image = images.path().join("ext4");
+    fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
+    let done = |command: &mut Command| command.status().is_ok_and(|status| status.success());
+    // Half of the blocks.
+    let made = done(
+        Command::new("mkfs.ext4")
+            .args(["-q", "-m", "50"])
+            .arg(&image),
+    );
+    fs::create_dir(guest.path("disk")).unwrap();
+    let mut mount = Command::new("mount");
+    let mount = mount.args(["-o", "loop"]).arg(&image);
+    if !made || !done(mount.arg(guest.path("disk"))) {
+        eprintln!("skipped: no loop device with an ext4");
+        return;
+    }
+    let dir = guest.walk("disk");
+    let (entry, open) = guest.create(dir, "file", libc::O_RDWR, 0o666).unwrap();
+    let node = entry.nodeid;
+    let data = vec![1; 1 << 20];
+    let write = |guest: &mut Guest, at: u64| guest.write(node, open.fh, at << 20, &data, 0);
+    let allocate = |guest: &mut Guest, at: u64| {
+        let fallocate = FallocateIn {
+            fh: open.fh,
+            offset: at << 20,
+            length: 1 << 20,
+            ..FallocateIn::default()
+        };
+        guest.call(Opcode::Fallocate, node, fallocate.as_slice())
+    };
+    (guest.uid, guest.gid) = (1234, 2345);
+    let full = (0..4).find(|at| write(&mut guest, *at) != Ok(1 << 20));
+    let full = full.expect("root's blocks were taken");
+    assert_eq!(write(&mut guest, full + 1), Err(libc::ENOSPC));
+    assert_eq!(allocate(&mut guest, full + 1), Err(libc::ENOSPC));
+    (guest.uid, guest.gid) = (0, 0);
+    assert_eq!(write(&mut guest, full + 1), Ok(1 << 20));
+    allocate(&mut guest, full + 2).unwrap();
+    umount2(&guest.path("disk"), MntFlags::MNT_DETACH).unwrap();
 }
 
 #[test]
