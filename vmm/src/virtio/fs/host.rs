@@ -82,6 +82,14 @@ pub fn metadata(fd: BorrowedFd<'_>) -> io::Result<Metadata> {
     })
 }
 
+/// A descriptor without access rights (`O_PATH`) of what a directory has under a name, and its attributes.
+pub fn look_up(directory: BorrowedFd<'_>, name: &CStr) -> io::Result<(OwnedFd, Metadata)> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let fd = openat(directory, name, flags, Mode::empty())?;
+    let metadata = metadata(fd.as_fd())?;
+    Ok((fd, metadata))
+}
+
 /// The time by the clock that the kernel stamps files with.
 pub fn now() -> (i64, i64) {
     // It can't fail; at the dawn of time nothing is old enough.

@@ -526,13 +526,19 @@ impl FileSystem for Share {
     ) -> io::Result<()> {
         let old_parent = self.inodes.get(old_parent)?;
         let new_parent = self.inodes.get(new_parent)?;
-        Ok(renameat2(
-            &*old_parent,
-            component(old_name)?,
-            &*new_parent,
-            component(new_name)?,
-            RenameFlags::from_bits_truncate(flags),
-        )?)
+        let (old_name, new_name) = (component(old_name)?, component(new_name)?);
+        let flags = RenameFlags::from_bits_truncate(flags);
+        let mut moved = vec![self.inodes.about_to_move(&old_parent, old_name)];
+        if flags.contains(RenameFlags::RENAME_EXCHANGE) {
+            moved.push(self.inodes.about_to_move(&new_parent, new_name));
+        }
+        renameat2(&*old_parent, old_name, &*new_parent, new_name, flags)?;
+        for inode in moved.into_iter().flatten() {
+            if let Ok(metadata) = host::metadata(inode.as_fd()) {
+                self.inodes.renumber(&inode, &metadata);
+            }
+        }
+        Ok(())
     }
 
     fn link(

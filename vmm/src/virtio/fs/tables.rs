@@ -116,6 +116,11 @@ impl Key {
         }
     }
 
+    /// Whether it may be that of several names of a file in a layer of overlayfs.
+    fn is_linked(&self, metadata: &Metadata) -> bool {
+        self.place.overlay && metadata.stat.st_nlink > 1
+    }
+
     fn of_directory(metadata: &Metadata) -> Self {
         Self {
             dev: metadata.stat.st_dev,
@@ -409,10 +414,9 @@ impl Inodes {
         mut permit: Option<Permit>,
     ) -> io::Result<Arc<Inode>> {
         let key = Key::new(fd.as_fd(), metadata, parent);
-        let linked = key.place.overlay && metadata.stat.st_nlink > 1;
+        let linked = key.is_linked(metadata);
         let name = if linked {
-            // Not zero, which is for no name.
-            self.names.hash_one((parent.key, parent.mount, name)) | 1
+            self.name_of(parent, name)
         } else {
             0
         };
@@ -477,6 +481,36 @@ impl Inodes {
             maps.enter(inode.id, key);
             return Ok(inode);
         }
+    }
+
+    /// A number for a name. Not zero, which is for no name.
+    fn name_of(&self, parent: &Inode, name: &CStr) -> u64 {
+        self.names.hash_one((parent.key, parent.mount, name)) | 1
+    }
+
+    /// The inode that the guest knows by a name which is about to be changed, if the change may give it other numbers: [`Self::renumber`] is
+    /// to be told of those.
+    pub fn about_to_move(&self, parent: &Inode, name: &CStr) -> Option<Arc<Inode>> {
+        // Elsewhere no numbers change, and nothing is to be asked for.
+        if !parent
+            .place
+            .get_or_init(|| Place::of(parent.as_fd()))
+            .overlay
+        {
+            return None;
+        }
+        let (fd, metadata) = host::look_up(parent.as_fd(), name).ok()?;
+        let key = Key::new(fd.as_fd(), &metadata, parent);
+        if !key.is_linked(&metadata) {
+            return None;
+        }
+        let maps = lock(&self.maps);
+        let twin = if maps.parted.contains_key(&key) {
+            self.name_of(parent, name)
+        } else {
+            0
+        };
+        maps.find(&Key { twin, ..key })
     }
 
     /// The guest has forgotten `count` of the times that it was told of an inode.

@@ -1751,6 +1751,34 @@ fn hard_links_that_cannot_be_compared_are_taken_for_files_of_their_own() {
 }
 
 #[test]
+fn hard_links_of_a_lower_layer_stay_the_same_files_under_other_names() {
+    own_mounts();
+    let mut guest = Guest::new();
+    let Some(layers) = mount_layers(&guest) else {
+        return;
+    };
+    let dir = guest.walk("root");
+    let look_up = |guest: &mut Guest, name| guest.lookup(dir, name).unwrap().nodeid;
+    let rename = |guest: &mut Guest, flags: u32, old, new| {
+        // struct fuse_rename2_in: the new directory, flags, padding.
+        let header = [dir, flags.into()].map(u64::to_le_bytes).concat();
+        let body = [header, c(old), c(new)].concat();
+        guest.call(Opcode::Rename2, dir, &body).unwrap();
+    };
+    // The only name that is known, and one of two.
+    let a = look_up(&mut guest, "a");
+    rename(&mut guest, 0, "a", "x");
+    assert_eq!(look_up(&mut guest, "x"), a);
+    let (b, c_) = (look_up(&mut guest, "b"), look_up(&mut guest, "c"));
+    rename(&mut guest, libc::RENAME_EXCHANGE, "b", "c");
+    assert_eq!(look_up(&mut guest, "b"), c_);
+    assert_eq!(look_up(&mut guest, "c"), b);
+    assert_eq!(look_up(&mut guest, "x"), a);
+    assert!(a != b && b != c_ && c_ != a);
+    unmount_layers(&guest, &layers);
+}
+
+#[test]
 fn hard_links_of_a_lower_layer_are_files_of_their_own() {
     own_mounts();
     let mut guest = Guest::new();
