@@ -14,8 +14,9 @@ use nix::fcntl::{OFlag, open, openat, readlinkat};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::{
-    CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, DEBUGFS_MAGIC, OVERLAYFS_SUPER_MAGIC,
-    PROC_SUPER_MAGIC, SECURITYFS_MAGIC, TRACEFS_MAGIC, fstatfs,
+    BPF_FS_MAGIC, CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, DEBUGFS_MAGIC, FsType,
+    OVERLAYFS_SUPER_MAGIC, PROC_SUPER_MAGIC, RDTGROUP_SUPER_MAGIC, SECURITYFS_MAGIC, SELINUX_MAGIC,
+    SMACK_MAGIC, SYSFS_MAGIC, TRACEFS_MAGIC, fstatfs,
 };
 use nix::sys::statvfs::FsFlags;
 use nix::time::{ClockId, clock_gettime};
@@ -106,7 +107,31 @@ pub struct Place {
     pub readonly: bool,
     /// They are procfs's.
     pub procfs: bool,
+    /// A kernel makes them up when they are read: their sizes say nothing, and no time tells that they have changed.
+    pub made_up: bool,
 }
+
+/// File systems of files that a kernel makes up.
+const MADE_UP: [FsType; 18] = [
+    PROC_SUPER_MAGIC,
+    SYSFS_MAGIC,
+    CGROUP_SUPER_MAGIC,
+    CGROUP2_SUPER_MAGIC,
+    DEBUGFS_MAGIC,
+    TRACEFS_MAGIC,
+    SECURITYFS_MAGIC,
+    SELINUX_MAGIC,
+    SMACK_MAGIC,
+    FsType(0x5a3c_69f0), // AAFS_MAGIC: AppArmor's part of securityfs
+    BPF_FS_MAGIC,
+    RDTGROUP_SUPER_MAGIC, // resctrl
+    FsType(0x6265_6570),  // CONFIGFS_MAGIC
+    FsType(0x4249_4e4d),  // BINFMTFS_MAGIC
+    FsType(0x6e66_7364),  // NFSD_MAGIC
+    FsType(0x6573_5543),  // FUSE_CTL_SUPER_MAGIC
+    FsType(0x1980_0202),  // MQUEUE_MAGIC
+    FsType(0xde5e_81e4),  // EFIVARFS_MAGIC
+];
 
 impl Place {
     /// The place of a file.
@@ -117,6 +142,7 @@ impl Place {
                 overlay: system.filesystem_type() == OVERLAYFS_SUPER_MAGIC,
                 readonly: system.flags().contains(FsFlags::ST_RDONLY),
                 procfs: system.filesystem_type() == PROC_SUPER_MAGIC,
+                made_up: MADE_UP.contains(&system.filesystem_type()),
             },
         )
     }
@@ -163,21 +189,6 @@ pub fn shows_memory(proc_self_fd: &ProcSelfFd, fd: BorrowedFd<'_>) -> io::Result
     // What has been removed is shown as such.
     let name = name.and_then(|name| name.split(|byte| *byte == b' ').next());
     Ok(name.is_none_or(|name| OF_MEMORY.contains(&name)))
-}
-
-/// Whether a file is one that a kernel makes up when it is read, and whose size says nothing.
-pub fn is_made_up(fd: BorrowedFd<'_>) -> bool {
-    fstatfs(fd).is_ok_and(|system| {
-        [
-            PROC_SUPER_MAGIC,
-            CGROUP_SUPER_MAGIC,
-            CGROUP2_SUPER_MAGIC,
-            DEBUGFS_MAGIC,
-            TRACEFS_MAGIC,
-            SECURITYFS_MAGIC,
-        ]
-        .contains(&system.filesystem_type())
-    })
 }
 
 /// `/proc/self/fd`, by which descriptors are opened again.

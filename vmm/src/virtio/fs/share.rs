@@ -151,13 +151,18 @@ impl Share {
     ) -> io::Result<Entry> {
         let metadata = host::metadata(fd.as_fd())?;
         let inode = self.inodes.look_up(fd, &metadata, parent, name, permit)?;
+        let entry_timeout = if inode.is_fleeting() {
+            Duration::ZERO
+        } else {
+            self.name_time()
+        };
         Ok(Entry {
             inode: inode.id,
             generation: 0,
             attr: self.shown(&metadata),
             attr_flags: 0,
             attr_timeout: CACHE_TIME,
-            entry_timeout: self.name_time(),
+            entry_timeout,
         })
     }
 
@@ -207,8 +212,8 @@ impl Share {
             return OpenOptions::empty();
         };
         self.inodes.renumber(inode, &metadata);
-        if metadata.stat.st_size == 0 && host::is_made_up(fd.as_fd()) {
-            // What a kernel makes up when it is read has no size, and a cache would end there.
+        if inode.place().made_up {
+            // A cache would end where the size says, and never change.
             OpenOptions::DIRECT_IO
         } else if inode.unchanged(Stamp::new(&metadata, now)) {
             OpenOptions::KEEP_CACHE

@@ -220,6 +220,11 @@ impl Inode {
         self.key.place
     }
 
+    /// Whether it is for one look: a symbolic link whose target is made up. The guest keeps targets as long as it keeps inodes.
+    pub fn is_fleeting(&self) -> bool {
+        self.kind == libc::S_IFLNK && self.place().made_up
+    }
+
     /// Notes the file's state at an open; returns whether it was the same at the last one.
     pub fn unchanged(&self, stamp: Option<Stamp>) -> bool {
         let before = std::mem::replace(&mut *lock(&self.seen), stamp);
@@ -428,7 +433,8 @@ impl Inodes {
             } else {
                 0
             };
-            if let Some(inode) = maps.find(&Key { twin, ..key }) {
+            let known = maps.find(&Key { twin, ..key });
+            if let Some(inode) = known.filter(|inode| !inode.is_fleeting()) {
                 let first = inode.name.load(Ordering::Relaxed);
                 if linked && twin == 0 && first != 0 && first != name {
                     match compared.take() {
@@ -559,8 +565,8 @@ impl Inodes {
         for known in maps.by_id.values() {
             match known.inode.kind {
                 libc::S_IFDIR => drop(by_mount.insert(known.inode.mount, &known.inode)),
-                // Nothing of those of procfs is ever to be written back, and some can't be opened.
-                libc::S_IFREG if known.inode.place().procfs => {}
+                // Nothing of these is ever to be written back, and some can't be opened.
+                libc::S_IFREG if known.inode.place().made_up => {}
                 libc::S_IFREG => drop(by_mount.entry(known.inode.mount).or_insert(&known.inode)),
                 _ => {}
             }

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -1544,6 +1544,22 @@ fn what_a_kernel_makes_up_is_read_past_the_guests_cache() {
     let version = fs::read("/proc/version").unwrap();
     assert_eq!(guest.read(node, open.fh, 0, 4096).unwrap(), version);
 
+    // One whose size says the wrong thing.
+    let value = guest.path("value");
+    fs::write(&value, "").unwrap();
+    mount(
+        Some("/sys/kernel/fscaps"),
+        &value,
+        none,
+        MsFlags::MS_BIND,
+        none,
+    )
+    .unwrap();
+    assert_eq!(fs::metadata(&value).unwrap().len(), 4096);
+    let fscaps = guest.lookup(ROOT, "value").unwrap().nodeid;
+    assert!(direct(&guest.open(fscaps, libc::O_RDONLY).unwrap()));
+    umount2(&value, MntFlags::MNT_DETACH).unwrap();
+
     // No list of users, and no failure either, which would be one for everybody who asks for the file.
     let get = GetxattrIn {
         size: 100,
@@ -1553,6 +1569,34 @@ fn what_a_kernel_makes_up_is_read_past_the_guests_cache() {
     let list = guest.call(Opcode::Getxattr, node, &[get.as_slice(), &name].concat());
     assert_eq!(list.err(), Some(libc::ENODATA));
     umount2(&path, MntFlags::MNT_DETACH).unwrap();
+}
+
+#[test]
+fn links_that_a_kernel_makes_up_are_read_anew() {
+    let mut guest = Guest::sharing("/proc");
+    let file = fs::File::open("/dev/null").unwrap();
+    let folder = guest.walk(&format!("{}/fd", std::process::id()));
+    let known = guest.known();
+    let target = |guest: &mut Guest| {
+        let link = guest.lookup(folder, &file.as_raw_fd().to_string()).unwrap();
+        // The name is not to be believed, and what is known of the link under this number is not to be kept.
+        assert_eq!((link.entry_valid, link.entry_valid_nsec), (0, 0));
+        (
+            link.nodeid,
+            guest.call(Opcode::Readlink, link.nodeid, &[]).unwrap(),
+        )
+    };
+    let (first, null) = target(&mut guest);
+    // SAFETY: the number is this test's own.
+    unsafe { nix::unistd::dup2_raw(fs::File::open("/dev/zero").unwrap(), file.as_raw_fd()) }
+        .map(IntoRawFd::into_raw_fd)
+        .unwrap();
+    let (second, zero) = target(&mut guest);
+    assert_ne!(first, second);
+    assert_eq!((null, zero), (b"/dev/null".into(), b"/dev/zero".into()));
+    guest.forget(first, 1);
+    guest.forget(second, 1);
+    assert_eq!(guest.known(), known);
 }
 
 #[test]
