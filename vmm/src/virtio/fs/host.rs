@@ -232,58 +232,87 @@ const LISTING: usize = 4096;
 ///
 /// On some file systems (tmpfs before Linux 6.6) an offset counts entries: after a removal it leads past one that was never seen. Only the
 /// kernel's own position is safe, so it is moved only if the reader really goes somewhere else.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Listing {
     /// Entries read ahead; empty while there are none, so that an idle directory takes no memory.
     ahead: Vec<u8>,
     used: usize,
-    offset: u64,
+    /// Where the next entry begins. None after a failure, when the kernel's position may be another.
+    offset: Option<u64>,
+}
+
+impl Default for Listing {
+    /// That of a directory that has just been opened.
+    fn default() -> Self {
+        Self {
+            ahead: Vec::new(),
+            used: 0,
+            offset: Some(0),
+        }
+    }
 }
 
 impl Listing {
-    /// Hands over the entries from an offset on, until `add` has no more room for one (it returns zero) or fails.
+    /// Hands over the entries from an offset on, until `add` has no more room for one (it returns zero) or fails. What fails once entries
+    /// have been handed over is left to the next call: the reply has to be sent, since the guest holds its inodes from now on.
     pub fn read(
         &mut self,
         fd: BorrowedFd<'_>,
         offset: u64,
         add: &mut dyn FnMut(&RawEntry<'_>) -> io::Result<usize>,
     ) -> io::Result<()> {
-        if offset != self.offset {
-            self.ahead = Vec::new();
-            self.used = 0;
+        if Some(offset) != self.offset {
+            self.lose_place();
             // SAFETY: takes plain numbers.
             let at = unsafe { libc::lseek64(fd.as_raw_fd(), offset as i64, libc::SEEK_SET) };
             if at < 0 {
                 return Err(io::Error::last_os_error());
             }
-            self.offset = offset;
+            self.offset = Some(offset);
         }
         let mut first = true;
         loop {
-            if self.used >= self.ahead.len() {
-                self.used = 0;
-                self.ahead = read_entries(fd)?;
-                if self.ahead.is_empty() {
-                    return Ok(());
-                }
-            }
-            let Some((entry, len)) = first_entry(self.ahead.get(self.used..).unwrap_or_default())
-            else {
-                // Not what the kernel writes.
-                self.ahead = Vec::new();
-                return Err(io::Error::from_raw_os_error(libc::EIO));
-            };
-            match add(&entry) {
-                Ok(0) => return Ok(()),
-                Ok(_) => {}
+            match self.hand_over_one(fd, add) {
+                Ok(true) => first = false,
                 Err(error) if first => return Err(error),
-                // What is in the reply already has to be sent: the guest holds those inodes from now on.
-                Err(_) => return Ok(()),
+                Ok(false) | Err(_) => return Ok(()),
             }
-            first = false;
-            self.offset = entry.offset;
-            self.used += len;
         }
+    }
+
+    /// Hands over the next entry; returns whether there was one, and room for it.
+    fn hand_over_one(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        add: &mut dyn FnMut(&RawEntry<'_>) -> io::Result<usize>,
+    ) -> io::Result<bool> {
+        if self.used >= self.ahead.len() {
+            self.used = 0;
+            self.ahead = Vec::new();
+            // If this fails the kernel has read nothing, and stays where it is.
+            self.ahead = read_entries(fd)?;
+            if self.ahead.is_empty() {
+                return Ok(false);
+            }
+        }
+        let Some((entry, len)) = first_entry(self.ahead.get(self.used..).unwrap_or_default())
+        else {
+            // Not what the kernel writes.
+            self.lose_place();
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        };
+        if add(&entry)? == 0 {
+            return Ok(false);
+        }
+        self.offset = Some(entry.offset);
+        self.used += len;
+        Ok(true)
+    }
+
+    fn lose_place(&mut self) {
+        self.ahead = Vec::new();
+        self.used = 0;
+        self.offset = None;
     }
 }
 
@@ -484,5 +513,81 @@ impl FileReadWriteVolatile for FileIo<'_> {
         offset: u64,
     ) -> io::Result<usize> {
         self.write_at(buffers, offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+
+    use super::*;
+
+    /// A directory of so many files that they are read in several steps, and itself, opened.
+    fn crowded() -> (tempfile::TempDir, File) {
+        let folder = tempfile::tempdir().unwrap();
+        for i in 0..300 {
+            File::create(folder.path().join(format!("file-{i}"))).unwrap();
+        }
+        let opened = File::open(folder.path()).unwrap();
+        (folder, opened)
+    }
+
+    /// Reads up to `count` names from where they have been read to, which is moved.
+    fn names(
+        listing: &mut Listing,
+        folder: &File,
+        offset: &mut u64,
+        count: usize,
+    ) -> io::Result<Vec<CString>> {
+        let from = *offset;
+        let mut names = Vec::new();
+        listing.read(folder.as_fd(), from, &mut |entry| {
+            if names.len() == count {
+                return Ok(0);
+            }
+            names.push(entry.name.to_owned());
+            *offset = entry.offset;
+            Ok(1)
+        })?;
+        Ok(names)
+    }
+
+    #[test]
+    fn a_place_that_is_none_has_nobody_lose_entries() {
+        let (_folder, opened) = crowded();
+        let mut listing = Listing::default();
+        let mut offset = 0;
+        let mut seen = names(&mut listing, &opened, &mut offset, 5).unwrap();
+        let failed = names(&mut listing, &opened, &mut u64::MAX.clone(), 5);
+        assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        seen.extend(names(&mut listing, &opened, &mut offset, 1000).unwrap());
+        assert_eq!(seen.len(), 302);
+        seen.sort();
+        seen.dedup();
+        assert_eq!(seen.len(), 302);
+    }
+
+    #[test]
+    fn entries_are_handed_over_once_where_the_next_cannot_be_read() {
+        let (folder, opened) = crowded();
+        let mut listing = Listing::default();
+        let mut seen = 0;
+        let mut offset = 0;
+        // Of a directory that has been removed nothing can be read any more.
+        listing
+            .read(opened.as_fd(), 0, &mut |entry| {
+                if seen == 0 {
+                    fs::remove_dir_all(folder.path()).unwrap();
+                }
+                seen += 1;
+                offset = entry.offset;
+                Ok(1)
+            })
+            .unwrap();
+        assert!(seen > 0 && seen < 302, "{seen}");
+        for _ in 0..2 {
+            let failed = names(&mut listing, &opened, &mut offset, 1000);
+            assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        }
     }
 }
