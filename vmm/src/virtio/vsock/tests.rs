@@ -1,11 +1,16 @@
 //! The device against a mock driver, in both directions, with honest and hostile guests.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
@@ -858,6 +863,45 @@ fn the_table_is_bounded_and_places_come_free() {
     assert_eq!(late.read(&mut [0; 1]).unwrap(), 0, "closed at once");
     guest.send(packet(op::RST, 1, 0), &[]);
     hosts.push(guest.connect(&listener, 1, 50_000));
+}
+
+#[test]
+fn a_host_program_that_came_when_there_was_no_descriptor_for_it_is_taken_once_there_is() {
+    const ALONE: &str = "BULKHEAD_TEST_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        // In a process of its own: the limit of open files is the process's.
+        let name = "virtio::vsock::tests::a_host_program_that_came_when_there_was_no_descriptor_for_it_is_taken_once_there_is";
+        let ended = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name])
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+        assert!(
+            ended.status.success() && said.contains("1 passed"),
+            "{said}"
+        );
+        return;
+    }
+    let mut guest = Guest::new();
+    let host = socket(
+        AddressFamily::Unix,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
+    let next = File::open("/dev/null").unwrap().as_raw_fd();
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, next as u64, hard).unwrap();
+    let address = UnixAddr::new(&guest.path()).unwrap();
+    connect(host.as_raw_fd(), &address).unwrap();
+    let mut host = UnixStream::from(host);
+    host.write_all(b"CONNECT 7\n").unwrap();
+    guest.expect_silence();
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+    // No other connection ends, or comes.
+    assert_eq!(guest.expect(op::REQUEST).dst_port, 7);
 }
 
 #[test]

@@ -14,6 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
@@ -48,7 +49,8 @@ pub struct Worker {
     guest_cid: u64,
     path: PathBuf,
     listener: UnixListener,
-    listening: bool,
+    /// While no connections are taken, since that has failed.
+    rest: Option<Rest>,
     /// Only held: epoll watches it.
     _stop: EventFd,
     epoll: Epoll,
@@ -62,6 +64,38 @@ pub struct Worker {
     /// `RST`s for the guest.
     refusals: VecDeque<Header>,
     next_host_port: u32,
+}
+
+/// A time in which no connections of host programs are taken, because there was no descriptor or memory for one.
+#[derive(Debug)]
+struct Rest {
+    until: Instant,
+    length: Duration,
+}
+
+impl Rest {
+    const SHORTEST: Duration = Duration::from_millis(10);
+    const LONGEST: Duration = Duration::from_secs(1);
+
+    /// The one after another, which was not enough.
+    fn after(before: Option<Self>) -> Self {
+        let length = before.map_or(Self::SHORTEST, |rest| (rest.length * 2).min(Self::LONGEST));
+        Self {
+            until: Instant::now() + length,
+            length,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.until <= Instant::now()
+    }
+
+    /// How long to wait for events at most.
+    fn timeout(&self) -> i32 {
+        let left = self.until.saturating_duration_since(Instant::now());
+        // Not less than what is left.
+        i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
+    }
 }
 
 /// What a [`Worker`] is made of.
@@ -107,7 +141,7 @@ impl Worker {
             guest_cid: parts.guest_cid,
             path: parts.path,
             listener: parts.listener,
-            listening: true,
+            rest: None,
             _stop: parts.stop,
             epoll,
             memory: parts.memory,
@@ -127,7 +161,11 @@ impl Worker {
         // The driver may have filled its queues before the thread was there.
         let mut more = self.pump();
         loop {
-            let timeout = if more { 0 } else { -1 };
+            let timeout = match &self.rest {
+                _ if more => 0,
+                Some(rest) => rest.timeout(),
+                None => -1,
+            };
             let count = match self.epoll.wait(timeout, &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
@@ -141,9 +179,13 @@ impl Worker {
                     STOP => return,
                     RX => self.rx.drain_kick(),
                     TX => self.tx.drain_kick(),
-                    LISTENER => self.accept(),
+                    LISTENER => self.accept(None),
                     token => self.on_socket(Token::from(token), event.event_set()),
                 }
+            }
+            if let Some(rest) = self.rest.take_if(|rest| rest.is_over()) {
+                self.listen(true);
+                self.accept(Some(rest));
             }
             more = self.pump();
         }
@@ -293,8 +335,8 @@ impl Worker {
         Ok(UnixStream::from(fd))
     }
 
-    /// Host programs want connections.
-    fn accept(&mut self) {
+    /// Host programs want connections. `before` is the time of rest that was taken before, if one was.
+    fn accept(&mut self, before: Option<Rest>) {
         for _ in 0..ROUND {
             // SAFETY: the listener's descriptor is valid, and no address is asked for.
             let fd = unsafe {
@@ -311,9 +353,10 @@ impl Worker {
                     Some(libc::EAGAIN) => {}
                     Some(libc::EINTR | libc::ECONNABORTED) => continue,
                     _ => {
-                        // Out of descriptors or memory: wait until a connection ends.
+                        // Out of descriptors or memory. The end of a connection gives some back, and of what else does nothing tells.
                         tracing::warn!(%error, "cannot accept a vsock connection of a host program");
                         self.listen(false);
+                        self.rest = Some(Rest::after(before));
                     }
                 }
                 return;
@@ -333,17 +376,15 @@ impl Worker {
         }
     }
 
+    /// Whether the listener's events are waited for.
     fn listen(&mut self, on: bool) {
-        if self.listening != on {
-            let events = if on { EventSet::IN } else { EventSet::empty() };
-            let event = EpollEvent::new(events, LISTENER);
-            if self
-                .epoll
-                .ctl(ControlOperation::Modify, self.listener.as_raw_fd(), event)
-                .is_ok()
-            {
-                self.listening = on;
-            }
+        let events = if on { EventSet::IN } else { EventSet::empty() };
+        let event = EpollEvent::new(events, LISTENER);
+        let done = self
+            .epoll
+            .ctl(ControlOperation::Modify, self.listener.as_raw_fd(), event);
+        if let Err(error) = done {
+            tracing::error!(%error, "cannot change whether the vsock device takes connections");
         }
     }
 
@@ -453,7 +494,9 @@ impl Worker {
 
     fn remove(&mut self, token: Token) -> Option<Connection> {
         let connection = self.table.remove(token)?;
-        self.listen(true);
+        if let Some(rest) = &mut self.rest {
+            rest.until = Instant::now();
+        }
         Some(connection)
     }
 
