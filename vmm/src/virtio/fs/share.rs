@@ -795,7 +795,7 @@ impl FileSystem for Share {
         if inode.kind != libc::S_IFDIR {
             return Err(error(libc::ENOTDIR));
         }
-        let permit = self.handles.permit()?;
+        let permit = self.handles.permit_of_directory()?;
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
         let fd = self.proc_self_fd.reopen(inode.as_fd(), flags)?;
         let handle = self.handles.insert(inode.id, fd, permit);

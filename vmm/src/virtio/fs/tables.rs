@@ -53,8 +53,16 @@ impl Budget {
 
     /// A permit for one, or `ENFILE`.
     pub fn take(self: &Arc<Self>) -> io::Result<Permit> {
-        let permit = Permit(self.clone());
-        let used = self.used.fetch_add(1, Ordering::Relaxed) + 1;
+        self.take_as(1)
+    }
+
+    /// A permit for one that counts as `count` of them, since it takes the memory of as many.
+    fn take_as(self: &Arc<Self>, count: usize) -> io::Result<Permit> {
+        let permit = Permit {
+            budget: self.clone(),
+            count,
+        };
+        let used = self.used.fetch_add(count, Ordering::Relaxed) + count;
         if used > self.limit {
             // Dropping the permit takes the count back.
             return Err(io::Error::from_raw_os_error(libc::ENFILE));
@@ -77,12 +85,15 @@ impl Budget {
 
 /// The right to hold one descriptor.
 #[derive(Debug)]
-pub struct Permit(Arc<Budget>);
+pub struct Permit {
+    budget: Arc<Budget>,
+    count: usize,
+}
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let used = self.0.used.fetch_sub(1, Ordering::Relaxed) - 1;
-        self.0.fewest.fetch_min(used, Ordering::Relaxed);
+        let used = self.budget.used.fetch_sub(self.count, Ordering::Relaxed) - self.count;
+        self.budget.fewest.fetch_min(used, Ordering::Relaxed);
     }
 }
 
@@ -633,6 +644,11 @@ impl Handles {
     /// A permit for a file that is about to be opened.
     pub fn permit(&self) -> io::Result<Permit> {
         self.budget.take()
+    }
+
+    /// The same for a directory: of one that has been read in part the entries read ahead are held, which are no smaller than a file.
+    pub fn permit_of_directory(&self) -> io::Result<Permit> {
+        self.budget.take_as(2)
     }
 
     /// Adds an open file; returns its number.

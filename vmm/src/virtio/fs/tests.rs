@@ -1253,7 +1253,16 @@ fn open_files_are_bounded() {
     share
         .release(&context, a, 0, handle.unwrap(), false, false, None)
         .unwrap();
+    // What is read ahead of a directory counts too.
+    full(share.opendir(&context, ROOT, 0).map(|_| ()));
+    share.forget(&context, a, 2);
+    let (handle, _) = share.opendir(&context, ROOT, 0).unwrap();
+    full(share.lookup(&context, ROOT, c"c").map(|_| ()));
+    share
+        .releasedir(&context, ROOT, 0, handle.unwrap())
+        .unwrap();
     share.lookup(&context, ROOT, c"c").unwrap();
+    share.lookup(&context, ROOT, c"d").unwrap();
 }
 
 #[test]
