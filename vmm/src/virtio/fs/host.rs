@@ -166,9 +166,10 @@ pub fn is_same_inode(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<b
 
 /// Files of a process in procfs that show its memory, or where what is in it. Linux opens them for whoever may trace the process, and for the
 /// process itself always (ptrace(2), "Ptrace access mode checking").
-const OF_MEMORY: [&[u8]; 10] = [
+const OF_MEMORY: [&[u8]; 11] = [
     b"mem",
     b"maps",
+    b"map_files", // a directory, whose names are addresses
     b"smaps",
     b"smaps_rollup",
     b"numa_maps",

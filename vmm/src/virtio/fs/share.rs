@@ -38,7 +38,7 @@ use nix::unistd::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::host::{self, FileIo, Metadata, ProcSelfFd, name_of, xattr};
+use super::host::{self, FileIo, Metadata, Place, ProcSelfFd, name_of, xattr};
 use super::identity::{AsCaller, AsUser, WithoutFsetid};
 use super::tables::{Budget, Handle, Handles, Inode, Inodes, Permit, Stamp};
 use crate::sync::lock;
@@ -183,6 +183,14 @@ impl Share {
         self.entry(fd, parent, name, permit)
     }
 
+    /// Refuses what shows a process's memory: to the kernel the VMM's threads are the VMM, whose own memory they may open.
+    fn keep_memory_closed(&self, inode: &Inode, place: Place) -> io::Result<()> {
+        if place.procfs && host::shows_memory(&self.proc_self_fd, inode.as_fd())? {
+            return Err(error(libc::EACCES));
+        }
+        Ok(())
+    }
+
     /// Opens a regular file for reading or writing.
     fn open_file(&self, inode: &Inode, flags: u32, kill_privileges: bool) -> io::Result<OwnedFd> {
         match inode.kind {
@@ -196,10 +204,7 @@ impl Share {
         if flags & libc::O_ACCMODE == libc::O_ACCMODE {
             return Err(error(libc::EINVAL));
         }
-        // To the kernel the VMM's threads are the VMM, whose own memory they may open.
-        if inode.place().procfs && host::shows_memory(&self.proc_self_fd, inode.as_fd())? {
-            return Err(error(libc::EACCES));
-        }
+        self.keep_memory_closed(inode, inode.place())?;
         let _privileges = WithoutFsetid::when(kill_privileges)?;
         self.proc_self_fd
             .reopen(inode.as_fd(), OFlag::from_bits_retain(flags))
@@ -795,6 +800,7 @@ impl FileSystem for Share {
         if inode.kind != libc::S_IFDIR {
             return Err(error(libc::ENOTDIR));
         }
+        self.keep_memory_closed(&inode, inode.place_of_files())?;
         let permit = self.handles.permit_of_directory()?;
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
         let fd = self.proc_self_fd.reopen(inode.as_fd(), flags)?;

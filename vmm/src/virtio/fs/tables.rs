@@ -252,10 +252,15 @@ impl Inode {
     /// Where a file is that this directory names.
     fn place_of(&self, fd: BorrowedFd<'_>, metadata: &Metadata) -> Place {
         if metadata.mount == self.mount {
-            *self.place.get_or_init(|| Place::of(self.as_fd()))
+            self.place_of_files()
         } else {
             Place::of(fd)
         }
+    }
+
+    /// Where the files of this directory are, but for what is mounted on them.
+    pub fn place_of_files(&self) -> Place {
+        *self.place.get_or_init(|| Place::of(self.as_fd()))
     }
 
     /// Keeps a descriptor by another mount. Without a permit for one it is done without, at the price of hard links there.

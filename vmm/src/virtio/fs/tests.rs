@@ -1634,6 +1634,8 @@ fn the_memory_of_the_vmm_is_closed_to_its_guest() {
                 .starts_with(b"Name:")
         );
     }
+    let mappings = guest.walk(&format!("{process}/map_files"));
+    assert_eq!(guest.opendir(mappings).err(), Some(libc::EACCES));
     // Elsewhere the names mean nothing.
     let mut guest = Guest::new();
     fs::write(guest.path("mem"), "").unwrap();
