@@ -11,7 +11,6 @@ use bulkhead_vmm::server::Server;
 use bulkhead_vmm::timeline::Timeline;
 use clap::Parser;
 use nix::sys::prctl::set_dumpable;
-use nix::sys::signal::{SigHandler, Signal, signal};
 use tracing::error;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
@@ -58,15 +57,34 @@ fn run(timeline: Arc<Timeline>) -> Result<i32> {
     // What is in here is the guest's, and this process's own: not for others with the same credentials, as other VMMs' threads have them, whose
     // guests may be given the host's procfs as a volume. It takes CAP_SYS_PTRACE from now on, and there are no core dumps.
     set_dumpable(false).context("cannot close the memory to other processes")?;
-    // Where the caller has limited the size of files (RLIMIT_FSIZE), a write beyond that fails in the guest, and does not end the VMM.
-    // SAFETY: no handler is installed or replaced.
-    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.context("cannot ignore SIGXFSZ")?;
+    ignore_signals()?;
     let socket = control_socket()?;
     let mut server = Server::new(socket, timeline)?;
     let end = server.run()?;
     // Dropping the server would wait for the vCPUs.
     std::mem::forget(server);
     Ok(end.exit_code)
+}
+
+/// Has signals do nothing, since this process's life hangs on its control socket: one for the whole cgroup (a service manager's) is for
+/// the containers, and where the caller has limited the size of files (RLIMIT_FSIZE) a write beyond that fails in the guest. Whoever
+/// uses a signal, as the vCPUs do SIGRTMIN, takes it back. What the kernel says of a fault of this process's own still ends it.
+fn ignore_signals() -> Result<()> {
+    for number in (1..=libc::SIGSYS).chain(libc::SIGRTMIN()..=libc::SIGRTMAX()) {
+        match number {
+            // Nobody can, and nobody does for the latter two: the standard library tells of a stack that has overflown by them.
+            libc::SIGKILL | libc::SIGSTOP | libc::SIGSEGV | libc::SIGBUS => continue,
+            // To ignore it would be to have children vanish unwaited for.
+            libc::SIGCHLD => continue,
+            _ => {}
+        }
+        // SAFETY: no handler is installed, and none replaced: no other thread runs yet.
+        if unsafe { libc::signal(number, libc::SIG_IGN) } == libc::SIG_ERR {
+            return Err(std::io::Error::last_os_error())
+                .with_context(|| format!("cannot ignore signal {number}"));
+        }
+    }
+    Ok(())
 }
 
 /// Takes the control socket over.

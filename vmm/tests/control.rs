@@ -352,3 +352,23 @@ fn a_limit_of_the_size_of_files_fails_writes_and_kills_nobody() {
     vmm.process.kill().unwrap();
     vmm.process.wait().unwrap();
 }
+
+#[test]
+fn a_signal_that_can_be_ignored_ends_no_vm_and_stops_none() {
+    let mut vmm = Vmm::spawn();
+    vmm.boot(&SPIN).unwrap();
+    for number in (1..=libc::SIGSYS).chain(libc::SIGRTMIN()..=libc::SIGRTMAX()) {
+        let fatal = [libc::SIGKILL, libc::SIGSTOP, libc::SIGSEGV, libc::SIGBUS];
+        if !fatal.contains(&number) {
+            // SAFETY: a system call on numbers; the process is a child that has not been waited for.
+            let sent = unsafe { libc::kill(vmm.process.id().cast_signed(), number) };
+            assert_eq!(sent, 0, "{number}");
+        }
+    }
+    // What the vCPUs use one for goes on.
+    vmm.client.pause().unwrap();
+    vmm.client.resume().unwrap();
+    assert_eq!(vmm.client.info().unwrap().state, VmState::Running);
+    vmm.client.shutdown().unwrap();
+    assert_eq!(vmm.end().1, exit_code::POWER_OFF);
+}
