@@ -180,7 +180,8 @@ fn change(process: &mut Map<String, Value>, args: &ExecArgs) -> anyhow::Result<(
             *sets = json!({});
         }
         if let Value::Object(sets) = sets {
-            for set in ["bounding", "effective", "permitted"] {
+            // As under runc in the ambient set too. The agent leaves out what the kernel would refuse.
+            for set in ["bounding", "effective", "permitted", "ambient"] {
                 extend(sets, set, &args.cap);
             }
         }
@@ -454,7 +455,7 @@ mod tests {
             json!({
                 "args": ["ls", "-l"], "cwd": "/tmp", "env": ["A=b", "C=d"], "terminal": true, "noNewPrivileges": true,
                 "user": {"uid": 7, "gid": 8, "additionalGids": [9]},
-                "capabilities": {"bounding": ["CAP_KILL", "CAP_CHOWN"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"]},
+                "capabilities": {"bounding": ["CAP_KILL", "CAP_CHOWN"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"], "ambient": ["CAP_CHOWN"]},
             })
         );
         assert_eq!(
@@ -474,7 +475,7 @@ mod tests {
             json!({
                 "args": ["ls"], "cwd": "/", "env": ["A=b"], "terminal": false,
                 "user": {"uid": 7, "gid": 0, "additionalGids": [9]},
-                "capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"]},
+                "capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"], "ambient": ["CAP_KILL"]},
             })
         );
     }
