@@ -41,7 +41,7 @@ pub struct CreateArgs {
     /// Directory of the bundle
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     bundle: PathBuf,
-    /// Unix socket that takes the master of the container's terminal
+    /// Unix socket that takes the master of the container's terminal; a relative path is from the bundle on
     #[arg(long, value_name = "SOCKET")]
     console_socket: Option<PathBuf>,
     /// File to which the pid that stands for the container is written
@@ -196,10 +196,14 @@ impl Prepared {
 /// A container that outlives the command.
 fn detached(invocation: &Invocation, args: &CreateArgs, start: bool) -> anyhow::Result<i32> {
     let mut prepared = Prepared::new(args)?;
+    let console_socket = args.console_socket.as_ref();
     let pair = Pair::for_background(
         "process.terminal",
         prepared.terminal(),
-        args.console_socket.as_deref(),
+        // From the bundle, in which runc is by then.
+        console_socket
+            .map(|path| prepared.bundle.join(path))
+            .as_deref(),
         prepared.console_size(),
     )?;
     let Launched {

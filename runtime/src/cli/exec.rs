@@ -30,7 +30,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 pub struct ExecArgs {
-    /// Unix socket that takes the master of the process's terminal
+    /// Unix socket that takes the master of the process's terminal; a relative path is from the bundle on, with --process from here
     #[arg(long, value_name = "SOCKET")]
     console_socket: Option<PathBuf>,
     /// Working directory in the container
@@ -331,6 +331,14 @@ fn foreground(
     Ok(i32::try_from(code).unwrap_or(NotExecuted::EXIT_CODE))
 }
 
+/// Where `--console-socket` is: from the bundle on, in which runc is by then unless it has been given the process's description.
+fn console_socket(known: &Known, args: &ExecArgs) -> anyhow::Result<Option<PathBuf>> {
+    Ok(match &args.console_socket {
+        Some(path) if args.process.is_none() => Some(known.record()?.bundle.join(path)),
+        given => given.clone(),
+    })
+}
+
 /// Kills a process and waits for its end.
 async fn end(server: &Server<'_>) -> Result<(), ServerError> {
     server.kill(libc::SIGKILL.unsigned_abs(), false).await?;
@@ -348,7 +356,7 @@ fn detached(
     let pair = Pair::for_background(
         "--tty",
         has_terminal(&process),
-        args.console_socket.as_deref(),
+        console_socket(known, args)?.as_deref(),
         console_size(&process),
     )?;
     let stdio = own_stdio(pair.is_some());

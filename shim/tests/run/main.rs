@@ -14,12 +14,13 @@ mod states;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use bed::{Bed, bulkhead, text};
+use bed::{Bed, bulkhead, finish, text};
 use bulkhead_e2e::watch;
 use bulkhead_protocol::PROTOCOL_VERSION;
 use nix::sys::signal::{Signal, kill};
@@ -587,5 +588,35 @@ fn a_stand_in_whose_pid_is_known_catches_signals() {
         .unwrap();
     let blocked = u64::from_str_radix(blocked.trim(), 16).unwrap();
     assert_ne!(blocked & 1 << (Signal::SIGTERM as u64 - 1), 0);
+    bed.await_clean();
+}
+
+#[test]
+fn a_relative_console_socket_is_where_runc_looks_for_it() {
+    let bed = Bed::new(&["/bin/true"]);
+    bed.spec(|spec| spec["process"]["terminal"] = json!(true));
+    let listen = |path: &str| {
+        let listener = UnixListener::bind(bed.path(path)).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        listener
+    };
+    let (in_bundle, here) = (listen("bundle/console"), listen("console"));
+    let run = |words: &[&str]| {
+        let mut command = bed.bulkhead();
+        finish(command.args(words).current_dir(bed.path("")));
+    };
+    // The stand-in for the VMM has no terminals: they are asked for, and not used.
+    let console = ["--console-socket", "console"];
+    run(&[&["create", "--bundle", "bundle"], &console[..], &["c1"]].concat());
+    assert!(in_bundle.accept().is_ok() && here.accept().is_err());
+    let exec = [&["exec", "--detach", "--tty"], &console[..]].concat();
+    run(&[&exec[..], &["c1", "/bin/true"]].concat());
+    assert!(in_bundle.accept().is_ok() && here.accept().is_err());
+    let process = json!({"args": ["/bin/true"], "cwd": "/", "terminal": true});
+    fs::write(bed.path("process"), process.to_string()).unwrap();
+    run(&[&exec[..], &["--process", "process", "c1"]].concat());
+    assert!(in_bundle.accept().is_err() && here.accept().is_ok());
+    let deleted = bed.about(&["delete", "--force", "c1"]);
+    assert!(deleted.status.success(), "{}", text(&deleted.stderr));
     bed.await_clean();
 }
