@@ -371,7 +371,10 @@ fn foreground(invocation: &Invocation, args: &RunArgs) -> anyhow::Result<i32> {
     let result = foreground.run(async |signals| session.run(connection, signals).await);
     timeline.mark("client: container deleted");
     if args.keep && matches!(result, Ok(Outcome::Exited(_))) {
-        keep(lifeline, &known.id)?;
+        // Somebody may have deleted it meanwhile; the code is what there is to tell.
+        if let Err(error) = keep(lifeline, &known.id) {
+            tracing::warn!("{error:#}");
+        }
         return exit_code(result?);
     }
     drop(lifeline);
@@ -481,7 +484,11 @@ impl Session<'_> {
         streams.written(signals).await;
         timeline.mark("client: output written");
         if !self.args.keep {
-            known.patiently(server.delete()).await??;
+            match known.patiently(server.delete()).await? {
+                // Somebody else has deleted it meanwhile.
+                Err(error) if error.is_not_found() || matches!(error, ServerError::Gone) => {}
+                deleted => deleted?,
+            }
         }
         Ok(Outcome::Exited(code))
     }

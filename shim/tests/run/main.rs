@@ -83,6 +83,12 @@ fn start(bed: &Bed) -> (Running, BufReader<std::process::ChildStdout>) {
     (running, stdout)
 }
 
+/// What is on record of the container; null without a record.
+fn recorded(bed: &Bed) -> Value {
+    let record = fs::read(bed.path("state/c1/state.json")).unwrap_or_default();
+    serde_json::from_slice(&record).unwrap_or_default()
+}
+
 const READY: [&str; 3] = [
     "/bin/sh",
     "-c",
@@ -571,13 +577,9 @@ fn a_stand_in_whose_pid_is_known_catches_signals() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let recorded = || {
-        let record = fs::read(bed.path("state/c1/state.json")).unwrap_or_default();
-        let record: Value = serde_json::from_slice(&record).unwrap_or_default();
-        record["pid"].as_u64()
-    };
-    watch::until(&bed.path(""), &[], || recorded().is_some());
-    let pid = recorded().unwrap();
+    let pid = || recorded(&bed)["pid"].as_u64();
+    watch::until(&bed.path(""), &[], || pid().is_some());
+    let pid = pid().unwrap();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     create.kill().unwrap();
     create.wait().unwrap();
@@ -619,4 +621,23 @@ fn a_relative_console_socket_is_where_runc_looks_for_it() {
     let deleted = bed.about(&["delete", "--force", "c1"]);
     assert!(deleted.status.success(), "{}", text(&deleted.stderr));
     bed.await_clean();
+}
+
+#[test]
+fn the_exit_code_is_told_of_a_container_that_somebody_else_deletes_as_its_output_is_written() {
+    for flags in [&[][..], &["--keep"]] {
+        // More than fits into a pipe, and less than fits into that and a socket.
+        let bed = Bed::new(&["/bin/sh", "-c", "head -c 150000 /dev/zero; exit 3"]);
+        let mut child = bed.command().args(flags).spawn().unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        let run = Running(Some(child));
+        watch::until(&bed.path(""), &[], || recorded(&bed)["status"] == "stopped");
+        let deleted = bed.about(&["delete", "c1"]);
+        assert!(deleted.status.success(), "{}", text(&deleted.stderr));
+        stdout.read_to_end(&mut vec![]).unwrap();
+        let output = run.ended();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{flags:?}: {said}");
+        bed.await_clean();
+    }
 }
