@@ -96,6 +96,8 @@ pub struct CreateOptions {
     /// The process of the host that stands for the container's init. Its end by SIGKILL is the init's.
     #[serde(skip_serializing_if = "is_default")]
     pub proxy: Option<u32>,
+    /// The command of the host in whose foreground the container runs.
+    pub client: Option<u32>,
     /// Size of the terminal at the start.
     #[serde(skip_serializing_if = "is_default")]
     pub terminal_size: Option<TerminalSize>,
@@ -120,7 +122,7 @@ impl CreateOptions {
 pub struct Description {
     /// The bundle's directory.
     pub bundle: PathBuf,
-    /// Its stand-in on the host: its proxy, or the VMM.
+    /// Its stand-in on the host: its proxy, the command in whose foreground it runs, or the VMM.
     pub pid: u32,
     /// Life-cycle state.
     pub status: Status,
@@ -183,6 +185,7 @@ impl Sandbox {
         tell_of_listen_fds(&mut spec, create.options.listen_fds);
         self.timeline.mark("server: spec validated");
         let proxy = create.options.proxy.map(find).transpose()?;
+        let client = create.options.client.map(find).transpose()?;
         let size = Size::of(&bundle.spec, &self.params.config)?;
         if id != self.params.id {
             self.require_fit(&bundle.spec)?;
@@ -200,7 +203,7 @@ impl Sandbox {
             binds,
             bundle.spec.hooks().clone(),
             hook_state,
-            Process::new(create.stdio, proxy),
+            Process::new(create.stdio, proxy, client),
         ));
         self.reserve(&container)?;
         let made = self
@@ -288,7 +291,7 @@ impl Sandbox {
             rootfs: bundle.rootfs.clone(),
             created: SystemTime::now(),
             annotations: bundle.spec.annotations().clone().unwrap_or_default(),
-            pid: options.proxy.unwrap_or(0),
+            pid: container.init.own_stand_in().map_or(0, StandIn::pid),
             status: Status::Creating,
             cgroup: cgroup.clone(),
             poststop: container
@@ -313,7 +316,7 @@ impl Sandbox {
                 }
                 // On record before it is made: whoever cleans up after this process has to find it.
                 self.params.state.save(&record)?;
-                self.settle(cgroup, container.init.proxy.as_ref()).await?;
+                self.settle(cgroup, &container.init).await?;
                 if self.closing.get().is_some() {
                     return Err(SandboxError::Failed(CLOSING.into()));
                 }
@@ -329,7 +332,8 @@ impl Sandbox {
         if let Some(proxy) = &container.init.proxy {
             set(proxy.pid(), &|| proxy.is_alive())?;
         }
-        let pid = options.proxy.unwrap_or_else(|| machine.vmm().pid());
+        let stand_in = container.init.own_stand_in();
+        let pid = stand_in.map_or_else(|| machine.vmm().pid(), StandIn::pid);
         if self.is_first(container) {
             // A child's number is its own until this process asks for its end.
             set(machine.vmm().pid(), &|| true)?;
@@ -386,19 +390,16 @@ impl Sandbox {
     }
 
     /// Moves this process to where the sandbox's processes belong: their cgroup and their network namespace.
-    async fn settle(
-        &self,
-        cgroup: Option<HostCgroup>,
-        proxy: Option<&StandIn>,
-    ) -> Result<(), SandboxError> {
-        standin::enter_network(proxy)
-            .map_err(|cause| SandboxError::StandIn(proxy.map_or(0, StandIn::pid), cause))?;
+    async fn settle(&self, cgroup: Option<HostCgroup>, init: &Process) -> Result<(), SandboxError> {
+        let stand_in = init.own_stand_in();
+        standin::enter_network(stand_in)
+            .map_err(|cause| SandboxError::StandIn(stand_in.map_or(0, StandIn::pid), cause))?;
         let Some(cgroup) = cgroup else {
             tracing::debug!("this host has no cgroup v2, so no cgroup is made");
             return Ok(());
         };
         self.cgroup.enter(cgroup).await?;
-        if let Some(proxy) = proxy {
+        if let Some(proxy) = &init.proxy {
             self.cgroup.add(proxy).await?;
         }
         self.timeline.mark("server: cgroup made");
@@ -666,8 +667,8 @@ impl Sandbox {
     /// The container that a process of the host stands for: a stand-in for its own, the VMM for the sandbox's first.
     fn container_of(&self, pid: u32) -> Option<ContainerId> {
         let containers = self.containers();
-        let stands_for = |container: &Container| match &container.init.proxy {
-            Some(proxy) => proxy.pid() == pid && proxy.is_alive(),
+        let stands_for = |container: &Container| match container.init.own_stand_in() {
+            Some(stand_in) => stand_in.pid() == pid && stand_in.is_alive(),
             None => self.is_first(container) && self.stand_in(&container.init) == pid && pid != 0,
         };
         let found = containers.values().find(|container| stands_for(container));
@@ -687,7 +688,7 @@ impl Sandbox {
 
     fn stand_in(&self, process: &Process) -> u32 {
         let vmm = || self.machine.get().map_or(0, |machine| machine.vmm().pid());
-        process.proxy.as_ref().map_or_else(vmm, StandIn::pid)
+        process.stand_in().map_or_else(vmm, StandIn::pid)
     }
 
     /// Whether there is no container.

@@ -21,7 +21,7 @@ use bulkhead_runtime::timeline::{Record, Timeline};
 use bulkhead_runtime::view::View;
 use bulkhead_vmm::fault;
 use clap::Args;
-use nix::sched::CloneFlags;
+use nix::sched::{CloneFlags, setns, unshare};
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Spec};
 use thiserror::Error;
 
@@ -167,6 +167,7 @@ impl Prepared {
     ) -> CreateOptions {
         CreateOptions {
             proxy: None,
+            client: None,
             terminal_size: size.or_else(|| self.console_size()),
             systemd_cgroup: invocation.systemd_cgroup,
             descriptors: descriptors.flows(),
@@ -460,7 +461,11 @@ impl Session<'_> {
         let (prepared, timeline, stdio) = (&mut self.prepared, self.timeline, self.stdio);
         let known = self.known;
         let descriptors = std::mem::take(&mut prepared.descriptors);
-        let options = prepared.options(self.invocation, &descriptors, self.size);
+        let options = CreateOptions {
+            client: Some(std::process::id()),
+            ..prepared.options(self.invocation, &descriptors, self.size)
+        };
+        let _network = Network::enter(&prepared.spec)?;
         let bundle = path_text(&prepared.bundle)?;
         let pid = tokio::select! {
             created = known.patiently(server.create(bundle, stdio, &options)) => created??,
@@ -491,6 +496,29 @@ impl Session<'_> {
             }
         }
         Ok(Outcome::Exited(code))
+    }
+}
+
+/// A network namespace for this thread, if the bundle names one: as a proxy, this process has the sandbox's for those who look for the
+/// container's. Dropping it goes back.
+struct Network(File);
+
+impl Network {
+    fn enter(spec: &Spec) -> anyhow::Result<Option<Self>> {
+        if !namespaces(spec).contains(CloneFlags::CLONE_NEWNET) {
+            return Ok(None);
+        }
+        let own =
+            File::open("/proc/thread-self/ns/net").context("cannot see the network namespace")?;
+        unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+        Ok(Some(Self(own)))
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        // Hooks that this process may still have to run are of the caller's. It came from there, and is let in again.
+        let _ = setns(&self.0, CloneFlags::CLONE_NEWNET);
     }
 }
 

@@ -277,6 +277,7 @@ fn foreground(
     let options = ExecOptions {
         proxy: None,
         client: Some(std::process::id()),
+        ends_with_client: args.pid_file.is_some(),
         terminal_size: foreground.size.or_else(|| console_size(&process)),
         descriptors: descriptors.flows(),
         cgroup,
@@ -379,6 +380,7 @@ fn detached(
     let options = ExecOptions {
         proxy: Some(proxy.pid),
         client: None,
+        ends_with_client: false,
         terminal_size: console_size(&process),
         descriptors: flows,
         cgroup,

@@ -66,6 +66,8 @@ pub struct Exec {
     pub descriptors: Vec<crate::stdio::Flow>,
     /// The cgroup below the container's that it is to be in, by its path from there; empty for the container's own.
     pub cgroup: String,
+    /// Whether it is killed when who stands for it has gone; otherwise it lives on.
+    pub ends_with_stand_in: bool,
     /// Its life.
     pub process: Arc<Process>,
     /// Set by who starts it, or sees that it will never be.

@@ -243,7 +243,7 @@ impl Sandbox {
     }
 
     /// Sees to the end of a process whose stand-in has gone.
-    async fn orphaned(&self, container: &Container, exec_id: &str, process: &Process) {
+    pub(super) async fn orphaned(&self, container: &Container, exec_id: &str, process: &Process) {
         process.orphan();
         let in_the_making = match process.status() {
             Status::Creating => true,

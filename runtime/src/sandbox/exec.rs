@@ -10,7 +10,7 @@ use super::{
     KILL_TIMEOUT, LOST_EXIT_CODE, Sandbox, SandboxError, deliver, find, forget, is_default,
 };
 use crate::spec::is_default_profile;
-use crate::standin;
+use crate::standin::{self, StandIn};
 use crate::stdio::{Flow, Stdio, TerminalSize};
 use crate::streams::{self, Stream};
 
@@ -40,6 +40,8 @@ pub struct ExecOptions {
     /// The command of the host in whose foreground it runs: once that has gone the process, when it ends, is nobody's to forget but the server's.
     #[serde(skip_serializing_if = "is_default")]
     pub client: Option<u32>,
+    /// Whether the process is killed when that command is: whoever has been told its pid means the process.
+    pub ends_with_client: bool,
     /// Size of the terminal at the start.
     #[serde(skip_serializing_if = "is_default")]
     pub terminal_size: Option<TerminalSize>,
@@ -76,7 +78,8 @@ impl Sandbox {
         }
         let spec = serde_json::to_vec(&json).map_err(|e| wrong(e.to_string()))?;
         let proxy = options.proxy.map(find).transpose()?;
-        let process = Arc::new(Process::new(exec.stdio, proxy.clone()));
+        let client = options.client.map(find).transpose()?;
+        let process = Arc::new(Process::new(exec.stdio, proxy.clone(), client.clone()));
         process.created();
         let added = container::Exec {
             spec,
@@ -84,6 +87,7 @@ impl Sandbox {
             ignore_paused: options.ignore_paused,
             descriptors: options.descriptors,
             cgroup: options.cgroup,
+            ends_with_stand_in: proxy.is_some() || options.ends_with_client,
             process,
             started: OnceLock::new(),
         };
@@ -93,25 +97,26 @@ impl Sandbox {
         self.timeline.mark("server: process described");
         let watched = self
             .watch_stand_in(container.clone(), &exec.exec_id, proxy.as_ref())
-            .and_then(|()| self.watch_client(container.clone(), &exec.exec_id, options.client));
+            .and_then(|()| self.watch_client(container.clone(), &exec.exec_id, client.as_ref()));
         if watched.is_err() {
             container.remove_exec(&exec.exec_id);
         }
         watched
     }
 
-    /// Follows the command in whose foreground a process runs to its end. The process lives on without it, as under runc.
+    /// Follows the command in whose foreground a process runs to its end. The process lives on without it, as under runc, unless that
+    /// command has told its own pid as the process's.
     fn watch_client(
         self: &Arc<Self>,
         container: Arc<container::Container>,
         exec_id: &str,
-        client: Option<u32>,
+        client: Option<&StandIn>,
     ) -> Result<(), SandboxError> {
-        let Some(pid) = client else {
+        let Some(client) = client else {
             return Ok(());
         };
-        let ended =
-            standin::Watch::new(&find(pid)?).map_err(|cause| SandboxError::StandIn(pid, cause))?;
+        let ended = standin::Watch::new(client)
+            .map_err(|cause| SandboxError::StandIn(client.pid(), cause))?;
         let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
         tokio::spawn(async move {
             ended.wait().await;
@@ -128,6 +133,9 @@ impl Sandbox {
             exec.process.orphan();
             if exec.process.status() == Status::Running {
                 sandbox.close_streams(&container, &exec_id, &exec);
+            }
+            if exec.ends_with_stand_in {
+                sandbox.orphaned(&container, &exec_id, &exec.process).await;
             }
             exec.process.wait().await;
             let _ = sandbox.delete_exec(container.id.as_str(), &exec_id).await;
@@ -226,7 +234,7 @@ impl Sandbox {
             exec.process.clone(),
             agent,
         ));
-        if exec.process.is_orphan() && exec.process.proxy.is_none() {
+        if exec.process.is_orphan() && !exec.ends_with_stand_in {
             self.close_streams(container, exec_id, exec);
         } else if exec.process.is_orphan() {
             let kill = Signal {

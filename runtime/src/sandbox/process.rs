@@ -55,6 +55,8 @@ pub struct Process {
     pub stdio: Stdio,
     /// The process of the host that stands for it, if there is one of its own.
     pub proxy: Option<StandIn>,
+    /// The command of the host in whose foreground it runs, which stands for it as long as that lives.
+    pub client: Option<StandIn>,
     status: Mutex<Status>,
     orphaned: AtomicBool,
     exit: watch::Sender<Option<Exit>>,
@@ -62,10 +64,11 @@ pub struct Process {
 
 impl Process {
     /// A process that is being made.
-    pub fn new(stdio: Stdio, proxy: Option<StandIn>) -> Self {
+    pub fn new(stdio: Stdio, proxy: Option<StandIn>, client: Option<StandIn>) -> Self {
         Self {
             stdio,
             proxy,
+            client,
             status: Mutex::new(Status::Creating),
             orphaned: AtomicBool::new(false),
             exit: watch::Sender::new(None),
@@ -75,6 +78,17 @@ impl Process {
     /// Where in its life it is.
     pub fn status(&self) -> Status {
         *self.lock()
+    }
+
+    /// Who stands for it, or did.
+    pub fn own_stand_in(&self) -> Option<&StandIn> {
+        self.proxy.as_ref().or(self.client.as_ref())
+    }
+
+    /// The process whose pid is told as its own, if not the VMM's.
+    pub fn stand_in(&self) -> Option<&StandIn> {
+        let client = self.client.as_ref().filter(|client| client.is_alive());
+        self.proxy.as_ref().or(client)
     }
 
     /// It has been made.
@@ -144,7 +158,7 @@ mod tests {
     use super::*;
 
     fn process() -> Process {
-        Process::new(Stdio::TERMINAL, None)
+        Process::new(Stdio::TERMINAL, None, None)
     }
 
     #[test]

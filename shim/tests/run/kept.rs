@@ -168,6 +168,43 @@ fn a_process_whose_client_was_killed_lives_on_and_is_forgotten_once_it_has_ended
     bed.await_clean();
 }
 
+/// A process that says so when it runs, in the foreground of a command that writes a pid file.
+fn executing_with_pid_file(bed: &Bed) -> Running {
+    let mut command = bed.bulkhead();
+    let script = "trap 'exit 7' TERM; echo > \"$0\"; while :; do sleep 0.1; done";
+    command.args(["exec", "--pid-file"]).arg(bed.path("pid"));
+    command
+        .args(["c1", "/bin/sh", "-c", script])
+        .arg(bed.path("trapped"));
+    let exec = Running(Some(command.spawn().unwrap()));
+    watch::until(&bed.path(""), &[], || bed.path("trapped").exists());
+    fs::remove_file(bed.path("trapped")).unwrap();
+    exec
+}
+
+#[test]
+fn the_pid_of_a_process_in_the_foreground_is_its_commands_and_signals_of_that_are_the_processs() {
+    let bed = running("");
+    let init = pids(&bed);
+    let exec = executing_with_pid_file(&bed);
+    let pid: u32 = fs::read_to_string(bed.path("pid"))
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert_eq!(Some(pid), exec.0.as_ref().map(std::process::Child::id));
+    assert!(pids(&bed).contains(&pid));
+    exec.signal(Signal::SIGTERM);
+    assert_eq!(exec.ended().status.code(), Some(7));
+    let exec = executing_with_pid_file(&bed);
+    exec.signal(Signal::SIGKILL);
+    assert_eq!(exec.ended().status.signal(), Some(9));
+    // It is over with the process too, and with nothing else.
+    watch::until(&bed.path(""), &[], || bed.asked("delete_process") == 2);
+    assert_eq!(pids(&bed), init);
+    done(&bed, &["delete", "--force", "c1"]);
+    bed.await_clean();
+}
+
 #[test]
 fn a_process_whose_client_was_killed_on_its_way_is_forgotten() {
     let bed = running("");

@@ -641,3 +641,32 @@ fn the_exit_code_is_told_of_a_container_that_somebody_else_deletes_as_its_output
         bed.await_clean();
     }
 }
+
+#[test]
+fn the_pid_of_a_container_in_the_foreground_is_its_commands() {
+    let bed = Bed::new(&READY);
+    let pid_file = bed.path("pid");
+    let mut command = bed.command();
+    let mut child = command.arg("--pid-file").arg(&pid_file).spawn().unwrap();
+    let pid = child.id();
+    let mut line = String::new();
+    let stdout = child.stdout.take().unwrap();
+    BufReader::new(stdout).read_line(&mut line).unwrap();
+    let run = Running(Some(child));
+    assert_eq!(fs::read_to_string(&pid_file).unwrap(), pid.to_string());
+    let told = |words: &[&str]| -> Value {
+        let output = bed.about(words);
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    assert_eq!(told(&["state", "c1"])["pid"], pid);
+    assert_eq!(told(&["list", "--format", "json"])[0]["pid"], pid);
+    assert_eq!(told(&["ps", "--format", "json", "c1"]), json!([pid]));
+    // Who looks for the container's network by that pid finds it, and not the host's.
+    let network = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+    let vmm = bed.pid_of("fake-vmm").as_raw().unsigned_abs();
+    assert_eq!(network(pid), network(vmm));
+    assert_ne!(network(pid), network(std::process::id()));
+    run.signal(Signal::SIGTERM);
+    assert_eq!(run.ended().status.code(), Some(7));
+    bed.assert_clean();
+}
