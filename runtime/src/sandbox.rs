@@ -96,7 +96,7 @@ pub struct CreateOptions {
     /// The process of the host that stands for the container's init. Its end by SIGKILL is the init's.
     #[serde(skip_serializing_if = "is_default")]
     pub proxy: Option<u32>,
-    /// The command of the host in whose foreground the container runs.
+    /// The command of the host in whose foreground the container runs. When it has gone after the container's end, the guest goes too.
     pub client: Option<u32>,
     /// Size of the terminal at the start.
     #[serde(skip_serializing_if = "is_default")]
@@ -349,6 +349,7 @@ impl Sandbox {
         let spec_json = serde_json::to_vec(spec)
             .map_err(|e| SandboxError::Failed(format!("cannot write the guest's spec: {e}")))?;
         self.watch_stand_in(container.clone(), "", container.init.proxy.as_ref())?;
+        self.watch_foreground(container.init.client.as_ref())?;
         self.run_create_hooks(container, pid).await?;
         let agent = machine.agent().await?;
         let stdio = container

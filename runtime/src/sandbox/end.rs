@@ -242,6 +242,25 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Follows the command in whose foreground a container runs to its end. Whether the container ends with it that command has told by
+    /// its lifeline; if it has ended before, the guest is of no more use.
+    pub(super) fn watch_foreground(
+        self: &Arc<Self>,
+        client: Option<&StandIn>,
+    ) -> Result<(), SandboxError> {
+        let Some(client) = client else {
+            return Ok(());
+        };
+        let ended = standin::Watch::new(client)
+            .map_err(|cause| SandboxError::StandIn(client.pid(), cause))?;
+        let sandbox = self.clone();
+        tokio::spawn(async move {
+            ended.wait().await;
+            sandbox.idle().await;
+        });
+        Ok(())
+    }
+
     /// Sees to the end of a process whose stand-in has gone.
     pub(super) async fn orphaned(&self, container: &Container, exec_id: &str, process: &Process) {
         process.orphan();
@@ -282,12 +301,13 @@ impl Sandbox {
     /// stand-ins' ends and the executed processes' deletions say. The containers stay known until they are deleted.
     async fn idle(&self) {
         let done = |container: &Arc<Container>| {
-            let stand_in = container.init.proxy.as_ref();
+            let stand_in = container.init.own_stand_in();
             container.status() == Status::Stopped
                 && stand_in.is_some_and(|stand_in| !stand_in.is_alive())
                 && !container.executes()
         };
-        if self.all_containers().iter().all(done)
+        if self.closing.get().is_none()
+            && self.all_containers().iter().all(done)
             && let Some(machine) = self.machine.get()
         {
             tracing::debug!("nothing runs any more");

@@ -21,7 +21,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use bed::{Bed, bulkhead, finish, text};
-use bulkhead_e2e::watch;
+use bulkhead_e2e::{processes, watch};
 use bulkhead_protocol::PROTOCOL_VERSION;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -669,4 +669,27 @@ fn the_pid_of_a_container_in_the_foreground_is_its_commands() {
     run.signal(Signal::SIGTERM);
     assert_eq!(run.ended().status.code(), Some(7));
     bed.assert_clean();
+}
+
+#[test]
+fn the_guest_of_a_container_that_is_kept_goes_with_its_command() {
+    let bed = Bed::new(&["/bin/sh", "-c", "echo ready; read line; exit 3"]);
+    let mut command = bed.command();
+    let mut child = command.arg("--keep").stdin(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    let stdout = child.stdout.take().unwrap();
+    BufReader::new(stdout).read_line(&mut line).unwrap();
+    let vmm = bed.pid_of("fake-vmm").as_raw().unsigned_abs();
+    drop(child.stdin.take());
+    assert_eq!(Running(Some(child)).ended().status.code(), Some(3));
+    processes::wait_for_end(&[vmm]);
+    let state = bed.about(&["state", "c1"]);
+    let state: Value = serde_json::from_slice(&state.stdout).unwrap();
+    assert_eq!(
+        (&state["status"], &state["pid"]),
+        (&json!("stopped"), &json!(0))
+    );
+    let deleted = bed.about(&["delete", "c1"]);
+    assert!(deleted.status.success(), "{}", text(&deleted.stderr));
+    bed.await_clean();
 }
