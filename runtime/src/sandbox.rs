@@ -144,10 +144,14 @@ pub struct Sandbox {
     /// Why the sandbox ended, if not by shutdown.
     failure: OnceLock<String>,
     closing: OnceLock<()>,
+    /// Set when the container on record has been stopped and is to be deleted by whoever made it.
+    stopped: OnceLock<()>,
     cgroup: Cgroup,
     /// How many stand-ins there are.
     stand_ins: watch::Sender<usize>,
     hook_runs: Runs,
+    /// How many commands there are in whose foreground a container runs.
+    commands: watch::Sender<usize>,
 }
 
 impl Sandbox {
@@ -161,9 +165,11 @@ impl Sandbox {
             parts: AtomicU64::new(0),
             failure: OnceLock::new(),
             closing: OnceLock::new(),
+            stopped: OnceLock::new(),
             cgroup: Cgroup::new(),
             stand_ins: watch::Sender::new(0),
             hook_runs: Runs::default(),
+            commands: watch::Sender::new(0),
         })
     }
 

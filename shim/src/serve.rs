@@ -93,16 +93,28 @@ async fn run(
         .register_service(both_versions(service));
     server.start().await?;
 
-    let why = tokio::select! {
-        // A client that has asked may be gone before this is seen.
-        biased;
-        () = shutdown.notified() => "asked to",
-        () = cut(lifeline) => {
-            sandbox.kill();
-            "the client is gone"
+    let cut = cut(lifeline);
+    tokio::pin!(cut);
+    let mut terminated = false;
+    let why = loop {
+        tokio::select! {
+            // A client that has asked may be gone before this is seen.
+            biased;
+            () = shutdown.notified() => break "asked to",
+            () = &mut cut => {
+                sandbox.kill();
+                break "the client is gone";
+            }
+            _ = terminate.recv() => {
+                if terminated {
+                    break "SIGTERM once more";
+                }
+                terminated = true;
+                tracing::debug!("SIGTERM: the containers are to end; another ends them at once");
+            }
+            _ = interrupt.recv() => break "SIGINT",
+            () = sandbox.stop(), if terminated => break "the containers have ended after SIGTERM",
         }
-        _ = terminate.recv() => "SIGTERM",
-        _ = interrupt.recv() => "SIGINT",
     };
     tracing::debug!(why, "the server ends");
     sandbox.shutdown().await;

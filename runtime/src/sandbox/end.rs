@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_vmm::control::Request;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::boot::Machine;
 use super::container::Container;
@@ -46,14 +46,59 @@ impl Sandbox {
         tokio::spawn(async move { sandbox.hook_runs.hurry(HOOK_TIMEOUT).await });
     }
 
+    /// Has every container end, as SIGTERM to the host's cgroup would: a stand-in there passes on its own, the others' inits get it from
+    /// here. Returns when they have ended, and whoever stands for them, unless those take long over the last output.
+    /// From then on a shutdown leaves the container on record, as runc does until it is deleted.
+    pub async fn stop(self: &Arc<Self>) {
+        let mut ends = JoinSet::new();
+        for container in self.all_containers() {
+            ends.spawn(self.clone().stop_container(container));
+        }
+        ends.join_all().await;
+        // The guest's end would be that of output on its way.
+        let (mut stand_ins, mut commands) = (self.stand_ins.subscribe(), self.commands.subscribe());
+        let gone = async {
+            // Neither fails: both senders are `self`'s.
+            let _ = stand_ins.wait_for(|&count| count == 0).await;
+            let _ = commands.wait_for(|&count| count == 0).await;
+        };
+        if tokio::time::timeout(KILL_TIMEOUT, gone).await.is_err() {
+            tracing::debug!("nobody takes the last output");
+        }
+        let on_record = |container: &Arc<Container>| {
+            self.is_first(container) && container.status() == Status::Stopped
+        };
+        if self.all_containers().iter().any(on_record) {
+            let _ = self.stopped.set(());
+        }
+    }
+
+    async fn stop_container(self: Arc<Self>, container: Arc<Container>) {
+        let signal = match container.status() {
+            // Who makes it learns from the shutdown.
+            Status::Creating => return,
+            // There is no program yet that could make anything of a SIGTERM.
+            Status::Created => Some(libc::SIGKILL),
+            _ if container.init.proxy.is_some() => None,
+            _ => Some(libc::SIGTERM),
+        };
+        if let Some(signal) = signal {
+            let id = container.id.as_str();
+            if let Err(error) = self.signal(id, "", signal.unsigned_abs(), false).await {
+                tracing::debug!(%error, "a container is not told to end");
+            }
+        }
+        container.init.wait().await;
+    }
+
     /// Nothing is begun any more.
     fn close(&self) {
         let _ = self.closing.set(());
         self.hook_runs.close();
     }
 
-    /// Ends the sandbox and removes everything that there is of it. The guest gets the time to write back what is dirty, and hooks that run
-    /// get theirs: what undoes their work comes after it.
+    /// Ends the sandbox and removes everything that there is of it, but for the record of a container that has been stopped. The guest gets
+    /// the time to write back what is dirty, and hooks that run get theirs: what undoes their work comes after it.
     pub async fn shutdown(&self) {
         self.close();
         self.timeline.mark("server: sandbox ends");
@@ -71,14 +116,19 @@ impl Sandbox {
             }
         }
         self.hook_runs.ended().await;
+        let stays = self.stopped.get().is_some();
         for container in self.all_containers() {
             container.lost(LOST_EXIT_CODE);
-            self.run_poststop_hooks(&container).await;
+            // They are of the deletion.
+            if !(stays && self.is_first(&container)) {
+                self.run_poststop_hooks(&container).await;
+            }
         }
         // Those that somebody else runs, who has forgotten the container: they would end with this process.
         self.hook_runs.ended().await;
         self.await_stand_ins().await;
         let removed = match self.remove_cgroup(left).await {
+            Ok(()) if stays => self.leave_stopped(),
             Ok(()) => self.params.state.remove().map_err(|e| e.to_string()),
             Err(error) => Err(error),
         };
@@ -151,11 +201,22 @@ impl Sandbox {
             .map_err(|error| error.to_string())
     }
 
-    /// Notes, for whoever removes what this server could not, that nothing runs any more and no hook is to.
+    /// Notes that of a stopped container there is no cgroup any more. The rest is as its end has been noted.
+    fn leave_stopped(&self) -> Result<(), String> {
+        let noted = self.params.state.load().and_then(|mut record| {
+            record.cgroup = None;
+            self.params.state.save(&record)
+        });
+        noted.map_err(|error| error.to_string())
+    }
+
+    /// Notes, for whoever removes what this server could not, that nothing runs any more and no hook that has run is to.
     fn leave_record(&self) {
         let noted = self.params.state.load().and_then(|mut record| {
             record.status = Status::Stopped;
-            record.poststop.clear();
+            if self.stopped.get().is_none() {
+                record.poststop.clear();
+            }
             self.params.state.save(&record)
         });
         if let Err(error) = noted {
@@ -254,8 +315,10 @@ impl Sandbox {
         let ended = standin::Watch::new(client)
             .map_err(|cause| SandboxError::StandIn(client.pid(), cause))?;
         let sandbox = self.clone();
+        self.commands.send_modify(|count| *count += 1);
         tokio::spawn(async move {
             ended.wait().await;
+            sandbox.commands.send_modify(|count| *count -= 1);
             sandbox.idle().await;
         });
         Ok(())

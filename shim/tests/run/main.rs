@@ -11,6 +11,7 @@ mod hooks;
 mod kept;
 mod patience;
 mod states;
+mod stop;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -73,8 +74,10 @@ impl Drop for Running {
 }
 
 /// Starts the command and reads the line that its program says first.
-fn start(bed: &Bed) -> (Running, BufReader<std::process::ChildStdout>) {
-    let mut child = bed.command().stdin(Stdio::piped()).spawn().unwrap();
+fn start(bed: &Bed, flags: &[&str]) -> (Running, BufReader<std::process::ChildStdout>) {
+    let mut command = bed.command();
+    command.args(flags).stdin(Stdio::piped());
+    let mut child = command.spawn().unwrap();
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let running = Running(Some(child));
     let mut line = String::new();
@@ -150,7 +153,7 @@ fn an_exit_does_not_wait_for_input_that_nobody_reads() {
 #[test]
 fn a_reader_of_output_that_goes_away_ends_the_writer() {
     let bed = Bed::new(&["/bin/sh", "-c", "echo ready; exec cat /dev/zero"]);
-    let (child, stdout) = start(&bed);
+    let (child, stdout) = start(&bed, &[]);
     drop(stdout);
     assert_eq!(child.wait().code(), Some(128 + Signal::SIGPIPE as i32));
     bed.assert_clean();
@@ -159,7 +162,7 @@ fn a_reader_of_output_that_goes_away_ends_the_writer() {
 #[test]
 fn signals_are_passed_on() {
     let bed = Bed::new(&READY);
-    let (child, _stdout) = start(&bed);
+    let (child, _stdout) = start(&bed, &[]);
     child.signal(Signal::SIGTERM);
     assert_eq!(child.wait().code(), Some(7));
     bed.assert_clean();
@@ -182,7 +185,7 @@ fn a_signal_before_the_container_is_there_ends_the_start() {
 #[test]
 fn a_killed_client_takes_its_sandbox_along() {
     let bed = Bed::new(&READY);
-    let (child, _stdout) = start(&bed);
+    let (child, _stdout) = start(&bed, &[]);
     child.signal(Signal::SIGKILL);
     assert_eq!(child.wait().signal(), Some(9));
     bed.await_clean();
@@ -191,7 +194,7 @@ fn a_killed_client_takes_its_sandbox_along() {
 #[test]
 fn a_killed_server_is_told_and_leaves_nothing() {
     let bed = Bed::new(&READY);
-    let (child, _stdout) = start(&bed);
+    let (child, _stdout) = start(&bed, &[]);
     kill(bed.pid_of("containerd-shim-bulkhead-v2"), Signal::SIGKILL).unwrap();
     let output = child.output();
     assert_eq!(output.status.code(), Some(1));
@@ -202,7 +205,7 @@ fn a_killed_server_is_told_and_leaves_nothing() {
 #[test]
 fn a_killed_vmm_is_told_with_its_reason() {
     let bed = Bed::new(&READY);
-    let (child, _stdout) = start(&bed);
+    let (child, _stdout) = start(&bed, &[]);
     kill(bed.pid_of("fake-vmm"), Signal::SIGKILL).unwrap();
     let output = child.output();
     // The program may have spoken before its start was answered; then it is the start that failed.
@@ -301,7 +304,7 @@ fn bad_input_is_told_in_one_sentence_and_leaves_nothing() {
 #[test]
 fn an_id_that_is_taken_is_refused_and_its_container_lives_on() {
     let bed = Bed::new(&READY);
-    let (child, _stdout) = start(&bed);
+    let (child, _stdout) = start(&bed, &[]);
     let output = bed.command().output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert_sentence(&output, "container with id c1 already exists");

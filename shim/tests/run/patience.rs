@@ -68,7 +68,7 @@ fn a_server_that_answers_nothing_executes_nothing() {
 fn a_signal_that_a_server_does_not_take_ends_the_command_in_the_foreground() {
     let args = ["/bin/sh", "-c", "echo ready; exec sleep 1000"];
     let bed = Bed::new(&args);
-    let (command, _stdout) = crate::start(&bed);
+    let (command, _stdout) = crate::start(&bed, &[]);
     stop(bed.pid_of(SERVER_PROGRAM));
     command.signal(nix::sys::signal::Signal::SIGTERM);
     let output = command.ended();
