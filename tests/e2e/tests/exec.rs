@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Stdio;
 
@@ -130,6 +131,43 @@ fn a_detached_process_has_a_stand_in_that_clients_can_wait_for_and_signal() {
         .shell("while ps | grep -q '[s]leep 1234'; do :; done")
         .expect_code(0);
     assert_eq!(container.status(), "running");
+}
+
+#[test]
+fn whoever_signals_the_pid_of_a_process_in_the_foreground_means_that_process() {
+    let _unchanged = Host::unchanged();
+    let results = |runtime: PathBuf| {
+        let container = Container::running(runtime, Bundle::idle());
+        let files = container.files();
+        let pid_file = files.join("exec-pid");
+        let flags = ["exec", "--pid-file", pid_file.to_str().unwrap()];
+        let script = "trap 'exit 4' TERM; echo ready; while :; do sleep 1; done";
+        let codes = [Signal::SIGTERM, Signal::SIGKILL].map(|signal| {
+            let mut exec = container.prepare(&flags, &["sh", "-c", script]);
+            let exec = exec.stdin(Stdio::null()).stdout(Stdio::piped());
+            let mut exec = exec.spawn().unwrap();
+            let mut stdout = BufReader::new(exec.stdout.take().unwrap());
+            let mut line = String::new();
+            stdout.read_line(&mut line).unwrap();
+            assert_eq!(line, "ready\n");
+            watch::until(files, &[], || pid_file.exists());
+            let pid: i32 = fs::read_to_string(&pid_file).unwrap().parse().unwrap();
+            fs::remove_file(&pid_file).unwrap();
+            kill(Pid::from_raw(pid), signal).unwrap();
+            let status = exec.wait().unwrap();
+            // As a shell tells it.
+            let signal = || 128 + status.signal().unwrap();
+            status.code().unwrap_or_else(signal)
+        });
+        // It is gone, a moment later.
+        container
+            .shell("while ps | grep -q '[e]cho ready; while :; do sleep 1; done'; do :; done")
+            .expect_code(0);
+        (codes, container.status())
+    };
+    let ours = results(bulkhead());
+    assert_eq!(ours, ([4, 137], "running".to_owned()));
+    assert_eq!(ours, results(runc()));
 }
 
 #[test]
