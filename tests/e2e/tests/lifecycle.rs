@@ -370,3 +370,29 @@ fn a_foreground_container_can_be_kept() {
     assert!(state.stdout.contains("\"stopped\""), "{}", state.stdout);
     finish(std::process::Command::new(bulkhead()).args(["delete", "kept"])).expect_code(0);
 }
+
+#[test]
+fn a_container_whose_whole_cgroup_gets_sigterm_ends_as_it_likes_and_is_known_until_it_is_deleted() {
+    let _unchanged = Host::unchanged();
+    let life = |runtime: PathBuf| {
+        let path = format!("/e2e-stopped-{}", std::process::id());
+        let mut bundle = Bundle::idle();
+        bundle.config["linux"]["cgroupsPath"] = json!(path);
+        let container = Container::running(runtime, bundle);
+        container.await_output("ready");
+        // As a service manager stops a scope.
+        let procs = format!("/sys/fs/cgroup{path}/cgroup.procs");
+        for pid in fs::read_to_string(procs).unwrap().lines() {
+            kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGTERM).unwrap();
+        }
+        let code = container.wait();
+        // The processes of ours end after that.
+        processes::wait_for_end(&processes::of_the_build_under_test());
+        let status = container.status();
+        container.command(&["delete"]).expect_code(0);
+        (code, status)
+    };
+    let ours = life(bulkhead());
+    assert_eq!(ours, (5, "stopped".to_owned()));
+    assert_eq!(ours, life(runc()));
+}

@@ -147,28 +147,6 @@ fn annotations_give_the_scope_properties_as_under_runc() {
 }
 
 #[test]
-fn a_container_whose_scope_is_stopped_ends_as_it_likes_and_is_known_until_it_is_deleted() {
-    let _unchanged = Host::unchanged();
-    let folder = tempfile::tempdir().unwrap();
-    let life = |runtime: PathBuf| {
-        let mut bundle = Bundle::idle();
-        bundle.config["linux"]["cgroupsPath"] = json!("system.slice:e2e:stopped");
-        let container = Container::running(with_systemd(&folder, &runtime), bundle);
-        container.await_output("ready");
-        let stopped = Command::new("systemctl")
-            .args(["stop", "e2e-stopped.scope"])
-            .status();
-        assert!(stopped.unwrap().success());
-        let (code, status) = (container.wait(), container.status());
-        container.command(&["delete"]).expect_code(0);
-        (code, status)
-    };
-    let ours = life(bulkhead());
-    assert_eq!(ours, (5, "stopped".to_owned()));
-    assert_eq!(ours, life(runc()));
-}
-
-#[test]
 fn without_a_path_the_scope_has_the_containers_name() {
     let _unchanged = Host::unchanged();
     let folder = tempfile::tempdir().unwrap();
