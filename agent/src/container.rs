@@ -425,7 +425,7 @@ impl Containers {
         }
         container.end_all().await;
         if let Some(kept) = container.kept.get() {
-            kept.release();
+            kept.release().await;
         }
         if let Err(error) = container.cgroup.remove() {
             // Another try may do better.

@@ -7,8 +7,10 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use nix::unistd::Pid;
+use tokio::time::timeout;
 
 use crate::last_close::Elsewhere;
 
@@ -17,6 +19,9 @@ const KEPT: [(u64, &str); 2] = [
     (libc::CLONE_NEWNS as u64, "mnt"),
     (libc::CLONE_NEWNET as u64, "net"),
 ];
+
+/// How long a deletion waits for them to be taken down. A file system whose server is gone may take for ever.
+const CLOSE_TIME: Duration = Duration::from_secs(2);
 
 /// The kept namespaces.
 #[derive(Debug, Default)]
@@ -37,16 +42,21 @@ impl Kept {
         Self(Mutex::new(kept))
     }
 
-    /// Lets them go.
-    pub fn release(&self) {
+    /// Lets them go, and waits a while until they are taken down: what was mounted is in nobody's way then.
+    pub async fn release(&self) {
         let kept = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         let descriptors: Vec<_> = kept.iter().map(AsFd::as_fd).collect();
         let elsewhere = Elsewhere::hold(&descriptors);
-        if let Err(errno) = &elsewhere {
-            tracing::warn!(%errno, "a container's namespaces are taken down by the agent itself");
-        }
+        drop(descriptors);
         drop(kept);
-        drop(elsewhere);
+        let closed = async { elsewhere?.closed().await };
+        match timeout(CLOSE_TIME, closed).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "a container's namespaces were taken down by the agent itself");
+            }
+            Err(_) => tracing::warn!("a container's namespaces are still being taken down"),
+        }
     }
 }
 
@@ -54,15 +64,15 @@ impl Kept {
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_was_made_is_kept_until_it_is_released() {
+    #[tokio::test]
+    async fn what_was_made_is_kept_until_it_is_released() {
         let count = |kept: &Kept| kept.0.lock().unwrap().len();
         let both = Kept::of(
             Pid::this(),
             (libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWPID) as u64,
         );
         assert_eq!(count(&both), 2);
-        both.release();
+        both.release().await;
         assert_eq!(count(&both), 0);
         assert_eq!(count(&Kept::of(Pid::this(), libc::CLONE_NEWNET as u64)), 1);
         assert_eq!(count(&Kept::of(Pid::this(), 0)), 0);

@@ -2,11 +2,13 @@
 //! down, in the process that closes them last, and waits there for what a container may hold up: a page fault of one that writes to the
 //! terminal, a server that a file system is from. The agent has one thread for all containers, so that a child does it.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::{pipe2, read};
+use tokio::io::Interest;
 
 use crate::launch;
 use crate::sys::{self, Fork};
@@ -15,8 +17,9 @@ use crate::sys::{self, Fork};
 #[derive(Debug)]
 #[must_use]
 pub struct Elsewhere {
-    /// The child's sign to end. Nobody waits for that but the reaper.
-    _sign: OwnedFd,
+    /// The child's sign to end.
+    sign: OwnedFd,
+    child: OwnedFd,
 }
 
 impl Elsewhere {
@@ -34,8 +37,15 @@ impl Elsewhere {
                 while alone.is_ok() && read(end.as_fd(), &mut [0]) == Err(Errno::EINTR) {}
                 launch::end(0)
             }
-            Fork::Parent { .. } => Ok(Self { _sign: sign }),
+            Fork::Parent { pidfd, .. } => Ok(Self { sign, child: pidfd }),
         }
+    }
+
+    /// Lets the child close them, and waits until it has.
+    pub async fn closed(self) -> io::Result<()> {
+        drop(self.sign);
+        let ended = sys::watch_fd(self.child, Interest::READABLE)?;
+        ended.readable().await.map(drop)
     }
 }
 

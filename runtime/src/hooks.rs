@@ -155,7 +155,7 @@ impl Runs {
         Ok(())
     }
 
-    /// Runs hooks one after the other; what fails is logged, and the rest goes on.
+    /// Runs hooks one after the other; what fails is logged, and the rest goes on, but for what is of no use any more.
     pub async fn run_all(
         &self,
         kind: &'static str,
@@ -167,6 +167,10 @@ impl Runs {
     ) {
         let _under_way = UnderWay::new(&self.under_way);
         for (n, hook) in hooks.into_iter().flatten().enumerate() {
+            // Those of a stopped container undo something.
+            if self.over.get().is_some() && status != Status::Stopped {
+                return;
+            }
             if let Err(problem) = self.run_one(hook, state, status, pid, place).await {
                 tracing::warn!("hooks.{kind}[{n}] ({}): {problem}", hook.path().display());
             }

@@ -97,6 +97,7 @@ pub struct CreateOptions {
     #[serde(skip_serializing_if = "is_default")]
     pub proxy: Option<u32>,
     /// The command of the host in whose foreground the container runs. When it has gone after the container's end, the guest goes too.
+    #[serde(skip_serializing_if = "is_default")]
     pub client: Option<u32>,
     /// Size of the terminal at the start.
     #[serde(skip_serializing_if = "is_default")]
@@ -626,9 +627,17 @@ impl Sandbox {
                 .share()
                 .remove_container(container.part, &container.binds)?;
         }
-        if self.containers().remove(id).is_none() {
+        let removed = {
+            let mut containers = self.containers();
+            let stays = self.is_first(&container) && self.stopped.get().is_some();
+            (!stays).then(|| containers.remove(id))
+        };
+        match removed {
+            // It is on record, and can be deleted without this server: whoever asks learns that by its end.
+            None => return std::future::pending().await,
             // Somebody else has deleted it at the same time.
-            return Err(SandboxError::NotFound(id.to_owned()));
+            Some(None) => return Err(SandboxError::NotFound(id.to_owned())),
+            Some(Some(_)) => {}
         }
         self.timeline.mark("server: container forgotten");
         self.run_poststop_hooks(&container).await;

@@ -117,7 +117,16 @@ async fn run(
         }
     };
     tracing::debug!(why, "the server ends");
-    sandbox.shutdown().await;
+    let ended = sandbox.shutdown();
+    tokio::pin!(ended);
+    loop {
+        tokio::select! {
+            () = &mut ended => break,
+            // Hooks may take their time otherwise.
+            _ = terminate.recv() => sandbox.hurry_hooks(),
+            _ = interrupt.recv() => sandbox.hurry_hooks(),
+        }
+    }
     let record = sandbox.timeline().record();
     for moment in &record.entries {
         tracing::debug!(at_ns = moment.at_ns, name = moment.name, "timeline");

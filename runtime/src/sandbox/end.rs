@@ -42,6 +42,11 @@ impl Sandbox {
     /// them, and undo what they have done, get the time that they take.
     pub fn kill_with_hooks(self: &Arc<Self>) {
         self.kill();
+        self.hurry_hooks();
+    }
+
+    /// Has the hooks that run killed in a moment, if they have not ended then.
+    pub fn hurry_hooks(self: &Arc<Self>) {
         let sandbox = self.clone();
         tokio::spawn(async move { sandbox.hook_runs.hurry(HOOK_TIMEOUT).await });
     }
@@ -50,11 +55,26 @@ impl Sandbox {
     /// here. Returns when they have ended, and whoever stands for them, unless those take long over the last output.
     /// From then on a shutdown leaves the container on record, as runc does until it is deleted.
     pub async fn stop(self: &Arc<Self>) {
-        let mut ends = JoinSet::new();
-        for container in self.all_containers() {
-            ends.spawn(self.clone().stop_container(container));
+        // Others may be made meanwhile.
+        loop {
+            let mut lives = self.all_containers();
+            lives.retain(|container| container.status() != Status::Stopped);
+            if lives.is_empty() {
+                break;
+            }
+            if lives
+                .iter()
+                .any(|container| container.status() == Status::Creating)
+            {
+                // Who makes it learns from the shutdown.
+                return;
+            }
+            let mut ends = JoinSet::new();
+            for container in lives {
+                ends.spawn(self.clone().stop_container(container));
+            }
+            ends.join_all().await;
         }
-        ends.join_all().await;
         // The guest's end would be that of output on its way.
         let (mut stand_ins, mut commands) = (self.stand_ins.subscribe(), self.commands.subscribe());
         let gone = async {
@@ -65,18 +85,18 @@ impl Sandbox {
         if tokio::time::timeout(KILL_TIMEOUT, gone).await.is_err() {
             tracing::debug!("nobody takes the last output");
         }
-        let on_record = |container: &Arc<Container>| {
-            self.is_first(container) && container.status() == Status::Stopped
-        };
-        if self.all_containers().iter().any(on_record) {
+        // One that is deleted by now is not to stay.
+        let containers = self.containers();
+        if containers
+            .values()
+            .any(|container| self.is_first(container) && container.status() == Status::Stopped)
+        {
             let _ = self.stopped.set(());
         }
     }
 
     async fn stop_container(self: Arc<Self>, container: Arc<Container>) {
         let signal = match container.status() {
-            // Who makes it learns from the shutdown.
-            Status::Creating => return,
             // There is no program yet that could make anything of a SIGTERM.
             Status::Created => Some(libc::SIGKILL),
             _ if container.init.proxy.is_some() => None,

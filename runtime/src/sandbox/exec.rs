@@ -41,6 +41,7 @@ pub struct ExecOptions {
     #[serde(skip_serializing_if = "is_default")]
     pub client: Option<u32>,
     /// Whether the process is killed when that command is: whoever has been told its pid means the process.
+    #[serde(skip_serializing_if = "is_default")]
     pub ends_with_client: bool,
     /// Size of the terminal at the start.
     #[serde(skip_serializing_if = "is_default")]

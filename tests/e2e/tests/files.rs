@@ -471,6 +471,7 @@ const PROPAGATION: &str = "sed -n -E 's|^[0-9]+ [0-9]+ [^ ]+ [^ ]+ (/) [^ ]+( .*
 
 #[test]
 fn mounts_propagate_as_under_runc() {
+    let _unchanged = Host::unchanged();
     for root in ["", "private", "rprivate", "slave", "rslave"] {
         let volume = tempfile::tempdir().unwrap();
         let mut bundle = Bundle::shell(PROPAGATION);
