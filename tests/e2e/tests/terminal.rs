@@ -74,6 +74,8 @@ fn use_shell(console: &mut Console) {
     console.type_in("behind\n");
     console.expect("BEHIND");
     console.type_in("\x03");
+    // A job that reads may take what is typed before it has ended.
+    console.expect("# ");
     console.type_in("echo back ag''ain\n");
     console.expect("back again");
     // Ctrl-D is the end of the input.
