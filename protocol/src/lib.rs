@@ -2,6 +2,8 @@
 //!
 //! The host (`runtime`) is the client, the guest's PID 1 (`agent`) the server. Nothing else belongs here.
 
+use std::path::{Component, Path, PathBuf};
+
 #[allow(missing_docs, clippy::all, clippy::unwrap_used)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
@@ -91,6 +93,22 @@ pub const MAX_CONTAINER_ID: usize = 255;
 pub fn is_container_id(id: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "_+,-.".contains(c);
     (1..=MAX_CONTAINER_ID).contains(&id.len()) && id != "." && id != ".." && id.chars().all(allowed)
+}
+
+/// An absolute path without `.`, `..` and superfluous slashes, as Go's `filepath.Clean` has it for runc: links do not count. One that is
+/// relative is taken from the root.
+pub fn cleaned(path: &Path) -> PathBuf {
+    let mut clean = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::Normal(part) => clean.push(part),
+            Component::ParentDir => {
+                clean.pop();
+            }
+            _ => {}
+        }
+    }
+    clean
 }
 
 #[cfg(test)]

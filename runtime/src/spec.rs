@@ -5,9 +5,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::scheduler_flag;
+use bulkhead_protocol::{cleaned, scheduler_flag};
 use oci_spec::runtime::{
     Capability, Hooks, Linux, LinuxNamespace, LinuxNamespaceType, Process, Spec,
 };
@@ -550,21 +550,6 @@ fn rootfs(dir: &Path, spec: &Spec) -> Result<PathBuf, SpecError> {
         )));
     }
     Ok(path)
-}
-
-/// An absolute path without `.` and `..`, as Go's `filepath.Clean` has it for runc: links do not count.
-fn cleaned(path: &Path) -> PathBuf {
-    let mut clean = PathBuf::from("/");
-    for part in path.components() {
-        match part {
-            Component::Normal(part) => clean.push(part),
-            Component::ParentDir => {
-                clean.pop();
-            }
-            _ => {}
-        }
-    }
-    clean
 }
 
 #[cfg(test)]

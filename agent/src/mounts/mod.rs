@@ -10,8 +10,9 @@ mod trees;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 
+use bulkhead_protocol::cleaned;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -421,21 +422,6 @@ pub fn is_dev(destination: &Path) -> bool {
 /// Whether a device is the multiplexer of pseudo-terminals.
 pub fn is_ptmx(device: &Path) -> bool {
     cleaned(device) == Path::new("/dev/ptmx")
-}
-
-/// A path of the container without `.`, `..` and superfluous slashes, as Go's `filepath.Clean` has it for runc: links do not count.
-fn cleaned(path: &Path) -> PathBuf {
-    let mut clean = PathBuf::from("/");
-    for part in path.components() {
-        match part {
-            Component::Normal(part) => clean.push(part),
-            Component::ParentDir => {
-                clean.pop();
-            }
-            _ => {}
-        }
-    }
-    clean
 }
 
 #[cfg(test)]
