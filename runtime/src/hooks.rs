@@ -37,6 +37,17 @@ pub struct HookError {
     problem: String,
 }
 
+impl HookError {
+    fn new(occasion: &Occasion<'_>, n: usize, hook: &Hook, problem: String) -> Self {
+        Self {
+            kind: occasion.kind,
+            n,
+            path: hook.path().clone(),
+            problem,
+        }
+    }
+}
+
 /// What of the container's state (runtime-spec, runtime.md, "State") does not change in its life.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -128,51 +139,49 @@ impl Default for Runs {
     }
 }
 
+/// What the hooks of one list have in common.
+#[derive(Debug, Clone, Copy)]
+pub struct Occasion<'a> {
+    /// The list's name in the spec.
+    pub kind: &'static str,
+    /// What they are told of the container, beside the next two.
+    pub state: &'a HookState,
+    /// The container's status.
+    pub status: Status,
+    /// The pid that is told of it, if it has one.
+    pub pid: Option<u32>,
+    /// Where they run, if not where this thread is.
+    pub place: Option<&'a RuntimePlace>,
+}
+
 impl Runs {
-    /// Runs hooks one after the other, in that place or in this thread's; the first that fails is the end.
+    /// Runs hooks one after the other; the first that fails is the end.
     pub async fn run(
         &self,
-        kind: &'static str,
         hooks: Option<&Vec<Hook>>,
-        state: &HookState,
-        status: Status,
-        pid: Option<u32>,
-        place: Option<&RuntimePlace>,
+        occasion: &Occasion<'_>,
     ) -> Result<(), HookError> {
         let _under_way = UnderWay::new(&self.under_way);
         for (n, hook) in hooks.into_iter().flatten().enumerate() {
-            let ran = match self.over.get() {
-                Some(()) => Err("is not run: the sandbox is being shut down".to_owned()),
-                None => self.run_one(hook, state, status, pid, place).await,
-            };
-            ran.map_err(|problem| HookError {
-                kind,
-                n,
-                path: hook.path().clone(),
-                problem,
-            })?;
+            if self.over.get().is_some() {
+                let problem = "is not run: the sandbox is being shut down".to_owned();
+                return Err(HookError::new(occasion, n, hook, problem));
+            }
+            self.run_one(n, hook, occasion).await?;
         }
         Ok(())
     }
 
     /// Runs hooks one after the other; what fails is logged, and the rest goes on, but for what is of no use any more.
-    pub async fn run_all(
-        &self,
-        kind: &'static str,
-        hooks: Option<&Vec<Hook>>,
-        state: &HookState,
-        status: Status,
-        pid: Option<u32>,
-        place: Option<&RuntimePlace>,
-    ) {
+    pub async fn run_all(&self, hooks: Option<&Vec<Hook>>, occasion: &Occasion<'_>) {
         let _under_way = UnderWay::new(&self.under_way);
         for (n, hook) in hooks.into_iter().flatten().enumerate() {
             // Those of a stopped container undo something.
-            if self.over.get().is_some() && status != Status::Stopped {
+            if self.over.get().is_some() && occasion.status != Status::Stopped {
                 return;
             }
-            if let Err(problem) = self.run_one(hook, state, status, pid, place).await {
-                tracing::warn!("hooks.{kind}[{n}] ({}): {problem}", hook.path().display());
+            if let Err(error) = self.run_one(n, hook, occasion).await {
+                tracing::warn!("{error}");
             }
         }
     }
@@ -200,30 +209,31 @@ impl Runs {
 
     async fn run_one(
         &self,
+        n: usize,
         hook: &Hook,
-        state: &HookState,
-        status: Status,
-        pid: Option<u32>,
-        place: Option<&RuntimePlace>,
-    ) -> Result<(), String> {
+        occasion: &Occasion<'_>,
+    ) -> Result<(), HookError> {
+        let failed = |problem| HookError::new(occasion, n, hook, problem);
         let number = self.begun.fetch_add(1, Ordering::Relaxed) + 1;
         let mut given_up = self.given_up.subscribe();
         let given_up = async {
             let _ = given_up.wait_for(|&given_up| given_up >= number).await;
         };
         let state_json = serde_json::to_vec(&State {
-            state,
-            status: status.to_string(),
-            pid,
+            state: occasion.state,
+            status: occasion.status.to_string(),
+            pid: occasion.pid,
         })
-        .map_err(|error| error.to_string())?;
-        let output = output(hook, &state.bundle, &state_json, given_up, place).await;
-        let (status, said) = output.map_err(|error| error.to_string())?;
+        .map_err(|error| failed(error.to_string()))?;
+        let bundle = &occasion.state.bundle;
+        let output = output(hook, bundle, &state_json, given_up, occasion.place).await;
+        let (status, said) = output.map_err(|error| failed(error.to_string()))?;
         if status.success() {
             return Ok(());
         }
         let said = String::from_utf8_lossy(&said);
-        Err(format!("{status}: {}", said.trim().replace('\n', " | ")))
+        let said = said.trim().replace('\n', " | ");
+        Err(failed(format!("{status}: {said}")))
     }
 }
 
@@ -241,19 +251,6 @@ impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
         self.0.send_modify(|count| *count -= 1);
     }
-}
-
-/// Runs hooks that are no sandbox's any more, as [`Runs::run_all`].
-pub async fn run_all(
-    kind: &'static str,
-    hooks: Option<&Vec<Hook>>,
-    state: &HookState,
-    status: Status,
-    pid: Option<u32>,
-    place: Option<&RuntimePlace>,
-) {
-    let runs = Runs::default();
-    runs.run_all(kind, hooks, state, status, pid, place).await;
 }
 
 /// Runs the program to its end, or until its time is up or it is given up, and returns its status and the beginning of what it said on standard
@@ -347,6 +344,16 @@ mod tests {
         serde_json::from_value(hooks).unwrap()
     }
 
+    fn prestart(state: &HookState) -> Occasion<'_> {
+        Occasion {
+            kind: "prestart",
+            state,
+            status: Status::Creating,
+            pid: None,
+            place: None,
+        }
+    }
+
     fn run_them(hooks: &Vec<Hook>, dir: &Path) -> Result<(), HookError> {
         run_in(None, hooks, dir)
     }
@@ -361,12 +368,12 @@ mod tests {
             .build()
             .unwrap()
             .block_on(Runs::default().run(
-                "prestart",
                 Some(hooks),
-                &state(dir),
-                Status::Creating,
-                Some(7),
-                place,
+                &Occasion {
+                    pid: Some(7),
+                    place,
+                    ..prestart(&state(dir))
+                },
             ))
     }
 
@@ -481,6 +488,7 @@ mod tests {
         let status = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
         assert!(status.map_or(true, |status| status.contains(") Z ")));
     }
+
     #[test]
     fn a_sandboxs_end_waits_for_the_hook_under_way_and_no_other_of_a_creation_begins() {
         let dir = tempfile::tempdir().unwrap();
@@ -496,23 +504,13 @@ mod tests {
             .build()
             .unwrap();
         let (ran, ()) = runtime.block_on(async {
-            let ran = runs.run(
-                "prestart",
-                Some(&hooks),
-                &state,
-                Status::Creating,
-                None,
-                None,
-            );
+            let occasion = prestart(&state);
+            let ran = runs.run(Some(&hooks), &occasion);
             let end = async {
                 runs.close();
                 let mut ended = std::pin::pin!(runs.ended());
                 assert!(futures::poll!(&mut ended).is_pending());
-                std::fs::write(
-                    &fifo, "first
-",
-                )
-                .unwrap();
+                std::fs::write(&fifo, "first\n").unwrap();
                 ended.await;
             };
             tokio::join!(ran, end)
@@ -523,11 +521,7 @@ mod tests {
             "{message}"
         );
         let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
-        assert_eq!(
-            log,
-            "first
-"
-        );
+        assert_eq!(log, "first\n");
     }
 
     #[test]
@@ -543,32 +537,19 @@ mod tests {
             .build()
             .unwrap();
         runtime.block_on(async {
-            let waits = runs.run(
-                "prestart",
-                Some(&waits),
-                &state,
-                Status::Creating,
-                None,
-                None,
-            );
+            let occasion = prestart(&state);
+            let waits = runs.run(Some(&waits), &occasion);
             let (ran, ()) = tokio::join!(waits, runs.hurry(Duration::from_millis(50)));
             let message = ran.unwrap_err().to_string();
             assert!(message.contains("by force, and was killed"), "{message}");
-            runs.run_all(
-                "poststop",
-                Some(&later),
-                &state,
-                Status::Stopped,
-                None,
-                None,
-            )
-            .await;
+            let stopped = Occasion {
+                kind: "poststop",
+                status: Status::Stopped,
+                ..prestart(&state)
+            };
+            runs.run_all(Some(&later), &stopped).await;
         });
         let log = std::fs::read_to_string(dir.path().join("log")).unwrap();
-        assert_eq!(
-            log,
-            "later
-"
-        );
+        assert_eq!(log, "later\n");
     }
 }

@@ -30,7 +30,7 @@ use crate::adapt::{Adapted, adapt};
 use crate::agent::AgentError;
 use crate::annotations::Overrides;
 use crate::config::Config;
-use crate::hooks::{HookState, Runs, RuntimePlace};
+use crate::hooks::{HookState, Occasion, Runs, RuntimePlace};
 use crate::host_cgroup::HostCgroup;
 use crate::id::ContainerId;
 use crate::mounts_below::Inherited;
@@ -426,16 +426,14 @@ impl Sandbox {
             ("createRuntime", hooks.create_runtime().as_ref(), host),
             ("createContainer", hooks.create_container().as_ref(), None),
         ] {
-            self.hook_runs
-                .run(
-                    kind,
-                    list,
-                    &container.hook_state,
-                    Status::Creating,
-                    Some(pid),
-                    place,
-                )
-                .await?;
+            let occasion = Occasion {
+                kind,
+                state: &container.hook_state,
+                status: Status::Creating,
+                pid: Some(pid),
+                place,
+            };
+            self.hook_runs.run(list, &occasion).await?;
         }
         Ok(())
     }
@@ -444,17 +442,15 @@ impl Sandbox {
         if let Some(hooks) = &container.hooks
             && container.claim_poststop()
         {
+            let occasion = Occasion {
+                kind: "poststop",
+                state: &container.hook_state,
+                status: Status::Stopped,
+                pid: None,
+                place: Some(&self.params.host),
+            };
             let list = hooks.poststop().as_ref();
-            self.hook_runs
-                .run_all(
-                    "poststop",
-                    list,
-                    &container.hook_state,
-                    Status::Stopped,
-                    None,
-                    Some(&self.params.host),
-                )
-                .await;
+            self.hook_runs.run_all(list, &occasion).await;
         }
     }
 
@@ -493,17 +489,15 @@ impl Sandbox {
             && self.closing.get().is_none()
         {
             // Their failures are logged and nothing more (runtime-spec, "Lifecycle").
+            let occasion = Occasion {
+                kind: "poststart",
+                state: &container.hook_state,
+                status: Status::Running,
+                pid: Some(pid),
+                place: Some(&self.params.host),
+            };
             let list = hooks.poststart().as_ref();
-            self.hook_runs
-                .run_all(
-                    "poststart",
-                    list,
-                    &container.hook_state,
-                    Status::Running,
-                    Some(pid),
-                    Some(&self.params.host),
-                )
-                .await;
+            self.hook_runs.run_all(list, &occasion).await;
         }
         Ok(pid)
     }
@@ -787,6 +781,11 @@ fn is_default<T: Default + PartialEq>(option: &T) -> bool {
 /// Finds the process that a client says is to stand for a container's.
 fn find(pid: u32) -> Result<StandIn, SandboxError> {
     StandIn::find(pid).map_err(|cause| SandboxError::StandIn(pid, cause))
+}
+
+/// Something to wait for its end by.
+fn watch(stand_in: &StandIn) -> Result<standin::Watch, SandboxError> {
+    standin::Watch::new(stand_in).map_err(|cause| SandboxError::StandIn(stand_in.pid(), cause))
 }
 
 /// Whether the container's limits slow down what its sandbox writes to the host's disks.

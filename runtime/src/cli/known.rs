@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use bulkhead_runtime::hooks::{self, HookState};
+use bulkhead_runtime::hooks::{HookState, Occasion, Runs};
 use bulkhead_runtime::id::ContainerId;
 use bulkhead_runtime::sandbox::Status;
 use bulkhead_runtime::sock;
@@ -314,8 +314,15 @@ async fn run_poststop_hooks(record: &Record) -> anyhow::Result<()> {
         bundle: record.bundle.clone(),
         annotations,
     };
-    let list = Some(&record.poststop);
-    hooks::run_all("poststop", list, &hook_state, Status::Stopped, None, None).await;
+    let occasion = Occasion {
+        kind: "poststop",
+        state: &hook_state,
+        status: Status::Stopped,
+        pid: None,
+        place: None,
+    };
+    let runs = Runs::default();
+    runs.run_all(Some(&record.poststop), &occasion).await;
     Ok(())
 }
 

@@ -9,9 +9,9 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::boot::Machine;
 use super::container::Container;
 use super::process::{Process, Status};
-use super::{KILLED_EXIT_CODE, LOST_EXIT_CODE, Sandbox, SandboxError};
+use super::{KILLED_EXIT_CODE, LOST_EXIT_CODE, Sandbox, SandboxError, watch};
 use crate::agent::{Agent, AgentError};
-use crate::standin::{self, StandIn};
+use crate::standin::StandIn;
 use crate::timeline;
 use crate::vmm::Ended;
 
@@ -296,8 +296,7 @@ impl Sandbox {
         let Some(proxy) = proxy else {
             return Ok(());
         };
-        let ended = standin::Watch::new(proxy)
-            .map_err(|cause| SandboxError::StandIn(proxy.pid(), cause))?;
+        let ended = watch(proxy)?;
         let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
         self.stand_ins.send_modify(|count| *count += 1);
         tokio::spawn(async move {
@@ -332,8 +331,7 @@ impl Sandbox {
         let Some(client) = client else {
             return Ok(());
         };
-        let ended = standin::Watch::new(client)
-            .map_err(|cause| SandboxError::StandIn(client.pid(), cause))?;
+        let ended = watch(client)?;
         let sandbox = self.clone();
         self.commands.send_modify(|count| *count += 1);
         tokio::spawn(async move {

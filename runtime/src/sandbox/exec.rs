@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use super::container::{self, Deferred, Signal};
 use super::process::{Exit, Process, Status};
 use super::{
-    KILL_TIMEOUT, LOST_EXIT_CODE, Sandbox, SandboxError, deliver, find, forget, is_default,
+    KILL_TIMEOUT, LOST_EXIT_CODE, Sandbox, SandboxError, deliver, find, forget, is_default, watch,
 };
 use crate::spec::is_default_profile;
-use crate::standin::{self, StandIn};
+use crate::standin::StandIn;
 use crate::stdio::{Flow, Stdio, TerminalSize};
 use crate::streams::{self, Stream};
 
@@ -116,8 +116,7 @@ impl Sandbox {
         let Some(client) = client else {
             return Ok(());
         };
-        let ended = standin::Watch::new(client)
-            .map_err(|cause| SandboxError::StandIn(client.pid(), cause))?;
+        let ended = watch(client)?;
         let (sandbox, exec_id) = (self.clone(), exec_id.to_owned());
         tokio::spawn(async move {
             ended.wait().await;
