@@ -10,27 +10,40 @@ use serde_json::{Value, json};
 use crate::bed::{Bed, text};
 use crate::{READY, recorded, start};
 
-/// Hooks that tell in a file how often they have run.
-fn appends_to(bed: &Bed) -> Value {
-    let hook = format!("echo ran >> {:?}", bed.path("poststop"));
-    json!([{"path": "/bin/sh", "args": ["sh", "-c", hook]}])
+/// Describes a container whose program does `at_term` at a SIGTERM, and says in a file when it is ready for that.
+fn describe(bed: &Bed, at_term: &str, poststart: &Value) {
+    let ready = bed.path("ready");
+    let script = format!("trap '{at_term}' TERM; echo > {ready:?}; while :; do sleep 0.1; done");
+    // Tells how often it has run.
+    let poststop = format!("echo ran >> {:?}", bed.path("poststop"));
+    bed.spec(|spec| {
+        spec["process"]["args"] = json!(["/bin/sh", "-c", script]);
+        spec["hooks"] = json!({
+            "poststart": poststart, "poststop": [{"path": "/bin/sh", "args": ["sh", "-c", poststop]}],
+        });
+    });
+}
+
+/// Creates it in the background; returns who stands for it.
+fn create(bed: &Bed) -> Pid {
+    let pid_file = bed.path("pid");
+    let created = bed.about(&["create", "--pid-file", pid_file.to_str().unwrap(), "c1"]);
+    assert!(created.status.success(), "{}", text(&created.stderr));
+    Pid::from_raw(fs::read_to_string(pid_file).unwrap().parse().unwrap())
+}
+
+fn await_readiness(bed: &Bed) {
+    watch::until(&bed.path(""), &[], || bed.path("ready").exists());
 }
 
 /// A container in the background whose program does `at_term` at a SIGTERM, and leaves that to no chance: it runs when this returns.
 fn in_the_background(bed: &Bed, at_term: &str) -> Pid {
-    let (pid_file, ready) = (bed.path("pid"), bed.path("ready"));
-    let script = format!("trap '{at_term}' TERM; echo > {ready:?}; while :; do sleep 0.1; done");
-    bed.spec(|spec| {
-        spec["process"]["args"] = json!(["/bin/sh", "-c", script]);
-        spec["hooks"] = json!({"poststop": appends_to(bed)});
-    });
-    let create = ["create", "--pid-file", pid_file.to_str().unwrap(), "c1"];
-    for words in [&create[..], &["start", "c1"]] {
-        let output = bed.about(words);
-        assert!(output.status.success(), "{}", text(&output.stderr));
-    }
-    watch::until(&bed.path(""), &[], || ready.exists());
-    Pid::from_raw(fs::read_to_string(pid_file).unwrap().parse().unwrap())
+    describe(bed, at_term, &json!([]));
+    let stand_in = create(bed);
+    let started = bed.about(&["start", "c1"]);
+    assert!(started.status.success(), "{}", text(&started.stderr));
+    await_readiness(bed);
+    stand_in
 }
 
 fn told(bed: &Bed, words: &[&str]) -> Value {
@@ -118,30 +131,18 @@ fn a_container_whose_program_has_not_been_started_does_not_keep_a_server_that_is
 #[test]
 fn a_deletion_amid_the_end_of_a_stopped_container_runs_its_hooks_once() {
     let bed = Bed::new(&[]);
-    let ready = bed.path("ready");
-    let script = format!("trap 'exit 7' TERM; echo > {ready:?}; while :; do sleep 0.1; done");
-    bed.spec(|spec| {
-        spec["process"]["args"] = json!(["/bin/sh", "-c", script]);
-        // The server's end waits for this one.
-        spec["hooks"] = json!({"poststop": appends_to(&bed), "poststart": [
-            {"path": "/bin/sleep", "args": ["sleep", "1"]}
-        ]});
-    });
-    let pid_file = bed.path("pid");
-    let created = bed.about(&["create", "--pid-file", pid_file.to_str().unwrap(), "c1"]);
-    assert!(created.status.success(), "{}", text(&created.stderr));
-    let stand_in = fs::read_to_string(pid_file).unwrap().parse().unwrap();
+    // The server's end waits for this one.
+    let slow = json!([{"path": "/bin/sleep", "args": ["sleep", "1"]}]);
+    describe(&bed, "exit 7", &slow);
+    let stand_in = create(&bed);
     let mut start = bed.bulkhead().args(["start", "c1"]).spawn().unwrap();
-    watch::until(&bed.path(""), &[], || ready.exists());
+    await_readiness(&bed);
     let sandbox = bed.pids();
-    for pid in [
-        bed.pid_of("containerd-shim-bulkhead-v2"),
-        Pid::from_raw(stand_in),
-    ] {
+    for pid in [bed.pid_of("containerd-shim-bulkhead-v2"), stand_in] {
         kill(pid, Signal::SIGTERM).unwrap();
     }
     // As engines do as soon as the process that stands for the container has ended.
-    processes::wait_for_end(&[stand_in.unsigned_abs()]);
+    processes::wait_for_end(&[stand_in.as_raw().unsigned_abs()]);
     let deleted = bed.about(&["delete", "c1"]);
     assert!(deleted.status.success(), "{}", text(&deleted.stderr));
     start.wait().unwrap();

@@ -19,6 +19,14 @@ pub fn exists(pid: Pid) -> bool {
     kill(pid, None).is_ok()
 }
 
+/// How many descriptors a process has open.
+///
+/// # Panics
+/// When it has gone.
+pub fn descriptors(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
 /// Pids of the processes whose executable belongs to the build under test.
 pub fn of_the_build_under_test() -> Vec<u32> {
     let programs = dist().join("bin");

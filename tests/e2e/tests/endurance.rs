@@ -27,10 +27,6 @@ fn number(block: &mut [u8], n: usize) {
     }
 }
 
-fn descriptors(pid: u32) -> usize {
-    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
-}
-
 /// KiB of a process's memory that are resident, of one kind (`VmRSS` and its parts, proc(5)).
 fn resident(pid: u32, kind: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -89,15 +85,18 @@ fn a_thousand_executed_processes_leave_nothing() {
         // Buffers and arenas have found their size by then.
         if n == 100 {
             before = Some((
-                descriptors(server[0]),
+                processes::descriptors(server[0]),
                 resident(server[0], MEMORY),
-                descriptors(vmm[0]),
+                processes::descriptors(vmm[0]),
             ));
             processes_before = container.shell(inside).expect_code(0).stdout;
         }
     }
     let (server_fds, server_kib, vmm_fds) = before.unwrap();
-    let (fds, kib) = (descriptors(server[0]), resident(server[0], MEMORY));
+    let (fds, kib) = (
+        processes::descriptors(server[0]),
+        resident(server[0], MEMORY),
+    );
     // The last client's connection may be about to be closed.
     assert!(
         fds <= server_fds + 1,
@@ -107,7 +106,7 @@ fn a_thousand_executed_processes_leave_nothing() {
         kib <= server_kib + 512,
         "KiB of the server: {server_kib}, then {kib}"
     );
-    let fds = descriptors(vmm[0]);
+    let fds = processes::descriptors(vmm[0]);
     assert!(
         fds <= vmm_fds,
         "descriptors of the VMM: {vmm_fds}, then {fds}"

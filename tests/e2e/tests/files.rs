@@ -532,10 +532,7 @@ fn a_container_looks_at_more_files_than_its_guest_may_have_cached() {
     );
     let container = Container::running(bulkhead(), bundle);
     let vmm = processes::named("bulkhead-vmm");
-    let descriptors = || {
-        let entries = fs::read_dir(format!("/proc/{}/fd", vmm[0])).unwrap();
-        entries.count()
-    };
+    let descriptors = || processes::descriptors(vmm[0]);
     let mut held = Vec::new();
     for folder in folders {
         let seen = container.shell(&format!("ls -l /volume/{folder} | wc -l"));

@@ -277,10 +277,7 @@ fn files_of_a_container_that_is_deleted_from_a_sandbox_are_held_no_longer() {
     first.await_output("ready\n");
     let server = Server::of(&first);
     let vmm = processes::named("bulkhead-vmm");
-    let descriptors = || {
-        let entries = fs::read_dir(format!("/proc/{}/fd", vmm[0])).unwrap();
-        entries.count()
-    };
+    let descriptors = || processes::descriptors(vmm[0]);
     let volume = tempfile::tempdir().unwrap();
     for file in 0..FILES {
         fs::write(volume.path().join(file.to_string()), "").unwrap();
